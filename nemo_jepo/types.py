@@ -1,0 +1,109 @@
+"""The frozen records that pass between rooms.
+
+    dataset row -> Prompt -> Rollout -> Spliced -> PackedRow -> scores -> token weights
+
+Shape letters: P prompts, G rollouts per prompt, N = P * G sequences, T tokens, S scored tokens.
+Token ids are the sampler's own from the moment they are drawn: nothing here holds text that is tokenised again.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+FinishReason = Literal["stop", "length", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One question with its known good answer."""
+
+    prompt_id: int
+    """Row number in its data set (0-based): names the prompt in logs and seeds its sampling."""
+    token_ids: tuple[int, ...]
+    """x, [T], as the sampler and the trainer both see it."""
+    question: str
+    answer: str
+    """a*, without the leading space that the splice adds."""
+    chain_of_thought: str | None = None
+    """A golden (or noisy) chain of thought, only read by `objective=sft`; None where the row has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One sampled completion y_i of a prompt."""
+
+    group: int
+    """Which prompt of this replica's batch, 0 <= group < P."""
+    sample: int
+    """Which sibling, 0 <= sample < G."""
+    token_ids: tuple[int, ...]
+    """y_i, [T]: the sampler's own ids, without padding. Holds the end-of-turn id if that was drawn."""
+    generation_logprobs: tuple[float, ...]
+    """[T], nats: log-probs that the sampler reported for token_ids, at the sampling temperature."""
+    finish_reason: FinishReason
+    """stop: marker or end-of-turn; length: cut off; failed: no completion could be had (masked, counted, never scored)."""
+    policy_version: int = 0
+    """Number of optimizer steps in the weights that sampled it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spliced:
+    """One sequence to score: prompt, chain of thought, answer, side by side in one token row.
+
+    token_ids = x [prompt_length] + c_i [chain_length] + answer [answer_length]; an invalid sample has
+    its whole generation in the chain and answer_length 0.
+    """
+
+    group: int
+    sample: int
+    token_ids: tuple[int, ...]
+    prompt_length: int
+    chain_length: int
+    answer_length: int
+    valid: bool
+    """Holds the marker, aligned to a token end, long enough: counts in bound, baseline and supervised term."""
+    has_marker: bool
+    """Earns the format credit. True and not valid: the marker ended inside a token (or the chain was too short)."""
+    misaligned: bool = False
+    """The marker's end fell inside a token."""
+    own_answer: bool = False
+    """The answer is the sample's own (scored by a verifier), not the reference."""
+    failed: bool = False
+    """Counts nowhere."""
+    generation_logprobs: tuple[float, ...] = ()
+    """[chain_length], or [chain_length + answer_length] with own_answer; empty when nothing was sampled (sft)."""
+
+    @property
+    def length(self) -> int:
+        """Tokens in the sequence."""
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRow:
+    """Sequences side by side in one fixed-size row: one micro-batch.
+
+    token_ids[cu_seqlens[k] : cu_seqlens[k+1]] is sequence k; the last segment may be padding.
+    """
+
+    token_ids: Tensor
+    """[T] int64."""
+    position_ids: Tensor
+    """[T] int64, restart at 0 in every segment."""
+    cu_seqlens: Tensor
+    """[segments + 1] int32, from 0 to T."""
+    sequence_index: Tensor
+    """[T] int64: which sequence of the batch (0 <= . < N) a token belongs to; -1 on padding."""
+    scored_mask: Tensor
+    """[T] bool: tokens whose log-prob is needed (chain of thought and answer, never the prompt or padding)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What one forward pass says of N sequences; every tensor float32 on the host."""
+
+    policy_logprobs: tuple[Tensor, ...]
+    """N tensors [chain_length + answer_length], nats, of the tokens after the prompt."""
+    entropies: tuple[Tensor, ...]
+    """N tensors of the same shapes, nats: entropy of the distribution each token was drawn from."""
