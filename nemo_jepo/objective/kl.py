@@ -1,0 +1,97 @@
+"""KL(pi, pi_ref) of the chain of thought: what is reported, and which gradient each loss has.
+
+T tokens of one chain, r_t = log pi(c_t|.) - log pi_ref(c_t|.) in nats, c sampled from pi. An estimate and a loss are
+different things: two losses with the same mean can have different gradients. Here a loss is given by the coefficients
+g_t of its gradient, sum_t g_t grad log pi(c_t|.), because that is all an optimizer step sees.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def k1_estimate(log_ratio: Tensor) -> Tensor:
+    """Unbiased estimate of the sequence's KL: sum_t r_t. What is reported as the KL; may be negative.
+
+    Args:
+        log_ratio: [..., T] nats.
+    Returns:
+        [...] nats.
+    """
+    return log_ratio.sum(-1)
+
+
+def k2_estimate(log_ratio: Tensor) -> Tensor:
+    """Half the squared log-ratios, sum_t r_t^2 / 2: biased, never negative, right to second order.
+
+    Args:
+        log_ratio: [..., T] nats.
+    Returns:
+        [...] nats.
+    """
+    return log_ratio.square().sum(-1) / 2
+
+
+def k3_estimate(log_ratio: Tensor) -> Tensor:
+    """Unbiased estimate of the sequence's KL with less variance: sum_t exp(-r_t) - 1 + r_t, never negative.
+
+    Unbiased because E[exp(-r_t)] = 1 after every prefix.
+
+    Args:
+        log_ratio: [..., T] nats.
+    Returns:
+        [...] nats.
+    """
+    return (torch.expm1(-log_ratio) + log_ratio).sum(-1)
+
+
+def k2_token_gradient(log_ratio: Tensor) -> Tensor:
+    """g_t = r_t, the gradient of sum_t r_t^2 / 2.
+
+    Its mean is sum_t E_{s ~ pi}[ grad KL(pi(.|s), pi_ref(.|s)) ] with the distribution of the prefixes s held fixed:
+    each token answers for its own divergence, not for the states that it leads to. Less variance; the default.
+
+    Args:
+        log_ratio: [T] nats.
+    Returns:
+        [T].
+    """
+    return log_ratio
+
+
+def k2_sequence_gradient(log_ratio: Tensor) -> Tensor:
+    """g_t = sum_u r_u for every t, the gradient of (sum_t r_t)^2 / 2.
+
+    Its mean is exactly grad KL(pi(c), pi_ref(c)), the reverse KL of the sequence: E[R grad log pi(c)] with
+    R = sum_u r_u, and E[grad R] = 0.
+
+    Args:
+        log_ratio: [T] nats.
+    Returns:
+        [T].
+    """
+    return log_ratio.sum().expand_as(log_ratio)
+
+
+def k3_token_gradient(log_ratio: Tensor) -> Tensor:
+    """g_t = 1 - exp(-r_t), the gradient of sum_t exp(-r_t) - 1 + r_t.
+
+    Its mean is sum_t E_{s ~ pi}[ grad KL(pi_ref(.|s), pi(.|s)) ], prefixes held fixed: the gradient of the FORWARD KL
+    of each token, although the value estimates the reverse one.
+
+    Args:
+        log_ratio: [T] nats.
+    Returns:
+        [T].
+    """
+    return -torch.expm1(-log_ratio)
+
+
+KL_GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "k2_token": k2_token_gradient,
+    "k2_sequence": k2_sequence_gradient,
+    "k3_token": k3_token_gradient,
+    "k1_reward": torch.zeros_like,  # acts through the advantage
+}
+"""kl.estimator -> g_t of the loss."""

@@ -1,0 +1,98 @@
+"""The records of the objective: settings and scores in, credits out.
+
+P prompts, G samples per prompt. They are read by `nemo_jepo.objective.update` and `nemo_jepo.objective.metrics`.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nemo_jepo.objective.importance import IMPORTANCE_RATIOS
+from nemo_jepo.objective.kl import KL_GRADIENTS
+from nemo_jepo.objective.terms import OBJECTIVE_TERMS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateRule:
+    """The settings objective.*, advantage.* and kl.* as plain values; meanings and defaults are in the config."""
+
+    name: str
+    beta_sup: float
+    rl_reduction: str
+    length_normalization: str
+    format_penalty: float
+    importance_sampling: str
+    importance_cap: float
+    normalize: bool
+    clip: float
+    std_scope: str
+    kl_beta: float
+    kl_estimator: str
+
+    def __post_init__(self) -> None:
+        for key, allowed in (
+            ("name", [*OBJECTIVE_TERMS, "sft"]),
+            ("rl_reduction", ["mean", "sum"]),
+            ("length_normalization", ["none", "tokens"]),
+            ("importance_sampling", list(IMPORTANCE_RATIOS)),
+            ("std_scope", ["batch", "group"]),
+            ("kl_estimator", list(KL_GRADIENTS)),
+        ):
+            if getattr(self, key) not in allowed:
+                raise ValueError(f"{key}={getattr(self, key)!r}: must be one of {', '.join(allowed)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupScores:
+    """What the scoring pass says of this rank's groups; every tensor [P, G] on the host."""
+
+    answer_logprob: Tensor
+    """l_i, nats, summed over the answer's tokens; anything where not valid."""
+    valid_mask: Tensor
+    """bool: counts in bound, baseline and supervised term. Verifiable prompts: has the marker and a reward."""
+    arrived_mask: Tensor
+    """bool: False = failed, counts nowhere."""
+    has_marker: Tensor
+    """bool: earns the format credit."""
+    chain_length: Tensor
+    """int: scored tokens of c_i (of the whole generation where not valid)."""
+    answer_length: Tensor
+    """int: scored tokens after the chain."""
+    chain_log_ratio: Tensor
+    """sum_t log pi(c_t) - log pi_ref(c_t), nats; zeros when kl_beta = 0."""
+    chain_k3: Tensor | None = None
+    """`k3_estimate` of the same log-ratios, nats; only reported."""
+    verifiable_reward: Tensor | None = None
+    """float, for rloo and jepo_rl."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleCredits:
+    """Coefficients of each sample, global denominators included; [P, G] float64 unless stated."""
+
+    credit: Tensor
+    """Of grad log pi on every policy-gradient token."""
+    answer_weight: Tensor
+    """Of grad log pi on every reference-answer token."""
+    kl_weight: Tensor
+    """Of the chain's KL loss."""
+    advantage: Tensor
+    """After scaling and clipping, without the format part."""
+    advantage_std: Tensor
+    """[3], over the global batch: of the likelihood, the verifiable and the format advantage before scaling."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceLogprobs:
+    """One sequence: chain of thought, then answer. Log-probs that the rule does not read may be None."""
+
+    chain_length: int
+    answer_length: int
+    own_answer: bool = False
+    """The answer was sampled with the chain, so it carries policy gradient."""
+    policy_logprobs: Tensor | None = None
+    """[chain_length + answer_length] nats, by the weights that are updated; read by KL and importance sampling."""
+    reference_logprobs: Tensor | None = None
+    """[chain_length + answer_length] nats, by the frozen initial weights; read where kl_weight is not 0."""
+    generation_logprobs: Tensor | None = None
+    """[chain_length], or [chain_length + answer_length] with own_answer, nats; read by importance sampling."""
