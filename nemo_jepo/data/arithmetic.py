@@ -1,0 +1,109 @@
+"""Generated chains such as 7+5*3-2=, evaluated left to right mod 10: a task that small models learn from scratch.
+
+The warm-up corpus is what makes it a test of JEPO. Its answers are always true, its chains of thought are right
+(`right_share`), wrong (`corrupted_share`) or absent. A model trained on it samples right and wrong chains, and has
+learned that the answer follows a right chain but not a wrong one:
+
+    log pi(a*|x, right chain)  >>  log pi(a*|x, wrong chain)
+
+That difference is all that JEPO is given to improve the chains with; no reward and no verifier.
+"""
+
+import random
+from typing import Literal
+
+from nemo_jepo.config import ArithmeticConfig, ConfigError
+from nemo_jepo.data.files import Row
+
+OPERATORS = "+-*"
+MODULUS = 10
+Expression = tuple[int, tuple[tuple[str, int], ...]]
+"""First operand and the (operator, operand) pairs after it."""
+
+
+def arithmetic_rows(config: ArithmeticConfig, split: Literal["train", "validation", "warmup"], seed: int) -> list[Row]:
+    """The rows of one split, the same for the same seed.
+
+    train and validation carry the right chain of thought and share no question. warmup has the questions of train;
+    exactly round(share * num_train) of its chains are right, and so many corrupted, in random order.
+
+    Raises:
+        ConfigError: validation would take more than half of all questions of that length.
+    """
+    num_questions = MODULUS ** (config.num_steps + 1) * len(OPERATORS) ** config.num_steps
+    if config.num_validation > num_questions // 2:
+        raise ConfigError(
+            "data.arithmetic.num_validation",
+            config.num_validation,
+            f"only {num_questions} chains of {config.num_steps} operations exist, and training needs half of them",
+            "Lower it, or raise data.arithmetic.num_steps",
+        )
+    rng = random.Random(f"arithmetic {seed}")
+    held_out: dict[Expression, None] = {}  # a set in the order of insertion
+    while len(held_out) < config.num_validation:
+        held_out[_draw(rng, config.num_steps)] = None
+    if split == "validation":
+        return [_row(line, expression, "right", rng) for line, expression in enumerate(held_out, start=1)]
+    train: list[Expression] = []
+    while len(train) < config.num_train:
+        expression = _draw(rng, config.num_steps)
+        if expression not in held_out:
+            train.append(expression)
+    kinds = ["right"] * config.num_train if split == "train" else _warmup_kinds(config, rng)
+    return [_row(line, *pair, rng) for line, pair in enumerate(zip(train, kinds, strict=True), start=1)]
+
+
+def _draw(rng: random.Random, num_steps: int) -> Expression:
+    steps = tuple((rng.choice(OPERATORS), rng.randrange(MODULUS)) for _ in range(num_steps))
+    return rng.randrange(MODULUS), steps
+
+
+def _warmup_kinds(config: ArithmeticConfig, rng: random.Random) -> list[str]:
+    num_right = round(config.right_share * config.num_train)
+    num_corrupted = min(round(config.corrupted_share * config.num_train), config.num_train - num_right)
+    num_bare = config.num_train - num_right - num_corrupted
+    kinds = ["right"] * num_right + ["corrupted"] * num_corrupted + ["absent"] * num_bare
+    rng.shuffle(kinds)
+    return kinds
+
+
+def _row(line: int, expression: Expression, kind: str, rng: random.Random) -> Row:
+    first, steps = expression
+    question = str(first) + "".join(f"{operator}{operand}" for operator, operand in steps) + "="
+    results = _results(expression)
+    shown = _corrupted(expression, rng) if kind == "corrupted" else results
+    chain_of_thought = None if kind == "absent" else _chain(expression, shown)
+    return Row("arithmetic", line, question, str(results[-1]), chain_of_thought)
+
+
+def _results(expression: Expression, wrong_step: int = -1, wrong_result: int = 0) -> list[int]:
+    """The result after every operation; that of wrong_step is replaced and carried on."""
+    result, steps = expression
+    results = []
+    for index, (operator, operand) in enumerate(steps):
+        result = {"+": result + operand, "-": result - operand, "*": result * operand}[operator] % MODULUS
+        result = wrong_result if index == wrong_step else result
+        results.append(result)
+    return results
+
+
+def _corrupted(expression: Expression, rng: random.Random) -> list[int]:
+    """Results with one random step wrong, later steps following from it, that end in a wrong answer.
+
+    A slip that a later operation heals (such as *0) is drawn again: it would teach that wrong chains lead to a*.
+    """
+    right = _results(expression)
+    while True:
+        results = _results(expression, rng.randrange(len(right)), rng.randrange(MODULUS))
+        if results[-1] != right[-1]:
+            return results
+
+
+def _chain(expression: Expression, results: list[int]) -> str:
+    """7+5*3-2 -> "7+5=2 2*3=6 6-2=4"."""
+    first, steps = expression
+    before = [first, *results[:-1]]
+    return " ".join(
+        f"{left}{operator}{operand}={result}"
+        for left, (operator, operand), result in zip(before, steps, results, strict=True)
+    )

@@ -1,0 +1,65 @@
+"""The endless order in which a run reads its prompts."""
+
+import random
+from collections.abc import Sequence
+
+from nemo_jepo.types import Prompt
+
+
+class PromptStream:
+    """Batches of prompts, epoch after epoch, each epoch its own permutation.
+
+    The order of an epoch depends on the seed and the epoch alone, so a position in the stream is one number and a
+    resumed run reads exactly what an uninterrupted one would have. A batch may cross into the next epoch.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], num_prompts_per_step: int, shuffle: bool, seed: int) -> None:
+        if not prompts or num_prompts_per_step < 1:
+            raise ValueError(f"{len(prompts)} prompts, {num_prompts_per_step} per step: both must be at least 1")
+        self._prompts = prompts
+        self._num_prompts_per_step = num_prompts_per_step
+        self._shuffle = shuffle
+        self._seed = seed
+        self.prompts_seen = 0
+        """Prompts handed out since the beginning, over all epochs."""
+        self._order = self._permutation(0)
+
+    @property
+    def epoch(self) -> int:
+        """Complete passes over the data set so far."""
+        return self.prompts_seen // len(self._prompts)
+
+    def next_batch(self) -> tuple[Prompt, ...]:
+        """The next num_prompts_per_step prompts."""
+        return tuple(self._next() for _ in range(self._num_prompts_per_step))
+
+    def _next(self) -> Prompt:
+        position = self.prompts_seen % len(self._prompts)
+        if position == 0:
+            self._order = self._permutation(self.epoch)
+        self.prompts_seen += 1
+        return self._prompts[self._order[position]]
+
+    def _permutation(self, epoch: int) -> list[int]:
+        order = list(range(len(self._prompts)))
+        if self._shuffle:
+            random.Random(f"epoch {epoch} of seed {self._seed}").shuffle(order)
+        return order
+
+    def state_dict(self) -> dict[str, int]:
+        """The position, with what must be the same for it to mean the same."""
+        return {"prompts_seen": self.prompts_seen, "num_prompts": len(self._prompts), "seed": self._seed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue at a position saved by `state_dict`; num_prompts_per_step may differ.
+
+        Raises:
+            ValueError: the data set has another size or the seed is another, so the position is another prompt.
+        """
+        here = self.state_dict()
+        for key in ("num_prompts", "seed"):
+            if state[key] != here[key]:
+                saved = f"saved with {key}={state[key]}, resumed with {here[key]}"
+                raise ValueError(f"{saved}. Resume with the data set and the data.seed of the saved run.")
+        self.prompts_seen = state["prompts_seen"]
+        self._order = self._permutation(self.epoch)

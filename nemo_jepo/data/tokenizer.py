@@ -1,0 +1,72 @@
+"""The tokeniser: read from a folder, or trained on a small data set."""
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from nemo_jepo.config import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+PAD, END_OF_TEXT = "<|pad|>", "<|endoftext|>"
+
+
+def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
+    """The Hugging Face tokeniser of a folder: no download, no code from the folder.
+
+    Raises:
+        ConfigError: the folder holds no tokeniser, or one without an end-of-text token.
+    """
+    from transformers import AutoTokenizer  # seconds to import
+
+    # Without this check transformers makes an empty tokeniser for some config.json.
+    if not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
+        rule = f"holds no tokeniser ({', '.join(TOKENIZER_FILES)})"
+        raise ConfigError("tokenizer.path", str(path), rule, "Give a folder with tokenizer.json")
+    tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    if tokenizer.eos_token_id is None:
+        rule = "has no end-of-text token, so an answer could not end"
+        raise ConfigError("tokenizer.path", str(path), rule, "Add eos_token to its tokenizer_config.json")
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -> "PreTrainedTokenizerBase":
+    """A byte-level BPE trained on texts, saved in folder as `load_tokenizer` reads it.
+
+    It writes any text (all 256 bytes are in it). Every digit is a token of its own, so that small models can learn
+    arithmetic. The folder appears whole or not at all: it is written under another name and renamed.
+
+    Args:
+        vocab_size: most tokens, <|pad|> and <|endoftext|> included; at least 258. Few texts may give fewer.
+    Raises:
+        FileExistsError: folder exists.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists. Load it, or remove it.")
+    bpe = tokenizers.Tokenizer(models.BPE())
+    digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=PAD, eos_token=END_OF_TEXT)
+    unfinished = folder.with_name(f"{folder.name}.unfinished-{os.getpid()}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    fast.save_pretrained(unfinished)
+    unfinished.rename(folder)
+    return load_tokenizer(folder)
