@@ -1,0 +1,276 @@
+"""Where Hydra meets the dataclasses: from a command line to one checked `Config`, or one line that says what to change.
+
+    argv -> compose (typed by the schema) -> resolve (rules of one field) -> check (rules between nodes and machines)
+
+Neither torch nor NeMo is imported here, so a wrong setting is reported within a second. A conf file begins its
+defaults list with `nemo_jepo_schema`; a folder of one's own (`--config-path DIR`) also sees the groups of conf/.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import is_dataclass
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from nemo_jepo.config import VERIFIED_OBJECTIVES, Config, ConfigError
+
+BAD_SETTINGS = 2
+"""Exit code of a run that a setting stopped."""
+DEFAULT_CONFIG = "jepo"
+NEED_SIBLINGS = (*VERIFIED_OBJECTIVES, "vr_cli")
+"""Objectives whose whole gradient has a leave-one-out baseline: nothing is left of it with one generation."""
+
+Runner = Callable[..., Callable[[Callable[[DictConfig], Any]], Callable[[], Any]]]
+"""What NeMo's `hydra_runner` is: (config_path, config_name) -> decorator of a function of the composed config."""
+
+
+class SettingsError(ConfigError):
+    """What Hydra or OmegaConf found wrong, as the one line of `explain`."""
+
+    def __init__(self, line: str) -> None:
+        ValueError.__init__(self, line)
+
+
+def conf_dir() -> Path:
+    """The folder of conf files: inside the installed package, else at the top of the checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+class ConfSearchPath(SearchPathPlugin):
+    """Lets a user's own conf folder find our groups and primary configs, after its own."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.append(provider="nemo_jepo", path=f"file://{conf_dir()}")
+
+
+ConfigStore.instance().store(name="nemo_jepo_schema", node=Config)
+Plugins.instance().register(ConfSearchPath)
+
+
+def _typed_keys(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, kind in get_type_hints(schema).items():
+        yield prefix + name, kind
+        if is_dataclass(kind):
+            yield from _typed_keys(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
+
+
+KEYS = dict(_typed_keys(Config))
+"""Every dotted key of `Config`, nodes included, with its type."""
+
+
+def nearest_key(key: str) -> str:
+    """The valid key that resembles `key` most, its last part counting as much as the whole."""
+
+    def likeness(candidate: str) -> float:
+        names = SequenceMatcher(a=key.rpartition(".")[2], b=candidate.rpartition(".")[2])
+        return SequenceMatcher(a=key, b=candidate).ratio() + names.ratio()
+
+    return max(KEYS, key=likeness)
+
+
+def _is_valid(key: str) -> bool:
+    """A key of the schema, or one inside a free-form node such as model.hf_config."""
+    above = [key[: match.start()] for match in re.finditer(r"\.", key)]
+    return key in KEYS or any("dict" in str(KEYS.get(node)) for node in above)
+
+
+def _refuse_unknown_keys(overrides: Sequence[str]) -> None:
+    """OmegaConf answers `+model.typo=1` with a bare AttributeError, so keys are looked up before it sees them."""
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        key = override.key_or_group
+        if not key.startswith(("hydra.", "hydra/")) and not _is_valid(key):
+            raise ConfigError(key, override.value(), "no such key", f"Did you mean {nearest_key(key)}")
+
+
+def explain(error: Exception) -> str:
+    """One line for an error of Hydra, OmegaConf or YAML: the key, the file when known, the rule, what to do."""
+    text = str(error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error)
+    file = re.match(r"In '([^']+)'", str(error))
+    where = f" (in {file[1]}.yaml)" if file else ""
+    if choice := re.search(r"Could not find '(.+)/(.+)'\s+Available options in '.+':\n((?:\t.*\n)+)", text):
+        return f"{choice[1]}={choice[2]}{where}: no such choice. Choose one of {', '.join(choice[3].split())}."
+    if name := re.match(r"Cannot find primary config '(.+?)'", text):
+        ours = ", ".join(sorted(path.stem for path in conf_dir().glob("*.yaml")))
+        return f"--config-name {name[1]}: no such file. Choose one of {ours}, or give its folder by --config-path."
+    full_key = re.search(r"full_key: (\S+)", text)
+    if full_key is None:
+        return re.sub(r"(Config search path:|See https).*", "", " ".join(text.split())).strip()
+    key = full_key[1]
+    if "has missing mandatory value" in text:
+        return f"{key}: has no default. Add {key}=VALUE."
+    if re.search(r"^Key '.*' (is )?not in", text, re.MULTILINE):
+        fix = f"Write +{key}=VALUE to add it" if _is_valid(key) else f"Did you mean {nearest_key(key)}"
+        return f"{key}{where}: no such key. {fix}."
+    given = re.match(r"Error merging override (\S+)", str(error))
+    rule = re.sub(r"^In '.*raised while composing config:\n", "", text).split("\n")[0].rstrip(".")
+    return f"{given[1] if given else key}{where}: {rule}."
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        raise SettingsError(explain(error)) from error
+
+
+def compose(config_name: str, overrides: Sequence[str] = (), config_path: str | Path | None = None) -> DictConfig:
+    """The config that a command line describes, typed by the schema but not yet resolved.
+
+    Args:
+        config_name: a file of `config_path` or of conf/, without .yaml.
+        overrides: Hydra overrides, `key=value`, `++key=value`, `group=choice`.
+        config_path: a folder that is searched before conf/.
+    Raises:
+        ConfigError: unknown key, wrong type, missing file or choice, malformed YAML or override.
+    """
+    folder = Path(config_path or conf_dir()).absolute()
+    with _one_line_errors():
+        _refuse_unknown_keys(overrides)
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(folder)):
+            return hydra.compose(config_name, overrides=list(overrides))
+
+
+def resolve(cfg: DictConfig) -> Config:
+    """The dataclasses, every field checked by its own rule (ConfigError names the key)."""
+    with _one_line_errors():
+        config = OmegaConf.to_object(cfg)
+    if not isinstance(config, Config):
+        raise SettingsError("defaults: the config is not typed. Begin its defaults list with nemo_jepo_schema.")
+    return config
+
+
+def run(task: Callable[[Config], int], argv: Sequence[str], load_runner: Callable[[], Runner]) -> int:
+    """Exit code of `task` under the settings of a Hydra command line; 2 after one line on stderr if one is wrong.
+
+    Settings are resolved before `load_runner` is called, because importing NeMo takes seconds on every rank, and
+    `task` runs after Hydra has returned, so that its errors are ordinary ones.
+
+    Args:
+        argv: the command line without the program's name. --config-path (or --config-dir) is taken from the working
+            directory and may use everything in conf/.
+        load_runner: returns NeMo's hydra_runner.
+    """
+    arguments = get_args_parser().parse_args(list(argv))
+    name = arguments.config_name or DEFAULT_CONFIG
+    path = str(Path(arguments.config_path or arguments.config_dir or conf_dir()).absolute())
+    inspecting = arguments.cfg or arguments.info or arguments.help or arguments.hydra_help
+    composed: list[DictConfig] = []
+    try:
+        if arguments.multirun:
+            raise ConfigError("--multirun", True, "one process trains one model", "Start one run for each setting")
+        cfg = compose(name, arguments.overrides, path)
+        if not inspecting:
+            resolve(cfg)
+        program, sys.argv = sys.argv, [sys.argv[0], *argv, "--config-path", path]
+        try:
+            load_runner()(config_path=path, config_name=name)(composed.append)()
+        finally:
+            sys.argv = program
+        return task(resolve(composed[0])) if composed else 0
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return BAD_SETTINGS
+
+
+def model_shape(config: Config) -> dict[str, Any] | None:
+    """The Hugging Face config of the model as a dict; None for a checkpoint that keeps its own elsewhere."""
+    if config.model.hf_config:
+        return config.model.hf_config
+    folder = Path(config.model.hf_config_path or str(config.pretrained_checkpoint.restore_from_path))
+    file = folder / "config.json" if folder.is_dir() else folder
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def _check_machines(config: Config, world_size: int) -> None:
+    asked = config.trainer.num_nodes * config.trainer.devices
+    if asked != world_size:
+        fix = f"Start {asked} processes (torchrun --nnodes --nproc-per-node), or change one of the two"
+        raise ConfigError("trainer.num_nodes * trainer.devices", asked, f"{world_size} processes were started", fix)
+    replicas = config.model.data_parallel_size(world_size)
+    batches = {"trainer.jepo.num_prompts_per_step": config.trainer.jepo.num_prompts_per_step}
+    if config.warmup.max_steps:
+        batches["warmup.num_prompts_per_step"] = config.warmup.num_prompts_per_step
+    for key, prompts in batches.items():
+        if prompts % replicas:
+            rule = f"must be a multiple of the {replicas} data-parallel replicas"
+            raise ConfigError(key, prompts, rule, f"Use {max(1, prompts // replicas) * replicas}")
+    if config.model.sequence_parallel and config.model.tensor_model_parallel_size == 1:
+        rule = "shards activations over the tensor-parallel ranks, and model.tensor_model_parallel_size is 1"
+        raise ConfigError("model.sequence_parallel", True, rule, "Switch it off, or raise the tensor-parallel size")
+
+
+def _check_lengths(config: Config) -> None:
+    longest = config.rollout.max_tokens + config.data.max_prompt_tokens + config.data.max_answer_tokens
+    if longest > config.model.tokens_per_micro_batch:
+        key = "rollout.max_tokens + data.max_prompt_tokens + data.max_answer_tokens"
+        rule = f"a sequence must fit in a row of model.tokens_per_micro_batch={config.model.tokens_per_micro_batch}"
+        raise ConfigError(key, longest, rule, "Raise that, or lower one of the three")
+
+
+def _check_objective(config: Config) -> None:
+    name, objective = config.objective.name, config.objective
+    if name in VERIFIED_OBJECTIVES and config.rollout.stop_at_marker:
+        rule = f"objective={name} reads the generation's own answer, which a sampler that stops there never writes"
+        raise ConfigError("rollout.stop_at_marker", True, rule, "Add rollout.stop_at_marker=false")
+    if name in NEED_SIBLINGS and config.trainer.jepo.num_generations_per_prompt < 2:
+        rule = f"the baseline of objective={name} is the mean of the other generations"
+        raise ConfigError("trainer.jepo.num_generations_per_prompt", 1, rule, "Use at least 2")
+    if name == "vr_cli" and objective.beta_sup:
+        rule = "objective=vr_cli has no supervised term"
+        raise ConfigError("objective.beta_sup", objective.beta_sup, rule, "Use 0, or objective=jepo_single")
+    if objective.importance_sampling != "none" and objective.importance_cap < 1:
+        rule = "would shrink on-policy tokens, whose ratio is 1"
+        raise ConfigError("objective.importance_cap", objective.importance_cap, rule, "Use at least 1")
+
+
+def _check_model(config: Config) -> None:
+    sources = {
+        "model.hf_config": config.model.hf_config,
+        "model.hf_config_path": config.model.hf_config_path,
+        "pretrained_checkpoint.restore_from_path": config.pretrained_checkpoint.restore_from_path,
+    }
+    given = [key for key, value in sources.items() if value]
+    if len(given) != 1:
+        rule = "exactly one of them must say what the model is"
+        raise ConfigError(", ".join(sources), given, rule, "Give one" if not given else "Set the others to null")
+    shape = model_shape(config)
+    if shape is None:
+        return
+    for name in ("num_attention_heads", "intermediate_size", "num_hidden_layers"):
+        if name not in shape:
+            raise ConfigError(given[0], sorted(shape), f"the model's shape has no {name}", "Add it")
+    config.model.check_shape(shape)
+
+
+def check(config: Config, world_size: int) -> None:
+    """Every rule between nodes, files and machines.
+
+    Args:
+        world_size: trainer processes that were really started.
+    Raises:
+        ConfigError: the first broken rule.
+    """
+    config.data.check()
+    _check_machines(config, world_size)
+    _check_lengths(config)
+    _check_objective(config)
+    _check_model(config)
