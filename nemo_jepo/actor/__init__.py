@@ -1,0 +1,1 @@
+"""The NeMo-Aligner-style Megatron actor: model, parallel layout, scoring, step."""

@@ -1,0 +1,189 @@
+"""The actor: NeMo-Aligner's method names over a megatron-core model that scores and trains packed rows.
+
+One update is: prepare_for_training_step, get_loss_and_metrics, finish_training_step. `train_step` runs the three.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from nemo_jepo.actor.model import build_model, unwrap
+from nemo_jepo.actor.optimizer import build_optimizer, wrap_data_parallel
+from nemo_jepo.actor.parallel import Layout
+from nemo_jepo.actor.reference import ReferencePolicy
+from nemo_jepo.actor.scoring import TokenHead, run_rows, score_rows, scores_of, to_rows
+from nemo_jepo.config import ModelConfig, OptimConfig
+from nemo_jepo.types import PackedRow, Scores
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class MegatronJEPOActor:
+    """The policy on this rank: its share of the weights, of the optimizer state, and what can be asked of them."""
+
+    def __init__(self, hf_config: PretrainedConfig, model: ModelConfig, precision: str, layout: Layout) -> None:
+        """Build the model with unset weights; call load_weights and then start_training."""
+        self.hf_config = hf_config
+        self.layout = layout
+        self._model_config = model
+        self._module = build_model(hf_config, model, DTYPES[precision])
+        self._head = TokenHead(hf_config.vocab_size, model.logprob_chunk_tokens)
+        self._reference: ReferencePolicy | None = None
+        self.num_steps = 0
+
+    @property
+    def gpt(self) -> torch.nn.Module:
+        """This rank's GPTModel, unwrapped: what weights/ reads and writes."""
+        return unwrap(self._module)
+
+    def load_weights(self, fill: Callable[[torch.nn.Module], None]) -> None:
+        """Let `fill` (weights/) write every parameter, before start_training."""
+        fill(self.gpt)
+
+    def start_training(self, optim: OptimConfig, gradient_clip: float, max_steps: int) -> None:
+        """A fresh optimizer and schedule over the current weights; the step count starts at 0."""
+        bare = self._module.module if isinstance(self._module, DistributedDataParallel) else self._module
+        self._module = wrap_data_parallel(bare, optim.distributed)
+        self._optimizer, self._scheduler = build_optimizer(self._module, optim, gradient_clip, max_steps)
+        self.num_steps = 0
+
+    def keep_reference_policy(self) -> None:
+        """Freeze the current weights as pi_ref."""
+        self._reference = ReferencePolicy(self._module, self._model_config.reference_policy)
+
+    # ---- scoring ----------------------------------------------------------------------------------------------
+
+    def prepare_for_inference(self) -> None:
+        """Before a phase of scoring and sampling."""
+        self._module.eval()
+
+    def finish_inference(self) -> None:
+        """After it."""
+        self._module.train()
+
+    def get_inference_log_probs(self, rows: Sequence[PackedRow], num_sequences: int) -> Scores:
+        """Log-probs under the current weights, of every scored token, on every rank of the replica."""
+        if not rows:
+            return Scores(
+                policy_logprobs=(torch.zeros(0),) * num_sequences, entropies=(torch.zeros(0),) * num_sequences
+            )
+        return scores_of(rows, score_rows(self._module, rows, self._head, self.layout), num_sequences)
+
+    def get_init_policy_logprobs(self, rows: Sequence[PackedRow], num_sequences: int) -> Scores | None:
+        """The same under the reference policy; None when none is kept (beta = 0)."""
+        if self._reference is None:
+            return None
+        with self._reference.in_place():
+            return self.get_inference_log_probs(rows, num_sequences)
+
+    # ---- training ---------------------------------------------------------------------------------------------
+
+    def prepare_for_training(self) -> None:
+        """Before a phase of updates."""
+        self._module.train()
+
+    def finish_training(self) -> None:
+        """After it."""
+
+    def prepare_for_training_step(self) -> None:
+        """Zero the gradients."""
+        self._module.zero_grad_buffer()
+        self._optimizer.zero_grad()
+
+    def get_loss_and_metrics(
+        self, rows: Sequence[PackedRow], token_weights: Sequence[Tensor], forward_only: bool = False
+    ) -> tuple[float, dict[str, float]]:
+        """The loss over this batch and, unless forward_only, its gradients.
+
+            loss = - sum_t weight_t log pi(token_t)     over the global batch
+
+        Args:
+            rows: this replica's packed rows; an empty list takes part with zero gradients.
+            token_weights: N tensors [chain_length + answer_length], detached, global denominators included.
+        Returns:
+            (loss summed over data-parallel ranks, metrics); the same on every rank.
+        """
+        rows = list(rows) or [_idle_row(self._model_config.tokens_per_micro_batch)]
+        weighted = list(zip(rows, to_rows(rows, token_weights), strict=True))
+        reports = run_rows(self._module, weighted, self._head, forward_only)
+        loss = torch.zeros((), dtype=torch.float64, device=self.layout.device)
+        if self.layout.is_last_stage:
+            loss += sum(report["loss"].double() for report in reports)
+        total = self.layout.sum_over_data_parallel(self.layout.from_last_stage(loss)).item()
+        return total, {"loss": total}
+
+    def finish_training_step(self) -> dict[str, float]:
+        """Clip, step, schedule. A non-finite gradient norm skips the step and says so in the metrics."""
+        lr = self._optimizer.param_groups[0]["lr"]
+        self._optimizer.prepare_grads()
+        grad_norm = float(self._optimizer.get_grad_norm())
+        finite = math.isfinite(grad_norm)
+        if finite:
+            self._optimizer.step()
+        self._scheduler.step(1)
+        self.num_steps += 1
+        return {"grad_norm": grad_norm, "lr": float(lr), "skipped_step": float(not finite)}
+
+    def train_step(self, rows: Sequence[PackedRow], token_weights: Sequence[Tensor]) -> dict[str, float]:
+        """One optimizer step."""
+        self.prepare_for_training_step()
+        _, metrics = self.get_loss_and_metrics(rows, token_weights)
+        return metrics | self.finish_training_step()
+
+    # ---- memory and state -------------------------------------------------------------------------------------
+
+    def offload_adam_states(self) -> None:
+        """Move the optimizer's moments to host memory."""
+        self._move_adam_states(torch.device("cpu"))
+
+    def onload_adam_states(self) -> None:
+        """Bring them back to the device."""
+        self._move_adam_states(self.layout.device)
+
+    def _move_adam_states(self, device: torch.device) -> None:
+        for optimizer in _inner_optimizers(self._optimizer):
+            for state in optimizer.state.values():
+                for name, value in state.items():
+                    if isinstance(value, Tensor):
+                        state[name] = value.to(device)
+
+    def sharded_state_dict(self, is_loading: bool = False) -> dict[str, Any]:
+        """Weights, optimizer and schedule as dist_checkpointing shards, independent of the layout."""
+        metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
+        state = {"model": self.gpt.sharded_state_dict(metadata=metadata)}
+        state["optimizer"] = self._optimizer.sharded_state_dict(
+            state["model"], is_loading=is_loading, metadata=metadata
+        )
+        state["scheduler"] = self._scheduler.state_dict()
+        state["num_steps"] = self.num_steps
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what a checkpoint of sharded_state_dict holds."""
+        self.gpt.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._scheduler.load_state_dict(state["scheduler"])
+        self.num_steps = state["num_steps"]
+
+
+def _inner_optimizers(optimizer: Any) -> Iterable[torch.optim.Optimizer]:
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if getattr(part, "optimizer", None) is not None:
+            yield part.optimizer
+
+
+def _idle_row(tokens: int) -> PackedRow:
+    """A row of padding: a replica with nothing to score still has to take part in the collectives."""
+    return PackedRow(
+        token_ids=torch.zeros(tokens, dtype=torch.long),
+        position_ids=torch.arange(tokens),
+        cu_seqlens=torch.tensor([0, tokens], dtype=torch.int32),
+        sequence_index=torch.full((tokens,), -1),
+        scored_mask=torch.zeros(tokens, dtype=torch.bool),
+    )

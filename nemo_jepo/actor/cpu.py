@@ -1,0 +1,131 @@
+"""The gloo shim: lets megatron-core 0.16.1 train on CPU tensors, so that CI runs the code that runs on H100s.
+
+Megatron-core asks torch.cuda for a device, a random state and a synchronisation in a handful of places even when
+every tensor is on the host. Each patch below answers one such question and names the first symbol that asks it.
+No Megatron source is edited, and nothing is patched where CUDA is available.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+_CPU = torch.device("cpu")
+_installed = False
+
+
+class HostFusedAdam(torch.optim.Optimizer):
+    """AdamW with the step count in the parameter group, as Transformer Engine's and Apex's FusedAdam keep it.
+
+    Megatron's DistributedOptimizer reads `group["step"]` when it loads sharded state; torch.optim.AdamW keeps one
+    step tensor per parameter instead, which that loader would share between all parameters.
+    """
+
+    def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), **settings: Any):
+        super().__init__(
+            params,
+            {"lr": lr, "betas": betas, "eps": settings["eps"], "weight_decay": settings["weight_decay"]},
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """One AdamW update (decoupled weight decay, bias-corrected moments)."""
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            params = [param for param in group["params"] if param.grad is not None]
+            for param in params:
+                if not self.state[param]:
+                    self.state[param] = {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
+            if params:
+                adamw(
+                    params,
+                    [param.grad for param in params],
+                    [self.state[param]["exp_avg"] for param in params],
+                    [self.state[param]["exp_avg_sq"] for param in params],
+                    [],
+                    [torch.tensor(float(group["step"] - 1)) for _ in params],
+                    amsgrad=False,
+                    beta1=group["betas"][0],
+                    beta2=group["betas"][1],
+                    lr=group["lr"],
+                    weight_decay=group["weight_decay"],
+                    eps=group["eps"],
+                    maximize=False,
+                )
+
+
+def _on_host(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A tensor factory that answers device="cuda" with a host tensor and ignores pin_memory."""
+
+    @functools.wraps(factory)
+    def make(*args: Any, **kwargs: Any) -> Tensor:
+        if "cuda" in str(kwargs.get("device", "")):
+            kwargs["device"] = _CPU
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return make
+
+
+def _patch_device() -> None:
+    """_ParamAndGradBuffer, schedules.forward_step, MegatronOptimizer; `cuda`: LanguageModule's tied embedding."""
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
+    torch.cuda.synchronize = lambda device=None: None
+    for name in ("tensor", "zeros", "ones", "empty", "empty_like"):
+        setattr(torch, name, _on_host(getattr(torch, name)))
+
+
+def _patch_random_state() -> None:
+    """tensor_parallel.random.CudaRNGStatesTracker keeps one random state per name; here it is the host's."""
+    from megatron.core.tensor_parallel import random
+
+    torch.cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
+    torch.cuda.manual_seed = lambda seed: torch.manual_seed(seed)  # type: ignore[assignment]
+    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    logging.getLogger(random.__name__).setLevel(logging.ERROR)  # "CPU RNG state changed within GPU RNG context"
+
+
+def _patch_tensor_type() -> None:
+    """clip_grads.clip_grad_by_total_norm_fp32 and DistributedOptimizer check for torch.cuda.FloatTensor."""
+    original = torch.Tensor.type
+
+    def type_(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return original(self, *args, **kwargs)
+        return original(self).replace("torch.", "torch.cuda.", 1)
+
+    torch.Tensor.type = type_  # type: ignore[method-assign,assignment]
+
+
+def _patch_optimizer() -> None:
+    """get_megatron_optimizer and DistributedOptimizer's loader: an Adam that behaves as the fused ones do."""
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    optimizer.Adam = distrib_optimizer.Adam = HostFusedAdam  # type: ignore[attr-defined]
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+
+
+def install() -> None:
+    """Patch torch and megatron-core for CPU tensors; a second call does nothing.
+
+    Raises:
+        RuntimeError: CUDA is available, where the patches would break real GPU work.
+    """
+    global _installed
+    if _installed:
+        return
+    if torch.cuda.is_available():
+        raise RuntimeError("the gloo shim is for machines without CUDA")
+    _patch_device()
+    _patch_random_state()
+    _patch_tensor_type()
+    _patch_optimizer()
+    _installed = True

@@ -1,0 +1,203 @@
+"""A Hugging Face config becomes a megatron-core GPTModel whose last stage returns hidden states.
+
+Families: Llama (with llama3 RoPE scaling), Qwen2 (QKV bias), Qwen3 (query/key norm); dense, tied or untied.
+With Transformer Engine on a GPU its layers serve; otherwise megatron-core's local layers with packed SDPA attention.
+"""
+
+import logging
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
+
+from nemo_jepo.actor.attention import PackedAttention
+from nemo_jepo.config import ConfigError, ModelConfig
+
+log = logging.getLogger(__name__)
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+_LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def load_hf_config(source: str | dict[str, Any]) -> PretrainedConfig:
+    """The Hugging Face config of a folder, a config.json or an inline mapping with a model_type.
+
+    Raises:
+        ConfigError: another family, or a variant of one that the actor would compute differently.
+    """
+    if isinstance(source, str):
+        config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    else:
+        shape = dict(source)
+        family = shape.pop("model_type", None)
+        if family not in FAMILIES:
+            raise ConfigError("model.hf_config.model_type", family, f"must be one of {', '.join(FAMILIES)}", "Set it")
+        config = AutoConfig.for_model(family, **shape)
+    _check_family(config)
+    return config
+
+
+def _check_family(config: PretrainedConfig) -> None:
+    if config.model_type not in FAMILIES:
+        raise ConfigError("model_type", config.model_type, f"supported are {', '.join(FAMILIES)}", "Use one of these")
+    rope = config.rope_parameters
+    supported = rope["rope_type"] == "default" or (
+        rope["rope_type"] == "llama3" and all(rope[key] == value for key, value in _LLAMA3_SCALING.items())
+    )
+    if not supported:
+        raise ConfigError(
+            "rope_parameters", dict(rope), "only plain and llama3 scaling exist in the actor", "Use these"
+        )
+    for key, plain in (("hidden_act", "silu"), ("mlp_bias", False), ("use_sliding_window", False)):
+        if getattr(config, key, plain) != plain:
+            raise ConfigError(key, getattr(config, key), f"the actor computes {plain!r} only", "Use another model")
+    if config.model_type == "llama" and config.attention_bias:
+        raise ConfigError("attention_bias", True, "a Llama with attention bias is not supported", "Use another model")
+
+
+def head_size(hf_config: PretrainedConfig) -> int:
+    """Channels of one attention head."""
+    return getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+
+
+def use_transformer_engine() -> bool:
+    """True where Transformer Engine's layers will serve: CUDA and the package both present."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except ImportError:
+        log.warning("Transformer Engine is not installed: local layers with SDPA attention serve, at lower speed")
+        return False
+    return True
+
+
+def transformer_config(hf_config: PretrainedConfig, model: ModelConfig, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron's TransformerConfig of a Hugging Face shape in a parallel layout; no dropout anywhere."""
+    recompute: dict[str, Any] = {}
+    if model.activations_checkpoint_granularity == "full":
+        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif model.activations_checkpoint_granularity == "selective":
+        recompute = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    on_gpu = torch.cuda.is_available()
+    return TransformerConfig(
+        num_layers=hf_config.num_hidden_layers,
+        hidden_size=hf_config.hidden_size,
+        ffn_hidden_size=hf_config.intermediate_size,
+        num_attention_heads=hf_config.num_attention_heads,
+        num_query_groups=hf_config.num_key_value_heads,
+        kv_channels=head_size(hf_config),
+        normalization="RMSNorm",
+        layernorm_epsilon=hf_config.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=hf_config.model_type == "qwen2",
+        qk_layernorm=hf_config.model_type == "qwen3",
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        attention_softmax_in_fp32=True,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        use_cpu_initialization=not on_gpu,
+        perform_initialization=True,  # also marks the tensor-parallel parameters, which the gradient norm needs
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=model.tensor_model_parallel_size,
+        pipeline_model_parallel_size=model.pipeline_model_parallel_size,
+        sequence_parallel=model.sequence_parallel,
+        # Token weights carry the global denominators, so gradients are summed, not averaged (docs/decisions/0001).
+        calculate_per_token_loss=True,
+        **recompute,
+    )
+
+
+class PackedRMSNorm(torch.nn.RMSNorm):
+    """RMSNorm whose weight is marked for sequence parallelism, which Megatron's WrappedTorchNorm refuses."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+        super().__init__(hidden_size, eps=eps)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def layer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
+    """Transformer Engine's layers where they can run, else local layers with packed SDPA attention."""
+    if use_transformer_engine():
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = PackedRMSNorm
+    attention = parts.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = PackedRMSNorm
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config),
+        layer_norm=PackedRMSNorm,
+    )
+
+
+class HiddenStateGPTModel(GPTModel):
+    """GPTModel whose last stage hands out hidden states, so that the output head can run in chunks."""
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states
+
+    def head_weight(self) -> Tensor:
+        """This rank's rows of the output matrix, [V_padded / TP, H]: the embedding where the two are tied."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def padded_vocab_size(hf_config: PretrainedConfig, tensor_parallel_size: int) -> int:
+    """Smallest multiple of the tensor-parallel size that holds the vocabulary; padding is never scored."""
+    return -(-hf_config.vocab_size // tensor_parallel_size) * tensor_parallel_size
+
+
+def build_model(hf_config: PretrainedConfig, model: ModelConfig, dtype: torch.dtype) -> torch.nn.Module:
+    """This rank's part of the model, weights unset: weights/ fills every parameter.
+
+    Returns:
+        HiddenStateGPTModel, inside Megatron's Float16Module for bf16; on the GPU where there is one.
+    """
+    config = transformer_config(hf_config, model, dtype)
+    rope = hf_config.rope_parameters
+    gpt = HiddenStateGPTModel(
+        config,
+        layer_spec(config),
+        vocab_size=padded_vocab_size(hf_config, model.tensor_model_parallel_size),
+        max_sequence_length=model.tokens_per_micro_batch,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=rope["rope_theta"],
+        rope_scaling=rope["rope_type"] == "llama3",
+        rope_scaling_factor=rope.get("factor", 8.0),
+    )
+    if torch.cuda.is_available():
+        gpt = gpt.cuda()
+    return Float16Module(config, gpt) if config.bf16 else gpt
+
+
+def unwrap(module: torch.nn.Module) -> HiddenStateGPTModel:
+    """The GPTModel inside Megatron's DDP and Float16Module wrappers."""
+    while not isinstance(module, HiddenStateGPTModel):
+        module = module.module
+    return module

@@ -1,0 +1,71 @@
+"""Megatron's optimizer and schedule for one model chunk: AdamW, fp32 main weights under bf16, sharded over DP."""
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import get_model_config
+
+from nemo_jepo.config import OptimConfig
+
+
+def wrap_data_parallel(module: torch.nn.Module, distributed_optimizer: bool) -> DistributedDataParallel:
+    """Megatron's DDP with fp32 gradients that are SUMMED over micro-batches and data-parallel ranks.
+
+    Token weights already hold the global denominators, so `finalize_model_grads` gets no token count to divide by.
+    """
+    config = get_model_config(module)
+    wrapped = DistributedDataParallel(
+        config,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=distributed_optimizer,
+            overlap_grad_reduce=False,
+        ),
+        module,
+    )
+    config.finalize_model_grads_func = lambda chunks, num_tokens=None, **groups: finalize_model_grads(chunks, **groups)
+    config.grad_scale_func = None
+    return wrapped
+
+
+def build_optimizer(
+    module: DistributedDataParallel, optim: OptimConfig, clip: float, max_steps: int
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """AdamW over the chunk's parameters, and its learning-rate schedule in optimizer steps.
+
+    Args:
+        clip: largest global gradient norm (all model-parallel ranks together); 0 for none.
+        max_steps: end of the cosine decay.
+    """
+    config = get_model_config(module)
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=optim.lr,
+            min_lr=optim.sched.min_lr,
+            weight_decay=optim.weight_decay,
+            adam_beta1=optim.betas[0],
+            adam_beta2=optim.betas[1],
+            adam_eps=optim.eps,
+            clip_grad=clip,
+            bf16=config.bf16,
+            params_dtype=config.params_dtype,
+            use_distributed_optimizer=optim.distributed,
+        ),
+        [module],
+    )
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=optim.lr,
+        min_lr=optim.sched.min_lr if optim.sched.name == "cosine" else optim.lr,
+        lr_warmup_steps=optim.sched.warmup_steps,
+        lr_decay_steps=max(max_steps, optim.sched.warmup_steps + 1),
+        lr_decay_style=optim.sched.name,
+        start_wd=optim.weight_decay,
+        end_wd=optim.weight_decay,
+        wd_incr_steps=max_steps,
+        wd_incr_style="constant",
+    )
+    return optimizer, scheduler

@@ -1,0 +1,112 @@
+"""Process groups of one run: who shares a layer, a pipeline, a replica; and the few collectives the loop needs.
+
+A replica is one copy of the model: the tensor- and pipeline-parallel ranks together. Data-parallel ranks hold
+different prompts. Every collective outside Megatron's own lives here or in weights/.
+"""
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nemo_jepo.actor import cpu
+from nemo_jepo.config import ModelConfig
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+def init_distributed() -> None:
+    """Join the process group that torchrun, srun or nobody (one process) describes: NCCL on GPUs, gloo on CPU.
+
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT (torchrun's names); with none of them set the
+    group has one member and no port is opened.
+    """
+    if dist.is_initialized():
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "cuda:nccl,cpu:gloo"
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    else:
+        cpu.install()
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
+
+
+def init_model_parallel(model: ModelConfig) -> None:
+    """Split the world into tensor-, pipeline- and data-parallel groups; replaces an earlier split.
+
+    The world size must be a multiple of the product of the sizes: ModelConfig.data_parallel_size checks it.
+    """
+    from megatron.core import parallel_state, tensor_parallel
+
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(model.tensor_model_parallel_size, model.pipeline_model_parallel_size)
+    tensor_parallel.random.initialize_rng_tracker(force_reset=True)
+    tensor_parallel.model_parallel_cuda_manual_seed(model.seed)
+
+
+class Layout:
+    """This rank's place among the groups, and collectives over them. Build it after init_model_parallel."""
+
+    def __init__(self) -> None:
+        from megatron.core import parallel_state
+
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self.tensor_group = parallel_state.get_tensor_model_parallel_group()
+        self.pipeline_group = parallel_state.get_pipeline_model_parallel_group()
+        self.data_group = parallel_state.get_data_parallel_group()
+        self.replica_group = parallel_state.get_model_parallel_group()
+        self.data_parallel_rank = self.data_group.rank()
+        self.data_parallel_size = self.data_group.size()
+        self.is_last_stage = parallel_state.is_pipeline_last_stage()
+        self.is_replica_head = self.replica_group.rank() == 0
+        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else cpu._CPU
+
+    def _reduce(self, values: Tensor, op: Any) -> Tensor:
+        reduced = values.detach().to(self.device, copy=True)
+        dist.all_reduce(reduced, op, group=self.data_group)
+        return reduced.to(values.device)
+
+    def sum_over_data_parallel(self, values: Tensor) -> Tensor:
+        """Sum over the data-parallel group; every rank of it must call."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max_over_data_parallel(self, values: Tensor) -> Tensor:
+        """Largest value over the data-parallel group; every rank of it must call."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def any_over_world(self, flag: bool) -> bool:
+        """True when any rank of the world says so; every rank must call."""
+        votes = torch.tensor([int(flag)], device=self.device)
+        dist.all_reduce(votes, dist.ReduceOp.MAX)
+        return bool(votes.item())
+
+    def share_in_replica(self, value: Any) -> Any:
+        """The replica head's value on every rank of its replica (plain data; pickled between own processes only)."""
+        box = [value]
+        dist.broadcast_object_list(box, group=self.replica_group, group_src=0)
+        return box[0]
+
+    def from_last_stage(self, values: Tensor) -> Tensor:
+        """The last pipeline stage's tensor on every stage; same shape and dtype everywhere."""
+        shared = values.to(self.device)
+        dist.broadcast(shared, group=self.pipeline_group, group_src=self.pipeline_group.size() - 1)
+        return shared
+
+    def gather_on_rank_zero(self, value: Any) -> list[Any]:
+        """One value of every data-parallel rank of replica heads, on rank 0; [] elsewhere. Every rank must call."""
+        boxes: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
+        dist.gather_object(value if self.is_replica_head else None, boxes, dst=0)
+        return [box for box in boxes if box is not None] if boxes else []
+
+    def barrier(self) -> None:
+        """Wait for every rank of the world."""
+        dist.barrier()
