@@ -81,7 +81,7 @@ def probability_advantage(answer_logprob: Tensor, valid_mask: Tensor, log_scale:
         ValueError: shapes differ, or the mask is not bool.
     Source: arXiv 2503.19618, Eq. 10; arXiv 2505.21493 (VeriFree).
     """
-    probability = (masked(answer_logprob.detach(), valid_mask) - log_scale).exp()
+    probability = masked(answer_logprob.detach() - log_scale, valid_mask).exp()
     return in_dtype_of(leave_one_out_advantage(probability, valid_mask), answer_logprob)
 
 

@@ -3,7 +3,7 @@
 P prompts, G samples per prompt. They are read by `nemo_jepo.objective.update` and `nemo_jepo.objective.metrics`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from torch import Tensor
 
@@ -64,6 +64,13 @@ class GroupScores:
     """`k3_estimate` of the same log-ratios, nats; only reported."""
     verifiable_reward: Tensor | None = None
     """float, for rloo and jepo_rl."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            tensor = getattr(self, field.name)
+            if tensor is not None and (tensor.ndim != 2 or tensor.shape != self.answer_logprob.shape):
+                shapes = f"{list(tensor.shape)} beside answer_logprob {list(self.answer_logprob.shape)}"
+                raise ValueError(f"{field.name}: every tensor must be [P, G], got {shapes}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

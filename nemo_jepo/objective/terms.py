@@ -38,7 +38,7 @@ def _equal_share(answer_logprob: Tensor, valid_mask: Tensor, log_scale: Tensor) 
 
 def _probability_share(answer_logprob: Tensor, valid_mask: Tensor, log_scale: Tensor) -> Tensor:
     """grad 1/m sum_i pi(a*|x, c_i) = 1/m sum_i exp(l_i) grad l_i."""
-    probability = (masked(answer_logprob, valid_mask) - log_scale).exp()
+    probability = masked(answer_logprob - log_scale, valid_mask).exp()
     return probability * _equal_share(answer_logprob, valid_mask, log_scale)
 
 

@@ -1,0 +1,174 @@
+"""A policy small enough that every chain of thought, answer and group of samples can be enumerated.
+
+The chain's vocabulary is {0, 1, MARKER}; a chain ends at the marker or, cut off, after two tokens: 7 chains. The answer
+has two binary tokens: 4 answers per chain. Every distribution has its own free logits, all in one parameter vector.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nemo_jepo.objective import GroupScores, SequenceLogprobs, UpdateRule, sample_credits, token_weights
+
+MARKER = 2
+CHAINS = ((2,), (0, 2), (1, 2), (0, 0), (0, 1), (1, 0), (1, 1))
+ANSWERS = ((0, 0), (0, 1), (1, 0), (1, 1))
+REFERENCE_ANSWER = ANSWERS[2]
+
+PLAIN = UpdateRule(
+    name="jepo",
+    beta_sup=1.0,
+    rl_reduction="mean",
+    length_normalization="none",
+    format_penalty=0.0,
+    importance_sampling="none",
+    importance_cap=2.0,
+    normalize=False,
+    clip=1.0,
+    std_scope="batch",
+    kl_beta=0.0,
+    kl_estimator="k2_token",
+)
+"""Raw advantages, no format loss, no KL: the estimators of the equations, to the letter."""
+
+NUM_PARAMETERS = 3 + 2 * 3 + len(CHAINS) * (2 + 4)
+
+
+class TabularPolicy:
+    """Token log-probs of chains and answers as functions of one parameter vector, float64."""
+
+    def __init__(self, seed: int, scale: float = 1.0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        values = torch.randn(NUM_PARAMETERS, generator=generator, dtype=torch.float64) * scale
+        self.parameters = values.requires_grad_()
+
+    def chain_logprobs(self, chain: Sequence[int]) -> Tensor:
+        """[tokens of the chain] nats."""
+        first = self.parameters[0:3].log_softmax(-1)[chain[0]]
+        if len(chain) == 1:
+            return first.unsqueeze(0)
+        second = self.parameters[3:9].view(2, 3)[chain[0]].log_softmax(-1)[chain[1]]
+        return torch.stack([first, second])
+
+    def answer_logprobs(self, chain: Sequence[int], answer: Sequence[int] = REFERENCE_ANSWER) -> Tensor:
+        """[2] nats, after the chain."""
+        logits = self.parameters[9:].view(len(CHAINS), 6)[CHAINS.index(tuple(chain))]
+        first = logits[:2].log_softmax(-1)[answer[0]]
+        second = logits[2:].view(2, 2)[answer[0]].log_softmax(-1)[answer[1]]
+        return torch.stack([first, second])
+
+    def answer_logprob(self, chain: Sequence[int]) -> Tensor:
+        """l = log pi(a*|x, c), nats."""
+        return self.answer_logprobs(chain).sum()
+
+    def gradient(self, value: Tensor) -> Tensor:
+        """Exact gradient of a scalar in the parameters."""
+        return torch.autograd.grad(value, self.parameters)[0]
+
+
+class Sample:
+    """One enumerated outcome: a chain, and the answer that follows it in the scored sequence."""
+
+    def __init__(self, policy: TabularPolicy, chain: Sequence[int], answer: Sequence[int] | None, own: bool = False):
+        self.chain, self.answer, self.own = chain, answer, own
+        logprobs = [policy.chain_logprobs(chain)]
+        if answer is not None:
+            logprobs.append(policy.answer_logprobs(chain, answer))
+        tokens = torch.cat(logprobs)
+        self.logprobs = tokens.detach()
+        self.gradients = torch.stack([torch.autograd.grad(t, policy.parameters, retain_graph=True)[0] for t in tokens])
+        """[tokens, NUM_PARAMETERS]: grad of each token's log-prob."""
+        num_sampled = len(tokens) if own else len(chain)
+        self.probability = self.logprobs[:num_sampled].sum().exp()
+        self.answer_logprob = self.logprobs[len(chain) :].sum() if answer is not None else torch.tensor(torch.nan)
+
+    @property
+    def answer_length(self) -> int:
+        return len(self.answer) if self.answer is not None else 0
+
+
+def scores_of(groups: Sequence[Sequence[Sample]], **overrides: Tensor) -> GroupScores:
+    """What the scoring pass would say of groups of enumerated samples; valid unless the answer is missing."""
+
+    def table(read) -> Tensor:
+        return torch.tensor([[read(sample) for sample in group] for group in groups])
+
+    valid = table(lambda s: s.answer is not None)
+    fields = {
+        "answer_logprob": table(lambda s: float(s.answer_logprob)).double(),
+        "valid_mask": valid,
+        "arrived_mask": torch.ones_like(valid),
+        "has_marker": valid,
+        "chain_length": table(lambda s: len(s.chain)),
+        "answer_length": table(lambda s: s.answer_length),
+        "chain_log_ratio": torch.zeros(valid.shape, dtype=torch.float64),
+    }
+    return GroupScores(**(fields | overrides))
+
+
+def group_update(rule: UpdateRule, group: Sequence[Sample], reference: TabularPolicy | None = None) -> Tensor:
+    """sum_t weight_t grad log pi(token_t) of one prompt: the step that the whole program takes. [NUM_PARAMETERS]."""
+    reference_logprobs = [_reference_logprobs(sample, reference) for sample in group]
+    log_ratio = [
+        float((sample.logprobs - logprobs)[: len(sample.chain)].sum())
+        for sample, logprobs in zip(group, reference_logprobs, strict=True)
+    ]
+    scores = scores_of(
+        [group],
+        chain_log_ratio=torch.tensor([log_ratio], dtype=torch.float64),
+        verifiable_reward=torch.tensor([[float(s.own and s.answer == REFERENCE_ANSWER) for s in group]]),
+    )
+    credits = sample_credits(rule, scores)
+    update = torch.zeros(NUM_PARAMETERS, dtype=torch.float64)
+    for i, (sample, logprobs) in enumerate(zip(group, reference_logprobs, strict=True)):
+        sequence = SequenceLogprobs(
+            chain_length=len(sample.chain),
+            answer_length=sample.answer_length,
+            own_answer=sample.own,
+            policy_logprobs=sample.logprobs,
+            reference_logprobs=logprobs,
+        )
+        entries = (credits.credit[0, i], credits.answer_weight[0, i], credits.kl_weight[0, i])
+        update += token_weights(rule, sequence, *(float(e) for e in entries)).double() @ sample.gradients
+    return update
+
+
+def _reference_logprobs(sample: Sample, reference: TabularPolicy | None) -> Tensor:
+    if reference is None:
+        return sample.logprobs
+    logprobs = reference.chain_logprobs(sample.chain).detach()
+    return torch.cat([logprobs, torch.zeros(sample.answer_length, dtype=torch.float64)])
+
+
+def all_groups(
+    rule: UpdateRule, samples: Sequence[Sample], group_size: int, reference: TabularPolicy | None = None
+) -> tuple[Tensor, Tensor]:
+    """Probability [groups] and update [groups, NUM_PARAMETERS] of every ordered group of independent samples."""
+    groups = list(itertools.product(samples, repeat=group_size))
+    probability = torch.stack([torch.stack([s.probability for s in group]).prod() for group in groups])
+    return probability, torch.stack([group_update(rule, group, reference) for group in groups])
+
+
+def expected_update(
+    rule: UpdateRule, samples: Sequence[Sample], group_size: int, reference: TabularPolicy | None = None
+) -> Tensor:
+    """E[update], exactly. [NUM_PARAMETERS]."""
+    probability, updates = all_groups(rule, samples, group_size, reference)
+    return probability @ updates
+
+
+def reference_answer_samples(policy: TabularPolicy) -> list[Sample]:
+    """Every chain, each counted as valid and followed by a*."""
+    return [Sample(policy, chain, REFERENCE_ANSWER) for chain in CHAINS]
+
+
+def marked_samples(policy: TabularPolicy) -> list[Sample]:
+    """Every chain; only those that reached the marker are followed by a*."""
+    return [Sample(policy, chain, REFERENCE_ANSWER if MARKER in chain else None) for chain in CHAINS]
+
+
+def own_answer_samples(policy: TabularPolicy) -> list[Sample]:
+    """Every chain with every own answer."""
+    return [Sample(policy, chain, answer, own=True) for chain in CHAINS for answer in ANSWERS]
