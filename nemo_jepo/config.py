@@ -391,6 +391,8 @@ class EvaluationConfig:
     """n of the proxy NLL, -(logsumexp_i l_i - log n); the paper's is 4."""
     max_tokens: int | None = None
     """Longest generation, own answer included; default rollout.max_tokens + data.max_answer_tokens."""
+    verify: bool = True
+    """Decode and grade own answers (accuracy). False for proofs: proxy NLL alone, generation stops at the marker."""
     verify_timeout_s: float = 5.0
     """Seconds a verifier may take for one answer."""
 

@@ -158,7 +158,7 @@ def resolve(cfg: DictConfig) -> Config:
     return config
 
 
-def run(task: Callable[[Config], int], argv: Sequence[str], load_runner: Callable[[], Runner]) -> int:
+def run(task: Callable[[Config], int], argv: Sequence[str], load_runner: Callable[[], Runner | None]) -> int:
     """Exit code of `task` under the settings of a Hydra command line; 2 after one line on stderr if one is wrong.
 
     Settings are resolved before `load_runner` is called, because importing NeMo takes seconds on every rank, and
@@ -167,7 +167,7 @@ def run(task: Callable[[Config], int], argv: Sequence[str], load_runner: Callabl
     Args:
         argv: the command line without the program's name. --config-path (or --config-dir) is taken from the working
             directory and may use everything in conf/.
-        load_runner: returns NeMo's hydra_runner.
+        load_runner: returns NeMo's hydra_runner; None leaves it out, and the settings are composed without it.
     """
     arguments = get_args_parser().parse_args(list(argv))
     name = arguments.config_name or DEFAULT_CONFIG
@@ -180,15 +180,23 @@ def run(task: Callable[[Config], int], argv: Sequence[str], load_runner: Callabl
         cfg = compose(name, arguments.overrides, path)
         if not inspecting:
             resolve(cfg)
+        runner = load_runner()
+        if runner is None:
+            return task(resolve(cfg))
         program, sys.argv = sys.argv, [sys.argv[0], *argv, "--config-path", path]
         try:
-            load_runner()(config_path=path, config_name=name)(composed.append)()
+            runner(config_path=path, config_name=name)(composed.append)()
         finally:
             sys.argv = program
         return task(resolve(composed[0])) if composed else 0
     except ConfigError as error:
         print(error, file=sys.stderr)
         return BAD_SETTINGS
+
+
+def to_yaml(config: Config) -> str:
+    """Every setting with its value, as a file that `--config-path` could read again."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def model_shape(config: Config) -> dict[str, Any] | None:
@@ -219,9 +227,10 @@ def _check_machines(config: Config, world_size: int) -> None:
 
 
 def _check_lengths(config: Config) -> None:
-    longest = config.rollout.max_tokens + config.data.max_prompt_tokens + config.data.max_answer_tokens
+    generated = max(config.rollout.max_tokens, config.evaluation.max_tokens or 0)
+    longest = generated + config.data.max_prompt_tokens + config.data.max_answer_tokens
     if longest > config.model.tokens_per_micro_batch:
-        key = "rollout.max_tokens + data.max_prompt_tokens + data.max_answer_tokens"
+        key = "max(rollout.max_tokens, evaluation.max_tokens) + data.max_prompt_tokens + data.max_answer_tokens"
         rule = f"a sequence must fit in a row of model.tokens_per_micro_batch={config.model.tokens_per_micro_batch}"
         raise ConfigError(key, longest, rule, "Raise that, or lower one of the three")
 

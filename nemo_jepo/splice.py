@@ -56,9 +56,9 @@ class Splicer:
         self._marker_suffix = re.compile(suffixes, re.IGNORECASE)
         self._token_texts: dict[int, str] = {}
         self._marker_sentence = marker[0].upper() + marker[1:]
-        self._marker_ids = self._encode(self._marker_sentence)
+        self._chain_example = self._encode(f"So {marker}")
         self._end_of_turn = (tokenizer.eos_token_id,) if answer.append_eos else ()
-        if self._marker.search(self._text(self._marker_ids)) is None:
+        if self._marker.search(self._text(self._chain_example)) is None:
             raise ConfigError("answer.marker", marker, "the tokeniser cannot write it", "Choose another marker")
         if None in self._end_of_turn:
             raise ConfigError("answer.append_eos", True, "the tokeniser has no end-of-text token", "Use false")
@@ -110,17 +110,15 @@ class Splicer:
     def _tail_start(self, token_ids: Sequence[int], num_tokens: int) -> int:
         """The last token from which on the text must hold the marker, if the token num_tokens - 1 completes it.
 
-        The text before that token must be as long as the marker, and one longer: decoders drop a leading space. It
-        must start between two characters, or the decoder would spoil what follows.
+        Before that token the text needs room for all but one character of the marker, and for one space, which
+        decoders drop from the beginning. Parts of characters do not count, so it never starts inside a character,
+        where the decoder would spoil what follows.
         """
         start, num_characters = num_tokens - 1, 0
-        while start > 0:
+        while start > 0 and num_characters < self._marker_length:
             start -= 1
             text = self._token_text(token_ids[start])
-            whole = REPLACEMENT not in text
-            num_characters += len(text) if whole else 0
-            if whole and num_characters > self._marker_length:
-                break
+            num_characters += 0 if REPLACEMENT in text else len(text)
         return start
 
     def _token_text(self, token_id: int) -> str:
@@ -142,13 +140,13 @@ class Splicer:
         Raises:
             ValueError: neither does; the tokeniser cannot write this answer.
         """
-        marker_text = self._text(self._marker_ids)
-        wanted = unicodedata.normalize("NFC", f"{marker_text} {answer}")
+        chain = self._text(self._chain_example)
+        wanted = unicodedata.normalize("NFC", f"{chain} {answer}")
         for text in (f" {answer}", answer):
             ids = self._encode(text)
-            if unicodedata.normalize("NFC", self._text([*self._marker_ids, *ids])) == wanted:
+            if unicodedata.normalize("NFC", self._text([*self._chain_example, *ids])) == wanted:
                 return (*ids, *self._end_of_turn)
-        raise ValueError(f"the tokeniser cannot write the answer {answer!r} after {marker_text!r}. Remove the row.")
+        raise ValueError(f"the tokeniser cannot write the answer {answer!r} after {chain!r}. Remove the row.")
 
     # The sequences.
 

@@ -4,7 +4,7 @@ One update is: prepare_for_training_step, get_loss_and_metrics, finish_training_
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from nemo_jepo.actor.scoring import TokenHead, run_rows, score_rows, scores_of, 
 from nemo_jepo.config import ModelConfig, OptimConfig
 from nemo_jepo.types import PackedRow, Scores
 
+_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -27,7 +28,7 @@ class MegatronJEPOActor:
     """The policy on this rank: its share of the weights, of the optimizer state, and what can be asked of them."""
 
     def __init__(self, hf_config: PretrainedConfig, model: ModelConfig, precision: str, layout: Layout) -> None:
-        """Build the model with unset weights; call load_weights and then start_training."""
+        """Build the model; weights/ then sets its weights through `gpt`."""
         self.hf_config = hf_config
         self.layout = layout
         self._model_config = model
@@ -41,16 +42,11 @@ class MegatronJEPOActor:
         """This rank's GPTModel, unwrapped: what weights/ reads and writes."""
         return unwrap(self._module)
 
-    def load_weights(self, fill: Callable[[torch.nn.Module], None]) -> None:
-        """Let `fill` (weights/) write every parameter, before start_training."""
-        fill(self.gpt)
-
     def start_training(self, optim: OptimConfig, gradient_clip: float, max_steps: int) -> None:
-        """A fresh optimizer and schedule over the current weights; the step count starts at 0."""
-        bare = self._module.module if isinstance(self._module, DistributedDataParallel) else self._module
-        self._module = wrap_data_parallel(bare, optim.distributed)
+        """An optimizer and schedule over the current weights. Once, after the weights are set."""
+        assert not isinstance(self._module, DistributedDataParallel), "already training"
+        self._module = wrap_data_parallel(self._module, optim.distributed)
         self._optimizer, self._scheduler = build_optimizer(self._module, optim, gradient_clip, max_steps)
-        self.num_steps = 0
 
     def keep_reference_policy(self) -> None:
         """Freeze the current weights as pi_ref."""
@@ -152,12 +148,15 @@ class MegatronJEPOActor:
                     if isinstance(value, Tensor):
                         state[name] = value.to(device)
 
+    def sharded_weights(self) -> dict[str, Any]:
+        """The weights as dist_checkpointing shards, independent of the layout."""
+        return self.gpt.sharded_state_dict(metadata=dict(_SHARDING))
+
     def sharded_state_dict(self, is_loading: bool = False) -> dict[str, Any]:
         """Weights, optimizer and schedule as dist_checkpointing shards, independent of the layout."""
-        metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
-        state = {"model": self.gpt.sharded_state_dict(metadata=metadata)}
+        state: dict[str, Any] = {"model": self.sharded_weights()}
         state["optimizer"] = self._optimizer.sharded_state_dict(
-            state["model"], is_loading=is_loading, metadata=metadata
+            state["model"], is_loading=is_loading, metadata=dict(_SHARDING)
         )
         state["scheduler"] = self._scheduler.state_dict()
         state["num_steps"] = self.num_steps

@@ -1,6 +1,6 @@
 """A split of a data set, ready to sample from: the one place that knows every data set by name."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -52,6 +52,13 @@ def load_prompts(config: DataConfig, split: Split, tokenizer: "PreTrainedTokeniz
         first = f"; the first of {len(bad_rows)} bad rows is {bad_rows[0]}" if bad_rows else ""
         raise DataError(f"data={config.name}, {split}: no usable row{first}. Give a file with usable rows.")
     return Dataset(tuple(prompts), tuple(bad_rows))
+
+
+def training_texts(config: DataConfig) -> Iterator[str]:
+    """Everything that the training split reads as, for training a tokeniser: prompts, chains of thought, answers."""
+    for row in _rows(config, "warmup"):
+        if isinstance(row, Row):
+            yield "\n".join(text for text in (row.question, row.chain_of_thought, row.answer) if text)
 
 
 def _rows(config: DataConfig, split: Split) -> Iterable[Row | BadRow]:

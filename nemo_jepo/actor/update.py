@@ -1,0 +1,88 @@
+"""Between per-sequence scores and the objective's [P, G] tables: tables in, one weight per token out.
+
+P prompts of this rank, G sequences per prompt, N = P * G sequences ordered by (group, sample).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nemo_jepo.objective.kl import k3_estimate
+from nemo_jepo.objective.records import GroupScores, SampleCredits, SequenceLogprobs, UpdateRule
+from nemo_jepo.objective.update import token_weights
+from nemo_jepo.types import Scores, Spliced
+
+
+def group_scores(
+    sequences: Sequence[Spliced],
+    scores: Scores,
+    reference: Scores | None,
+    rewards: Sequence[float | None] | None,
+    group_size: int,
+) -> GroupScores:
+    """The objective's tables from what the scoring passes said.
+
+    Args:
+        sequences: N, ordered by (group, sample).
+        scores: under the current weights.
+        reference: under pi_ref; None when beta = 0.
+        rewards: verifiable reward of each sequence; None inside where it could not be had (masked, never zero).
+        group_size: G.
+    """
+
+    def table(values: Sequence[float | bool]) -> Tensor:
+        return torch.tensor(values).view(-1, group_size)
+
+    answer_logprob, log_ratio, k3 = [], [], []
+    for index, sequence in enumerate(sequences):
+        policy = scores.policy_logprobs[index].double()
+        answer_logprob.append(policy[sequence.chain_length :].sum().item())
+        if reference is not None and not sequence.failed:
+            chain = slice(0, sequence.chain_length)
+            ratios = policy[chain] - reference.policy_logprobs[index].double()[chain]
+            log_ratio.append(ratios.sum().item())
+            k3.append(k3_estimate(ratios).sum().item())
+        else:
+            log_ratio.append(0.0)
+            k3.append(0.0)
+    has_reward = [True] * len(sequences) if rewards is None else [reward is not None for reward in rewards]
+    return GroupScores(
+        answer_logprob=table(answer_logprob).double(),
+        valid_mask=table([s.valid and not s.failed and (had or not s.own_answer) for s, had in zip(sequences, has_reward, strict=True)]),
+        arrived_mask=table([not sequence.failed for sequence in sequences]),
+        has_marker=table([sequence.has_marker for sequence in sequences]),
+        chain_length=table([sequence.chain_length for sequence in sequences]),
+        answer_length=table([sequence.answer_length for sequence in sequences]),
+        chain_log_ratio=table(log_ratio).double(),
+        chain_k3=None if reference is None else table(k3).double(),
+        verifiable_reward=None if rewards is None else table([reward or 0.0 for reward in rewards]).double(),
+    )
+
+
+def weigh_tokens(
+    rule: UpdateRule,
+    sequences: Sequence[Spliced],
+    scores: Scores,
+    reference: Scores | None,
+    credits: SampleCredits,
+) -> list[Tensor]:
+    """Each sequence's token weights, [chain_length + answer_length] fp32: what the training pass multiplies with."""
+    credit, answer_weight, kl_weight = (
+        table.flatten().tolist() for table in (credits.credit, credits.answer_weight, credits.kl_weight)
+    )
+    weights = []
+    for index, sequence in enumerate(sequences):
+        if sequence.failed:
+            weights.append(torch.zeros(0))
+            continue
+        logprobs = SequenceLogprobs(
+            chain_length=sequence.chain_length,
+            answer_length=sequence.answer_length,
+            own_answer=sequence.own_answer,
+            policy_logprobs=scores.policy_logprobs[index] if len(scores.policy_logprobs) else None,
+            reference_logprobs=None if reference is None else reference.policy_logprobs[index],
+            generation_logprobs=torch.tensor(sequence.generation_logprobs),
+        )
+        weights.append(token_weights(rule, logprobs, credit[index], answer_weight[index], kl_weight[index]))
+    return weights

@@ -1,0 +1,186 @@
+"""nemo-jepo COMMAND [--config-name NAME] [key=value ...]
+
+    train       train; exit code 0 done, 75 interrupted and saved, 2 a setting to change
+    evaluate    held-out figures of a run's newest checkpoint (or of its initial weights) as one JSON object on stdout
+
+Any command prints its resolved settings with --cfg job. Several processes: torchrun, or srun with RANK, WORLD_SIZE,
+LOCAL_RANK, MASTER_ADDR and MASTER_PORT set.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import FrameType
+
+from nemo_jepo import settings
+from nemo_jepo.config import Config, ConfigError, PretrainedConfig
+
+USAGE = __doc__
+INTERRUPTED = 75
+
+
+class Interrupt:
+    """Set by SIGTERM, SIGINT or SIGUSR1; the run finishes its step, saves and ends. A second SIGINT ends at once."""
+
+    def __init__(self) -> None:
+        self._received = False
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self._received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._received = True
+
+    def __call__(self) -> bool:
+        return self._received
+
+
+def warmup_config(config: Config) -> Config:
+    """The supervised run before the main one: the same data, model and machines, its own length and learning rate."""
+    warmup = config.warmup
+    return dataclasses.replace(
+        config,
+        warmup=dataclasses.replace(warmup, max_steps=0),
+        objective=dataclasses.replace(
+            config.objective, name="sft", sft_target=warmup.sft_target, length_normalization="tokens"
+        ),
+        kl=dataclasses.replace(config.kl, beta=0.0),
+        model=dataclasses.replace(
+            config.model, optim=dataclasses.replace(config.model.optim, lr=warmup.lr, sched=warmup.sched)
+        ),
+        trainer=dataclasses.replace(
+            config.trainer,
+            jepo=dataclasses.replace(
+                config.trainer.jepo,
+                max_steps=warmup.max_steps,
+                max_epochs=None,
+                num_prompts_per_step=warmup.num_prompts_per_step,
+                num_generations_per_prompt=1,
+                val_check_interval=0,
+                val_at_start=False,
+                keep_checkpoints=1,
+            ),
+        ),
+    )
+
+
+def after_warmup(config: Config, folder: Path) -> Config:
+    """The main run, started from the warm-up's last checkpoint."""
+    from nemo_jepo.checkpoint import latest_checkpoint
+
+    path = latest_checkpoint(folder / "warmup" / "checkpoints")
+    return dataclasses.replace(
+        config,
+        warmup=dataclasses.replace(config.warmup, max_steps=0),
+        model=dataclasses.replace(config.model, hf_config=None, hf_config_path=None),
+        pretrained_checkpoint=PretrainedConfig(restore_from_path=str(path)),
+    )
+
+
+def run_folder(config: Config) -> Path:
+    """<exp_dir>/<name>."""
+    return Path(config.exp_manager.exp_dir) / config.exp_manager.name
+
+
+def train(config: Config) -> int:
+    """The warm-up if one is asked for, then the main run; both resume where they were."""
+    settings.check(config, int(os.environ.get("WORLD_SIZE", "1")))
+    _start_machines(config)
+    interrupt, folder = Interrupt(), run_folder(config)
+    if config.warmup.max_steps:
+        code = _fit(warmup_config(config), folder / "warmup", interrupt)
+        if code:
+            return code
+        config = after_warmup(config, folder)
+    return _fit(config, folder, interrupt)
+
+
+def evaluate(config: Config) -> int:
+    """Figures of the run's newest checkpoint, else of the model that the config starts from."""
+    settings.check(config, int(os.environ.get("WORLD_SIZE", "1")))
+    _start_machines(config)
+    from nemo_jepo.actor.parallel import Layout
+    from nemo_jepo.checkpoint import latest_checkpoint
+    from nemo_jepo.evaluation import evaluate as evaluate_rooms
+    from nemo_jepo.rooms import build_rooms
+
+    folder, layout = run_folder(config), Layout()
+    newest = latest_checkpoint(folder / "checkpoints") or latest_checkpoint(folder / "warmup" / "checkpoints")
+    if newest is not None:
+        plain = dataclasses.replace(config.model, hf_config=None, hf_config_path=None)
+        config = dataclasses.replace(config, model=plain, pretrained_checkpoint=PretrainedConfig(restore_from_path=str(newest)))
+    rooms = build_rooms(config, folder, layout)
+    if not rooms.validation:
+        raise ConfigError("data.validation_path", None, "evaluate reads it", "Add data.validation_path=FILE")
+    figures = evaluate_rooms(rooms, rooms.validation)
+    if layout.rank == 0:
+        source = str(newest or config.pretrained_checkpoint.restore_from_path or "random initialisation")
+        print(json.dumps({"model": source, "num_prompts": len(rooms.validation)} | figures), flush=True)
+    return 0
+
+
+def _start_machines(config: Config) -> None:
+    from nemo_jepo.actor import parallel
+
+    parallel.init_distributed()
+    parallel.init_model_parallel(config.model)
+
+
+def _fit(config: Config, folder: Path, interrupt: Callable[[], bool]) -> int:
+    from nemo_jepo.actor.parallel import Layout
+    from nemo_jepo.checkpoint import latest_checkpoint
+    from nemo_jepo.loop import fit
+    from nemo_jepo.rooms import build_rooms
+    from nemo_jepo.tracking import SilentTracker, Tracker
+
+    layout, steps = Layout(), config.trainer.jepo.max_steps
+    newest = latest_checkpoint(folder / "checkpoints")
+    layout.barrier()  # nobody looks for checkpoints while rank 0 already writes one
+    if newest is not None and newest.name == f"step_{steps:06d}":
+        return 0
+    rooms = build_rooms(config, folder, layout)
+    with Tracker(folder, config.exp_manager, steps) if layout.rank == 0 else SilentTracker() as tracker:
+        tracker.save_config(settings.to_yaml(config))
+        return fit(rooms, folder, tracker, interrupt)
+
+
+COMMANDS: dict[str, Callable[[Config], int]] = {"train": train, "evaluate": evaluate}
+
+
+def _hydra_runner() -> settings.Runner | None:
+    """NeMo's on rank 0; the other ranks are spared its seconds and its 400 MB."""
+    if os.environ.get("RANK", "0") != "0":
+        return None
+    from nemo.core.config import hydra_runner
+
+    return hydra_runner
+
+
+def main() -> int:
+    """The console script: sys.argv in, exit code out."""
+    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
+        wanted = sys.argv[1:2] and sys.argv[1] in ("-h", "--help", "help")
+        print(USAGE, file=sys.stdout if wanted else sys.stderr)
+        return 0 if wanted else 2
+    command = COMMANDS[sys.argv[1]]
+    return settings.run(partial(_user_errors_in_one_line, command), sys.argv[2:], _hydra_runner)
+
+
+def _user_errors_in_one_line(command: Callable[[Config], int], config: Config) -> int:
+    from nemo_jepo.data import DataError
+
+    try:
+        return command(config)
+    except DataError as error:
+        print(error, file=sys.stderr)
+        return settings.BAD_SETTINGS
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""Held-out figures: accuracy of own answers, and the proxy NLL of reference answers, from the same samples.
+
+    proxy NLL = - (logsumexp_i l_i - log n),  l_i = log pi(a*|x, c_i),  c_i ~ pi     (lower is better; n = 4)
+
+Nothing here is a reward. Source: arXiv 2503.19618, Section 4 (evaluation) and Eq. 6.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from nemo_jepo.actor.update import group_scores
+from nemo_jepo.metrics import Pair, merge, rollout_metrics
+from nemo_jepo.objective.bounds import effective_sample_size, multi_sample_bound, single_sample_bound
+from nemo_jepo.objective.records import GroupScores
+from nemo_jepo.packing import pack
+from nemo_jepo.rollout import GenerationRequest
+from nemo_jepo.rooms import Rooms, sync_weights
+from nemo_jepo.types import Prompt, Rollout
+
+VALIDATION_SEED = 0
+"""Validation draws from the same random numbers every time, so that steps are compared on equal terms."""
+
+
+def grade(rooms: Rooms, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[float | None]:
+    """1 where the own answer equals the reference answer, 0 where not or where there is none, None after a fault.
+
+    The replica's first rank asks the verifier; every rank of the replica must call.
+    """
+    if rooms.sampler is None:
+        return rooms.layout.share_in_replica(None)
+    verdicts: list[float | None] = []
+    for rollout in rollouts:
+        if rollout.finish_reason == "failed":
+            verdicts.append(None)
+            continue
+        own = rooms.splicer.own_answer_text(rollout)
+        verdict = False if own is None else rooms.verifier.verify([(own, prompts[rollout.group].answer)])[0]
+        verdicts.append(None if verdict is None else float(verdict))
+    return rooms.layout.share_in_replica(verdicts)
+
+
+def evaluate(rooms: Rooms, prompts: Sequence[Prompt]) -> dict[str, float]:
+    """Figures over the prompts, the same on every rank; every rank must call.
+
+    Returns:
+        accuracy (mean over samples), proxy_nll (nats per answer), proxy_nll_per_token, marker_rate, cot_tokens_mean,
+        both bounds and their gap, effective_sample_size, kl, entropy, logprob_difference, verifier_faults; a figure
+        that nothing was measured for is left out. A prompt without a valid sample is in no bound: read proxy_nll
+        beside valid_prompt_rate.
+    """
+    config, layout = rooms.config, rooms.layout
+    own_share = prompts[layout.data_parallel_rank :: layout.data_parallel_size]
+    size = config.evaluation.num_generations_per_prompt
+    sync_weights(rooms)
+    request = GenerationRequest(
+        num_generations_per_prompt=size,
+        max_tokens=config.evaluation.max_tokens or config.rollout.max_tokens,
+        stop_at_marker=not config.evaluation.verify,
+        seed=VALIDATION_SEED,
+    )
+    rollouts = layout.share_in_replica(rooms.sampler.generate(own_share, request) if rooms.sampler else None)
+    sequences = rooms.splicer.splice_reference(own_share, rollouts)
+    rows = pack(sequences, config.model.tokens_per_micro_batch)
+    scores = rooms.actor.get_inference_log_probs(rows, len(sequences))
+    reference = rooms.actor.get_init_policy_logprobs(rows, len(sequences))
+    groups = group_scores(sequences, scores, reference, None, size)
+    figures = _bounds(groups) | rollout_metrics(sequences, rollouts, scores, rooms.actor.num_steps)
+    if reference is not None:
+        figures["kl"] = _mean(groups.chain_log_ratio, groups.arrived_mask)
+    if config.evaluation.verify:
+        verdicts = grade(rooms, own_share, rollouts)
+        known = [verdict for verdict in verdicts if verdict is not None]
+        figures["accuracy"] = (sum(known), float(len(known)))
+        figures["verifier_faults"] = (float(len(verdicts) - len(known)), float(layout.data_parallel_rank == 0))
+    return merge(figures, layout.sum_over_data_parallel)
+
+
+def _bounds(groups: GroupScores) -> dict[str, Pair]:
+    logprob, valid = groups.answer_logprob, groups.valid_mask
+    has_valid = valid.any(-1)
+    multi, single = multi_sample_bound(logprob, valid), single_sample_bound(logprob, valid)
+    answer_tokens = torch.where(valid, groups.answer_length, 0).amax(-1)
+    return {
+        "proxy_nll": _mean(-multi, has_valid),
+        "proxy_nll_per_token": (-multi.sum().item(), float(answer_tokens.sum())),
+        "bound": _mean(multi, has_valid),
+        "single_sample_bound": _mean(single, has_valid),
+        "bound_gap": _mean(multi - single, has_valid),
+        "effective_sample_size": _mean(effective_sample_size(logprob, valid), has_valid),
+        "marker_rate": _mean(groups.has_marker, groups.arrived_mask),
+        "valid_prompt_rate": (float(has_valid.sum()), float(has_valid.numel())),
+        "cot_tokens_mean": _mean(groups.chain_length, valid),
+    }
+
+
+def _mean(values: torch.Tensor, mask: torch.Tensor) -> Pair:
+    return torch.where(mask, values, 0).sum().item(), float(mask.sum().item())

@@ -1,0 +1,157 @@
+"""The order of the rooms. Read this file first: `run_step` is the whole algorithm, `fit` repeats it.
+
+    prompt -> rollout -> splice answer -> pack -> score -> credits -> token weights -> step -> weight sync
+
+Every objective, supervised warm-up included, runs through the same two functions.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from nemo_jepo.actor.update import group_scores, weigh_tokens
+from nemo_jepo.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from nemo_jepo.config import ConfigError
+from nemo_jepo.evaluation import evaluate, grade
+from nemo_jepo.metrics import merge, rollout_metrics, rollout_records
+from nemo_jepo.objective.metrics import update_metrics
+from nemo_jepo.objective.terms import OBJECTIVE_TERMS, uses_verifiable_reward
+from nemo_jepo.objective.update import sample_credits
+from nemo_jepo.packing import pack
+from nemo_jepo.rollout import GenerationRequest
+from nemo_jepo.rooms import Rooms, sync_weights
+from nemo_jepo.tracking import SilentTracker
+from nemo_jepo.types import Prompt, Rollout, Scores, Spliced
+
+DONE, INTERRUPTED = 0, 75
+
+
+def sample(rooms: Rooms, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
+    """The prompts' rollouts on every rank of the replica; drawn by its first rank from the newest weights."""
+    config = rooms.config
+    request = GenerationRequest(
+        num_generations_per_prompt=config.trainer.jepo.num_generations_per_prompt,
+        max_tokens=config.rollout.max_tokens,
+        stop_at_marker=config.rollout.stop_at_marker,
+        seed=config.data.seed + 1 + step,
+    )
+    sync_weights(rooms)
+    return rooms.layout.share_in_replica(rooms.sampler.generate(prompts, request) if rooms.sampler else None)
+
+
+def splice(
+    rooms: Rooms, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]
+) -> tuple[list[Spliced], list[float | None] | None]:
+    """Every rollout with the answer that scores it, and the verifiable rewards where the objective reads them."""
+    reference = rooms.splicer.splice_reference(prompts, rollouts)
+    if not OBJECTIVE_TERMS[rooms.rule.name].reads_verifiable_reward:
+        return reference, None
+    rewards = grade(rooms, prompts, rollouts)
+    table = torch.tensor([reward or 0.0 for reward in rewards]).view(len(prompts), -1)
+    verifiable = uses_verifiable_reward(rooms.rule.name, table).tolist()
+    own = rooms.splicer.splice_own(prompts, rollouts)
+    return [o if verifiable[r.group] else r for o, r in zip(own, reference, strict=True)], rewards
+
+
+def run_step(rooms: Rooms, prompts: Sequence[Prompt], step: int, tracker: SilentTracker) -> dict[str, float]:
+    """One optimizer step over this replica's prompts. This function is the whole algorithm."""
+    rule, layout, actor = rooms.rule, rooms.layout, rooms.actor
+    if rule.name == "sft":
+        rollouts: list[Rollout] = []
+        rewards = None
+        sequences = rooms.splicer.supervised(prompts, rooms.config.objective.sft_target)
+    else:
+        with tracker.timer("generate"):
+            rollouts = sample(rooms, prompts, step)
+        sequences, rewards = splice(rooms, prompts, rollouts)
+    rows = pack(sequences, rooms.config.model.tokens_per_micro_batch)
+
+    reference = None
+    scores = Scores(policy_logprobs=(torch.zeros(0),) * len(sequences), entropies=())
+    if rule.name != "sft":
+        with tracker.timer("logprobs"):
+            scores = actor.get_inference_log_probs(rows, len(sequences))
+        with tracker.timer("init_logprobs"):
+            reference = actor.get_init_policy_logprobs(rows, len(sequences))
+
+    groups = group_scores(sequences, scores, reference, rewards, len(sequences) // len(prompts))
+    credits = sample_credits(rule, groups, layout.sum_over_data_parallel, layout.max_over_data_parallel)
+    weights = weigh_tokens(rule, sequences, scores, reference, credits)
+    with tracker.timer("train"):
+        optim = actor.train_step(rows, weights)
+
+    figures = update_metrics(rule, groups, credits)
+    if rollouts:
+        figures |= rollout_metrics(sequences, rollouts, scores, step)
+        tables = {"advantage": credits.advantage, "credit": credits.credit, "answer_weight": credits.answer_weight}
+        few = slice(0, rooms.config.trainer.jepo.log_rollouts)
+        shown = Scores(policy_logprobs=scores.policy_logprobs[few], entropies=scores.entropies[few])
+        tracker.log_rollouts(step + 1, rollout_records(prompts, sequences[few], shown, tables, rooms.tokenizer.decode))
+    metrics = {f"train_rollouts/{name}": value for name, value in merge(figures, layout.sum_over_data_parallel).items()}
+    tracker.count_tokens("train", layout.data_parallel_size * sum(sequence.length for sequence in sequences))
+    tracker.count_tokens("generate", layout.data_parallel_size * sum(len(rollout.token_ids) for rollout in rollouts))
+    return metrics | {f"train_optim/{name}": value for name, value in optim.items()}
+
+
+def fit(rooms: Rooms, folder: Path, tracker: SilentTracker, interrupted: Callable[[], bool]) -> int:
+    """Train from the last checkpoint of the run, or from the initial weights, to the end.
+
+    Args:
+        folder: the run's folder.
+        interrupted: asked after every step; True saves and ends.
+    Returns:
+        DONE, or INTERRUPTED after saving.
+    """
+    loop, stream, layout = rooms.config.trainer.jepo, rooms.stream, rooms.layout
+    rooms.actor.start_training(rooms.config.model.optim, loop.gradient_clip_val, loop.max_steps)
+    step = _resume(rooms, folder)
+    tracker.rewind(step if step else -1)
+    if step == 0 and loop.val_at_start:
+        tracker.log(validate(rooms, tracker), 0)
+    share = loop.num_prompts_per_step // layout.data_parallel_size
+    while step < loop.max_steps and (loop.max_epochs is None or stream.epoch < loop.max_epochs):
+        with tracker.timer("step"):
+            first = share * layout.data_parallel_rank
+            metrics = run_step(rooms, stream.next_batch()[first : first + share], step, tracker)
+        step += 1
+        stop = layout.any_over_world(interrupted())
+        ended = step == loop.max_steps or (loop.max_epochs is not None and stream.epoch >= loop.max_epochs)
+        if ended or (loop.val_check_interval and step % loop.val_check_interval == 0):
+            metrics |= validate(rooms, tracker)
+        tracker.log(metrics, step)
+        if stop or ended or (loop.save_interval and step % loop.save_interval == 0):
+            with tracker.timer("save"):
+                _save(rooms, folder, step)
+        if stop and not ended:
+            return INTERRUPTED
+    return DONE
+
+
+def validate(rooms: Rooms, tracker: SilentTracker) -> dict[str, float]:
+    """Held-out figures under val_rollouts/; nothing without validation prompts."""
+    if not rooms.validation:
+        return {}
+    with tracker.timer("validation"):
+        return {f"val_rollouts/{name}": value for name, value in evaluate(rooms, rooms.validation).items()}
+
+
+def _save(rooms: Rooms, folder: Path, step: int) -> None:
+    def write_model_files(path: Path) -> None:
+        rooms.actor.hf_config.save_pretrained(path)
+        rooms.tokenizer.save_pretrained(path)
+
+    state, keep = {"data": rooms.stream.state_dict()}, rooms.config.trainer.jepo.keep_checkpoints
+    save_checkpoint(folder / "checkpoints", step, rooms.actor.sharded_state_dict(), state, keep, write_model_files)
+
+
+def _resume(rooms: Rooms, folder: Path) -> int:
+    path = latest_checkpoint(folder / "checkpoints")
+    if path is None:
+        return 0
+    if not rooms.config.exp_manager.resume_if_exists:
+        raise ConfigError("exp_manager.name", folder.name, f"{path} exists", "Choose another, or allow resuming")
+    state, loop_state = load_checkpoint(path, rooms.actor.sharded_state_dict(is_loading=True))
+    rooms.actor.load_state_dict(state)
+    rooms.stream.load_state_dict(loop_state["data"])
+    return rooms.actor.num_steps

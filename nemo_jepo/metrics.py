@@ -1,0 +1,98 @@
+"""What a step reports of its sequences: additive figures, and a few rollouts written out token by token.
+
+A figure is a (sum, count) pair until every data-parallel rank has added its own; names follow NeMo-Aligner's prefixes
+train_rollouts/, train_optim/, val_rollouts/ and timers/, which the loop puts in front.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_jepo.types import Prompt, Rollout, Scores, Spliced
+
+Pair = tuple[float, float]
+
+
+def rollout_metrics(
+    sequences: Sequence[Spliced], rollouts: Sequence[Rollout], scores: Scores, policy_version: int
+) -> dict[str, Pair]:
+    """Figures of the sampled tokens.
+
+        logprob_difference = mean |log pi_sampler - log pi_trainer| over sampled tokens that were scored, nats
+        entropy            = mean over chain-of-thought tokens, nats
+
+    Args:
+        sequences, rollouts: N, in the same order.
+        scores: under the trainer's weights.
+        policy_version: of those weights; staleness is how far behind it the sampler was.
+    """
+    arrived = [not sequence.failed for sequence in sequences]
+    difference = entropy = 0.0
+    num_sampled = num_chain = 0
+    for index, sequence in enumerate(sequences):
+        sampled = torch.tensor(sequence.generation_logprobs)
+        difference += (sampled - scores.policy_logprobs[index][: len(sampled)]).abs().sum().item()
+        entropy += scores.entropies[index][: sequence.chain_length].sum().item()
+        num_sampled += len(sampled)
+        num_chain += sequence.chain_length
+    count = float(sum(arrived))
+    return {
+        "misaligned_rate": (float(sum(sequence.misaligned for sequence in sequences)), count),
+        "cut_off_rate": (float(sum(rollout.finish_reason == "length" for rollout in rollouts)), count),
+        "response_tokens_mean": (float(sum(len(rollout.token_ids) for rollout in rollouts)), count),
+        "staleness_mean": (float(sum(policy_version - r.policy_version for r in rollouts if r.token_ids)), count),
+        "logprob_difference": (difference, float(num_sampled)),
+        "entropy": (entropy, float(num_chain)),
+    }
+
+
+def merge(figures: Mapping[str, Pair], reduce_sum: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    """Means over all data-parallel ranks; a figure without a single count is left out. The same keys on every rank."""
+    names = sorted(figures)
+    totals = reduce_sum(torch.tensor([figures[name] for name in names], dtype=torch.float64))
+    return {name: (total / count).item() for name, (total, count) in zip(names, totals, strict=True) if count > 0}
+
+
+def rollout_records(
+    prompts: Sequence[Prompt],
+    sequences: Sequence[Spliced],
+    scores: Scores,
+    tables: Mapping[str, Tensor],
+    decode: Callable[[Sequence[int]], str],
+) -> list[dict[str, Any]]:
+    """Sequences as JSON: text, tokens, per-token log-probs, and the sample's entry of every [P, G] table.
+
+    Args:
+        sequences: those to write.
+        scores: of the same sequences.
+        tables: for example advantage and answer_weight.
+        decode: token ids -> text.
+    """
+    records = []
+    for index, sequence in enumerate(sequences):
+        prompt = prompts[sequence.group]
+        chain_end = sequence.prompt_length + sequence.chain_length
+        scored = sequence.token_ids[sequence.prompt_length :]
+        records.append(
+            {
+                "prompt_id": prompt.prompt_id,
+                "sample": sequence.sample,
+                "prompt": prompt.question,
+                "chain_of_thought": decode(sequence.token_ids[sequence.prompt_length : chain_end]),
+                "answer": decode(sequence.token_ids[chain_end:]),
+                "reference_answer": prompt.answer,
+                "valid": sequence.valid,
+                "misaligned": sequence.misaligned,
+                "prompt_length": sequence.prompt_length,
+                "chain_length": sequence.chain_length,
+                "answer_length": sequence.answer_length,
+                "token_ids": list(sequence.token_ids),
+                "tokens": [decode([token]) for token in scored],
+                "policy_logprobs": [round(value, 5) for value in scores.policy_logprobs[index].tolist()],
+                "generation_logprobs": [round(value, 5) for value in sequence.generation_logprobs],
+                **{name: table[sequence.group, sequence.sample].item() for name, table in tables.items()},
+            }
+        )
+    return records

@@ -1,0 +1,163 @@
+"""Everything one run needs, built in the order in which a mistake is cheapest to find: data, tokeniser, model."""
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from nemo_jepo.actor.actor import DTYPES, MegatronJEPOActor
+from nemo_jepo.actor.model import load_hf_config
+from nemo_jepo.actor.parallel import Layout
+from nemo_jepo.checkpoint import is_checkpoint, load_checkpoint
+from nemo_jepo.config import Config, ConfigError
+from nemo_jepo.data import PromptStream, load_prompts, load_tokenizer, train_tokenizer, training_texts
+from nemo_jepo.objective.records import UpdateRule
+from nemo_jepo.rewards.verify import Verifier
+from nemo_jepo.rollout import Sampler
+from nemo_jepo.rollout.embedded import EmbeddedSampler
+from nemo_jepo.splice import Splicer
+from nemo_jepo.types import Prompt
+from nemo_jepo.weights.load import load_stage, open_source
+from nemo_jepo.weights.stream import weight_stream
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, kw_only=True)
+class Rooms:
+    """The rooms of one run on this rank."""
+
+    config: Config
+    rule: UpdateRule
+    layout: Layout
+    tokenizer: PreTrainedTokenizerBase
+    splicer: Splicer
+    stream: PromptStream
+    validation: tuple[Prompt, ...]
+    """Empty without a validation file."""
+    actor: MegatronJEPOActor
+    sampler: Sampler | None
+    """On the first rank of each replica; the others are told what it drew."""
+    verifier: Verifier
+    """Its process starts when first asked, on replica heads."""
+    sampler_version: int = -1
+    """Optimizer steps in the sampler's weights, known on every rank."""
+
+
+def update_rule(config: Config) -> UpdateRule:
+    """The objective's settings as the objective room takes them."""
+    objective = dataclasses.asdict(config.objective)
+    objective.pop("sft_target")
+    return UpdateRule(
+        **objective,
+        **dataclasses.asdict(config.advantage),
+        kl_beta=config.kl.beta,
+        kl_estimator=config.kl.estimator,
+    )
+
+
+def find_tokenizer(config: Config, folder: Path) -> PreTrainedTokenizerBase:
+    """The tokeniser of the config, or one trained on the training texts into <folder>/tokenizer (rank 0 trains)."""
+    path = config.tokenizer.path or config.pretrained_checkpoint.restore_from_path
+    if path is None:
+        path = str(folder / "tokenizer")
+        if torch.distributed.get_rank() == 0 and not Path(path).exists():
+            texts = [config.answer.marker.capitalize(), *training_texts(config.data)]
+            train_tokenizer(texts, config.tokenizer.train_vocab_size, Path(path))
+        torch.distributed.barrier()
+    return load_tokenizer(path)
+
+
+def find_hf_config(config: Config, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
+    """The model's shape, checked against the layout and the tokeniser."""
+    source = config.model.hf_config or config.model.hf_config_path or config.pretrained_checkpoint.restore_from_path
+    assert source is not None, "settings.check asks for one"
+    hf_config = load_hf_config(source)
+    config.model.check_shape(hf_config.to_dict())
+    if len(tokenizer) > hf_config.vocab_size:
+        raise ConfigError(
+            "vocab_size", hf_config.vocab_size, f"the tokeniser has {len(tokenizer)} tokens", "Raise it to that"
+        )
+    if config.pretrained_checkpoint.restore_from_path is None:
+        hf_config.eos_token_id, hf_config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+        hf_config.bos_token_id = tokenizer.bos_token_id
+    return hf_config
+
+
+def load_initial_weights(actor: MegatronJEPOActor, config: Config, layout: Layout) -> None:
+    """Weights of a Hugging Face folder, of a checkpoint in any layout, or seeded random ones."""
+    path = config.pretrained_checkpoint.restore_from_path
+    if path is not None and is_checkpoint(Path(path)):
+        state, _ = load_checkpoint(Path(path), {"model": actor.sharded_weights()})
+        actor.gpt.load_state_dict(state["model"])
+        return
+    source = open_source(actor.hf_config, path, config.model.seed)
+    load_stage(actor.gpt, actor.hf_config, source, layout.tensor_group.rank(), layout.tensor_group.size())
+
+
+def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
+    """Training and validation prompts; rows that were skipped are listed in the log."""
+    splits = []
+    for split in ("warmup" if config.objective.name == "sft" else "train", "validation"):
+        if split == "validation" and config.data.name != "arithmetic" and config.data.validation_path is None:
+            splits.append(())
+            continue
+        dataset = load_prompts(config.data, split, tokenizer)
+        for row in dataset.bad_rows[:20]:
+            log.warning("skipped: %s", row)
+        if dataset.bad_rows:
+            log.warning("%s: %d bad rows skipped, %d used", split, len(dataset.bad_rows), len(dataset.prompts))
+        splits.append(dataset.prompts)
+    return splits[0], splits[1]
+
+
+def build_rooms(config: Config, folder: Path, layout: Layout) -> Rooms:
+    """Build a run's rooms; the actor holds its initial weights, also as reference policy, and no optimizer yet.
+
+    Raises:
+        ConfigError, DataError: something the user must change; found before the model is built where possible.
+    """
+    tokenizer = find_tokenizer(config, folder)
+    train, validation = load_data(config, tokenizer)
+    splicer = Splicer(tokenizer, config.answer)
+    hf_config = find_hf_config(config, tokenizer)
+    actor = MegatronJEPOActor(hf_config, config.model, config.trainer.precision, layout)
+    load_initial_weights(actor, config, layout)
+    if config.kl.beta > 0 and config.objective.name != "sft":
+        actor.keep_reference_policy()
+    sampler: Sampler | None = None
+    if layout.is_replica_head:
+        dtype = DTYPES[config.trainer.precision]
+        eos = tokenizer.eos_token_id
+        sampler = EmbeddedSampler(hf_config, config.rollout, eos, splicer.stop_after, layout.device, dtype)
+    return Rooms(
+        config=config,
+        rule=update_rule(config),
+        layout=layout,
+        tokenizer=tokenizer,
+        splicer=splicer,
+        stream=PromptStream(
+            train, config.trainer.jepo.num_prompts_per_step, config.data.shuffle, config.data.seed
+        ),
+        validation=validation,
+        actor=actor,
+        sampler=sampler,
+        verifier=Verifier(config.evaluation.verify_timeout_s),
+    )
+
+
+def sync_weights(rooms: Rooms) -> None:
+    """Give the sampler the trainer's weights if it has older ones. Every rank of the replica must call."""
+    version = rooms.actor.num_steps
+    if rooms.sampler_version == version:
+        return
+    stream = weight_stream(rooms.actor.gpt, rooms.actor.hf_config, rooms.layout)
+    if rooms.sampler is not None:
+        rooms.sampler.load_weights(stream, version)
+    else:
+        for _ in stream:
+            pass
+    rooms.sampler_version = version
