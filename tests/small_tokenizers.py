@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,:;#=+-*\n"
-FOREIGN = "éßя最终答案是😀"
+FOREIGN = "\u00e9\u00df\u044f\u6700\u7ec8\u7b54\u6848\u662f\U0001f600"
+"""Characters of two, three and four bytes."""
 CORPUS = [
     "So 6 * 7 is 42.\nThe final answer is 42",
     "The final answer is: 17. Then add 5 to it; the final answer is 22.",
@@ -28,9 +29,7 @@ def _byte_level(add_prefix_space: bool, use_regex: bool = True) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=use_regex)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(CORPUS, trainer)
     return tokenizer
 
