@@ -144,7 +144,6 @@ def _raw_terms(
     log_scale = logprob.new_zeros(())
     if terms.reads_probability and rule.normalize:
         log_scale = reduce_max(logprob.masked_fill(~likelihood_mask, -torch.inf).amax())
-        log_scale = torch.where(torch.isfinite(log_scale), log_scale, 0.0)
     raw = terms.advantage(logprob, likelihood_mask, log_scale)
     if scores.verifiable_reward is not None:
         raw = raw + leave_one_out_advantage(scores.verifiable_reward.double(), reward_mask)

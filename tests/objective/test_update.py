@@ -45,6 +45,43 @@ def test_denominators_count_prompts_with_a_valid_and_with_an_arrived_sample():
     torch.testing.assert_close(credits.kl_weight[0], torch.full((4,), 1e-3 / 4 / 6, dtype=torch.float64))
 
 
+def test_the_rl_credit_is_averaged_over_samples_and_over_prompts_with_a_valid_sample():
+    """Prompt 0: 4 samples arrived, and 5 prompts have a valid one."""
+    credits = sample_credits(replace(PAPER, format_penalty=0.0), batch())
+    torch.testing.assert_close(credits.credit[0], credits.advantage[0] / 4 / 5)
+    assert credits.credit[0].abs().max() > 1e-3
+
+
+def test_std_scope_group_scales_each_prompt_by_its_own_std():
+    """Log-probs a hundred times as far apart: the same advantages by group, a hundred times as large by batch."""
+    scores = map_tensors(batch(), lambda n, value: value[:2].clone())
+    for mask in (scores.arrived_mask, scores.valid_mask, scores.has_marker):
+        mask[:] = True
+    scores.answer_logprob[0] = torch.tensor([-1.0, -1.2, -1.4, -1.6])
+    scores.answer_logprob[1] = scores.answer_logprob[0] * 100
+    rule = replace(PAPER, name="jepo_single", clip=1e3)
+    grouped = sample_credits(replace(rule, std_scope="group"), scores).advantage
+    torch.testing.assert_close(grouped[0], grouped[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grouped.std(-1, correction=0), torch.ones(2, dtype=torch.float64), rtol=1e-5, atol=0)
+    pooled = sample_credits(rule, scores).advantage
+    torch.testing.assert_close(pooled[1], pooled[0] * 100)
+
+
+def test_k1_reward_pulls_every_arrived_sample_of_a_prompt_with_a_valid_one():
+    """All l_i equal, log-ratios 1, 2, 3, 6 (leave-one-out -8/3, -4/3, 0, 4): also the unmarked sample is credited."""
+    scores = map_tensors(batch(), lambda n, value: value[:1].clone())
+    scores.answer_logprob[0], scores.chain_log_ratio[0] = -3.0, torch.tensor([1.0, 2.0, 3.0, 6.0])
+    scores.valid_mask[0, 3] = scores.has_marker[0, 3] = False
+    rule = replace(PLAIN, name="jepo_single", kl_beta=0.1, kl_estimator="k1_reward")
+    credits = sample_credits(rule, scores)
+    expected = -0.1 * torch.tensor([[-8 / 3, -4 / 3, 0.0, 4.0]], dtype=torch.float64)
+    torch.testing.assert_close(credits.advantage, expected)
+    torch.testing.assert_close(credits.credit, expected / 4)
+    assert (credits.kl_weight == 0).all()
+    scores.valid_mask[0] = False
+    assert (sample_credits(rule, scores).credit == 0).all()
+
+
 def test_jepo_and_rloo_prompts_of_jepo_rl_get_their_own_objective_and_std():
     """Prompts with a positive reward train as in rloo, scaled by the rewards' std alone; the others as in jepo."""
     scores, rule = batch(), replace(PAPER, name="jepo_rl", format_penalty=0.0)
