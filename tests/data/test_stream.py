@@ -1,0 +1,68 @@
+"""The order of prompts: complete, reproducible, resumable at any position."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nemo_jepo.data import PromptStream
+from nemo_jepo.types import Prompt
+
+PROMPTS = tuple(Prompt(i, (i,), str(i), str(i)) for i in range(10))
+
+
+def ids(batch: tuple[Prompt, ...]) -> list[int]:
+    return [prompt.prompt_id for prompt in batch]
+
+
+@given(num_prompts=st.integers(1, 10), per_step=st.integers(1, 25), seed=st.integers(0, 99))
+def test_every_epoch_holds_every_prompt_once_whatever_the_batch_size(num_prompts, per_step, seed):
+    stream = PromptStream(PROMPTS[:num_prompts], per_step, shuffle=True, seed=seed)
+    batches = [ids(stream.next_batch()) for _ in range(num_prompts)]  # per_step epochs
+    assert all(len(batch) == per_step for batch in batches)
+    order = [prompt_id for batch in batches for prompt_id in batch]
+    for start in range(0, len(order), num_prompts):
+        assert sorted(order[start : start + num_prompts]) == list(range(num_prompts))
+    assert (stream.prompts_seen, stream.epoch) == (num_prompts * per_step, per_step)
+
+
+@given(steps_before=st.integers(0, 12), per_step=st.integers(1, 13), resumed_per_step=st.integers(1, 13))
+def test_a_resumed_stream_reads_what_an_uninterrupted_one_would(steps_before, per_step, resumed_per_step):
+    stream = PromptStream(PROMPTS, per_step, shuffle=True, seed=3)
+    for _ in range(steps_before):
+        stream.next_batch()
+    resumed = PromptStream(PROMPTS, resumed_per_step, shuffle=True, seed=3)
+    resumed.load_state_dict(json.loads(json.dumps(stream.state_dict())))
+    assert resumed.state_dict() == stream.state_dict()
+    expected = [i for _ in range(resumed_per_step) for i in ids(stream.next_batch())]
+    assert [i for _ in range(per_step) for i in ids(resumed.next_batch())] == expected
+
+
+def test_epochs_and_seeds_differ_in_order_and_equal_seeds_do_not():
+    def first_epochs(seed: int) -> list[list[int]]:
+        stream = PromptStream(PROMPTS, 10, shuffle=True, seed=seed)
+        return [ids(stream.next_batch()) for _ in range(2)]
+
+    (first, second), (other, _) = first_epochs(3), first_epochs(4)
+    assert first != second and first != other
+    assert first_epochs(3) == [first, second]
+
+
+def test_without_shuffling_the_file_order_repeats():
+    stream = PromptStream(PROMPTS[:3], 4, shuffle=False, seed=3)
+    assert [ids(stream.next_batch()) for _ in range(3)] == [[0, 1, 2, 0], [1, 2, 0, 1], [2, 0, 1, 2]]
+
+
+def test_a_position_in_another_order_is_refused():
+    saved = PromptStream(PROMPTS, 4, shuffle=True, seed=3).state_dict()
+    with pytest.raises(ValueError, match="num_prompts=10, resumed with 9"):
+        PromptStream(PROMPTS[:9], 4, shuffle=True, seed=3).load_state_dict(saved)
+    with pytest.raises(ValueError, match="seed=3, resumed with 4"):
+        PromptStream(PROMPTS, 4, shuffle=True, seed=4).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("prompts, per_step", [((), 4), (PROMPTS, 0)])
+def test_nothing_to_read_is_an_error(prompts, per_step):
+    with pytest.raises(ValueError, match="must be at least 1"):
+        PromptStream(prompts, per_step, shuffle=True, seed=3)
