@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import is_dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -150,12 +150,12 @@ def compose(config_name: str, overrides: Sequence[str] = (), config_path: str | 
 
 
 def resolve(cfg: DictConfig) -> Config:
-    """The dataclasses, every field checked by its own rule (ConfigError names the key)."""
+    """The dataclasses, every field checked by its own rule (ConfigError names the key).
+
+    A config without nemo_jepo_schema, such as a run's saved config.yaml, gets its types here.
+    """
     with _one_line_errors():
-        config = OmegaConf.to_object(cfg)
-    if not isinstance(config, Config):
-        raise SettingsError("defaults: the config is not typed. Begin its defaults list with nemo_jepo_schema.")
-    return config
+        return cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), cfg)))
 
 
 def run(task: Callable[[Config], int], argv: Sequence[str], load_runner: Callable[[], Runner | None]) -> int:
@@ -182,7 +182,7 @@ def run(task: Callable[[Config], int], argv: Sequence[str], load_runner: Callabl
             resolve(cfg)
         runner = load_runner()
         if runner is None:
-            return task(resolve(cfg))
+            return 0 if inspecting else task(resolve(cfg))
         program, sys.argv = sys.argv, [sys.argv[0], *argv, "--config-path", path]
         try:
             runner(config_path=path, config_name=name)(composed.append)()
@@ -195,7 +195,7 @@ def run(task: Callable[[Config], int], argv: Sequence[str], load_runner: Callabl
 
 
 def to_yaml(config: Config) -> str:
-    """Every setting with its value, as a file that `--config-path` could read again."""
+    """Every setting with its value: a conf file that `--config-path FOLDER --config-name config` reads again."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 

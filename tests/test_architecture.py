@@ -27,8 +27,9 @@ MAY_IMPORT = {
     "checkpoint": SHARED,
     "rewards": SHARED,
     "tracking": SHARED,
+    "metrics": SHARED,
 }
-JOIN_ROOMS = {"__init__", "loop", "evaluation", "cli", "demo"}
+JOIN_ROOMS = {"__init__", "loop", "rooms", "evaluation", "cli", "demo"}
 ROOMS = sorted({path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")})
 
 
@@ -96,7 +97,8 @@ def test_source_is_ascii(path):
     assert path.read_text().isascii()
 
 
-def test_every_folder_of_code_is_packaged():
+def test_every_folder_of_code_and_conf_is_packaged():
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    folders = {".".join(path.parent.relative_to(ROOT).parts) for path in PACKAGE.rglob("*.py")}
-    assert folders <= set(packages)
+    code = {".".join(path.parent.relative_to(ROOT).parts) for path in PACKAGE.rglob("*.py")}
+    conf = {".".join(("nemo_jepo", *path.parent.relative_to(ROOT).parts)) for path in (ROOT / "conf").rglob("*.yaml")}
+    assert set(packages) == code | conf

@@ -101,6 +101,7 @@ def test_unknown_override_names_the_nearest_key(form):
         ("trainer.grpo.val_check_interval", "trainer.jepo.val_check_interval"),
         ("objectve", "objective"),
         ("kl.bta", "kl.beta"),
+        ("model.lr", "model.optim.lr"),
         ("model.optim.weight_decy", "model.optim.weight_decay"),
     ],
 )
@@ -156,9 +157,16 @@ def test_malformed_yaml_names_file_and_line(tmp_path):
     assert f'in "{tmp_path}/own.yaml", line 3' in error_of("own", folder=tmp_path)
 
 
-def test_a_conf_file_without_the_schema_is_refused(tmp_path):
-    (tmp_path / "own.yaml").write_text("anything: 1\n")
-    assert "nemo_jepo_schema" in error_of("own", folder=tmp_path)
+def test_a_saved_config_is_read_again_as_it_was(tmp_path):
+    config = load("demo", "model.optim.betas=[0.8,0.9]", "objective=rloo")
+    (tmp_path / "config.yaml").write_text(settings.to_yaml(config))
+    assert load("config", folder=tmp_path) == config
+    assert load("config", "model.seed=8", folder=tmp_path).model.seed == 8
+
+
+def test_a_conf_file_without_the_schema_is_as_strict(tmp_path):
+    (tmp_path / "own.yaml").write_text("model: {seeds: 1}\n")
+    assert error_of("own", folder=tmp_path) == "model.seeds: no such key. Did you mean model.seed."
 
 
 # ---- rules of one field
@@ -258,8 +266,13 @@ def test_shares_of_the_warmup_corpus_add_up_to_one_at_most():
         (
             ["model.tokens_per_micro_batch=83"],
             1,
-            "rollout.max_tokens + data.max_prompt_tokens + data.max_answer_tokens=84: a sequence must fit in a row of "
-            "model.tokens_per_micro_batch=83",
+            "max(rollout.max_tokens, evaluation.max_tokens) + data.max_prompt_tokens + data.max_answer_tokens=84: "
+            "a sequence must fit in a row of model.tokens_per_micro_batch=83",
+        ),
+        (
+            ["model.tokens_per_micro_batch=84", "evaluation.max_tokens=49"],
+            1,
+            "max(rollout.max_tokens, evaluation.max_tokens) + data.max_prompt_tokens + data.max_answer_tokens=85: ",
         ),
         (["objective=rloo", "rollout.stop_at_marker=true"], 1, "rollout.stop_at_marker=True: objective=rloo"),
         (["objective=jepo_rl", "rollout.stop_at_marker=true"], 1, "rollout.stop_at_marker=True: objective=jepo_rl"),
@@ -338,9 +351,10 @@ def run(argv, task):
 
 
 def test_a_run_gets_the_settings_of_its_command_line_and_gives_the_exit_code_of_its_task():
-    seen = []
+    seen, arguments = [], sys.argv
     argv = ["--config-name", "demo", "objective=rloo", "model.seed=5"]
     assert run(argv, lambda config: seen.append(config) or 75) == 75
+    assert sys.argv is arguments
     assert (seen[0].objective.name, seen[0].rollout.stop_at_marker, seen[0].model.seed) == ("rloo", False, 5)
 
 
@@ -370,8 +384,21 @@ def test_a_setting_that_the_task_refuses_exits_2_too(capsys):
     assert capsys.readouterr().err.startswith("trainer.num_nodes * trainer.devices=2: ")
 
 
-def test_printing_the_config_runs_nothing_and_needs_no_missing_value(capsys, needed):
-    assert run(["--config-name", "jepo", "--cfg", "job"], lambda config: 1) == 0
+def test_without_a_runner_the_task_gets_the_same_settings():
+    seen = []
+
+    def task(config):
+        seen.append(config)
+        return 4
+
+    assert settings.run(task, ["--config-name", "demo"], lambda: None) == 4
+    assert seen == [load("demo")]
+    assert settings.run(task, ["--config-name", "demo", "--cfg", "job"], lambda: None) == 0
+    assert len(seen) == 1
+
+
+def test_printing_the_config_runs_nothing_and_needs_no_missing_value(capsys):
+    assert run(["--cfg", "job", "exp_manager.name=???"], lambda config: 1) == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["objective"]["name"] == "jepo" and printed["kl"]["beta"] == 1e-3
 
