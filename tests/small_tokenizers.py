@@ -5,6 +5,7 @@ import json
 import tempfile
 from pathlib import Path
 
+import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -79,8 +80,7 @@ def _llama_like() -> Tokenizer:
 
 def _sentencepiece() -> PreTrainedTokenizerBase:
     """A model file written by the sentencepiece library itself, read by transformers."""
-    import sentencepiece
-
+    sentencepiece = pytest.importorskip("sentencepiece")
     folder = Path(tempfile.mkdtemp())
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS + list(LETTERS)),

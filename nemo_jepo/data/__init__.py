@@ -5,4 +5,13 @@ from nemo_jepo.data.files import BadRow, DataError
 from nemo_jepo.data.stream import PromptStream
 from nemo_jepo.data.tokenizer import load_tokenizer, train_tokenizer
 
-__all__ = ["BadRow", "DataError", "Dataset", "PromptStream", "load_prompts", "load_tokenizer", "train_tokenizer", "training_texts"]
+__all__ = [
+    "BadRow",
+    "DataError",
+    "Dataset",
+    "PromptStream",
+    "load_prompts",
+    "load_tokenizer",
+    "train_tokenizer",
+    "training_texts",
+]

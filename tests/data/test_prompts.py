@@ -1,10 +1,12 @@
 """The prompt's token ids: template, chat template, beginning of text; and answers that cannot be written."""
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from nemo_jepo.config import ConfigError, DataConfig
 from nemo_jepo.data.files import BadRow, Row
 from nemo_jepo.data.prompts import prompts_of_rows
+from nemo_jepo.types import Prompt
 from tests.small_tokenizers import BUILDERS
 
 CHATML = (
@@ -20,8 +22,6 @@ def only_prompt(question: str, tokenizer, **settings):
 
 def beginning_of_text(tokenizer):
     """The tokeniser, now with a token that it puts before every text, as Llama's do."""
-    from tokenizers.processors import TemplateProcessing
-
     tokenizer.add_special_tokens({"bos_token": "<s>"})
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
@@ -62,6 +62,17 @@ def test_a_chat_template_is_the_whole_prompt():
 def test_a_chat_template_that_does_not_exist_cannot_be_used():
     with pytest.raises(ConfigError, match="data.use_chat_template=True"):
         only_prompt("is", BUILDERS["byte_level"](), use_chat_template=True)
+
+
+def test_a_limit_is_the_longest_that_is_allowed_and_an_answer_has_an_end_of_turn():
+    tokenizer = BUILDERS["byte_level"]()
+    row = Row("rows", 1, "is:", "42")  # 2 tokens; 1 token and the end of turn
+    for prompt_limit, answer_limit, allowed in [(2, 2, True), (1, 2, False), (2, 1, False)]:
+        config = DataConfig(
+            prompt_template="{question}", max_prompt_tokens=prompt_limit, max_answer_tokens=answer_limit
+        )
+        (item,) = prompts_of_rows([row], config, tokenizer)
+        assert isinstance(item, Prompt) == allowed
 
 
 def test_an_answer_that_the_tokeniser_cannot_write_is_a_bad_row():

@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from nemo_jepo.config import ConfigError, DataConfig
-from nemo_jepo.data import BadRow, DataError, load_prompts
+from nemo_jepo.data import BadRow, DataError, load_prompts, training_texts
 
 GOOD = {"question": "What is 6 * 7?", "answer": "42", "thought": "six times seven"}
 
@@ -128,3 +128,9 @@ def test_validation_takes_the_first_rows_of_its_own_file(tmp_path, tokenizer):
 def test_a_split_without_a_path_says_which_to_add(tmp_path, tokenizer):
     with pytest.raises(ConfigError, match=r"data.validation_path=None: validation reads a file. Add"):
         load_prompts(DataConfig(train_path=jsonl(tmp_path, GOOD)), "validation", tokenizer)
+
+
+def test_a_tokeniser_is_trained_on_everything_that_usable_training_rows_read_as(tmp_path):
+    path = jsonl(tmp_path, GOOD, "bad", {"question": "7?", "answer": 7, "thought": None})
+    texts = list(training_texts(DataConfig(train_path=path, chain_of_thought_key="thought")))
+    assert texts == ["What is 6 * 7?\nsix times seven\n42", "7?\n7"]
