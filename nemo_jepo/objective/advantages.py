@@ -34,10 +34,9 @@ def multi_sample_advantage(answer_logprob: Tensor, valid_mask: Tensor) -> Tensor
     """
     num_valid = valid_mask.sum(-1, keepdim=True)
     logprob = masked(answer_logprob.detach(), valid_mask).masked_fill(~valid_mask, -math.inf)
-    relative = logprob - logprob.amax(-1, keepdim=True)  # the advantage does not depend on a shift
     own = torch.eye(valid_mask.shape[-1], dtype=torch.bool, device=valid_mask.device)
-    others = relative.unsqueeze(-2).masked_fill(own, -math.inf)  # [P, G, G]
-    bound = torch.logsumexp(relative, dim=-1, keepdim=True) - num_valid.double().log()
+    others = logprob.unsqueeze(-2).masked_fill(own, -math.inf)  # [P, G, G]
+    bound = torch.logsumexp(logprob, dim=-1, keepdim=True) - num_valid.double().log()
     bound_without = torch.logsumexp(others, dim=-1) - (num_valid - 1).double().log()
     return in_dtype_of(torch.where(valid_mask & (num_valid > 1), bound - bound_without, 0.0), answer_logprob)
 
