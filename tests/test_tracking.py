@@ -164,3 +164,15 @@ def test_exp_manager_serves_a_warm_up_a_run_and_its_resumption_in_one_folder(tmp
     entries = {path.name for path in main.iterdir() if not path.name.startswith("events.out.tfevents.")}
     assert entries == {"warmup", "nemo", "config.yaml", "metrics.jsonl"}
     assert {path.name for path in (main / "nemo").iterdir()} >= {"cmd-args.log", "nemo_error_log.txt", "run_0"}
+
+
+def test_two_runs_of_one_process_are_two_wandb_runs(tmp_path, monkeypatch):
+    """Lightning's logger would otherwise go on in the W&B run that is still open."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    settings = ExpManagerConfig(
+        exp_dir=str(tmp_path), name="run", create_tensorboard_logger=False, create_wandb_logger=True
+    )
+    for folder in (tmp_path / "run" / "warmup", tmp_path / "run"):
+        with Tracker(folder, settings, max_steps=1) as tracker:
+            tracker.log({"train_optim/loss": 0.5}, step=1)
+        assert len(list(folder.glob("nemo/wandb/offline-run-*/run-*.wandb"))) == 1

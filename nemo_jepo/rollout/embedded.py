@@ -24,7 +24,8 @@ def draw_tokens(token_logprobs: Tensor, uniforms: Tensor) -> Tensor:
 
         id = min { v : sum_{w <= v} p_w > u * sum_w p_w }
 
-    The inequality is strict and its right side stays below the sum, so an id of probability 0 is never drawn.
+    The inequality is strict, and u <= 1 - 2^-53 keeps its right side below the sum in float64 (rounding to nearest), so
+    an id of probability 0 is never drawn.
 
     Args:
         token_logprobs: [N, V] float64, nats.
@@ -33,9 +34,7 @@ def draw_tokens(token_logprobs: Tensor, uniforms: Tensor) -> Tensor:
         [N] int64.
     """
     cumulative = token_logprobs.exp().cumsum(dim=-1)
-    total = cumulative[:, -1:]
-    target = torch.minimum(uniforms.unsqueeze(-1) * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    return torch.searchsorted(cumulative, uniforms.unsqueeze(-1) * cumulative[:, -1:], right=True).squeeze(-1)
 
 
 @dataclass(slots=True)
@@ -55,14 +54,15 @@ class _Row:
 class _Batch:
     """The rows still being decoded, with their padded inputs and their cache."""
 
-    def __init__(self, rows: list[_Row], cache: DynamicCache, pad_token_id: int, device: torch.device) -> None:
+    def __init__(self, rows: list[_Row], cache: DynamicCache, device: torch.device) -> None:
         width, max_tokens = max(len(row.prompt) for row in rows), len(rows[0].uniforms)
         padding = [width - len(row.prompt) for row in rows]
-        padded = [[pad_token_id] * pad + list(row.prompt) for pad, row in zip(padding, rows, strict=True)]
+        padded = [list(row.prompt[:1] * pad + row.prompt) for pad, row in zip(padding, rows, strict=True)]
         columns = torch.arange(width + max_tokens).expand(len(rows), -1)
         first = torch.tensor(padding).unsqueeze(-1)
         self.rows = rows
         self.cache = cache
+        # The padding is masked: any id of the vocabulary will do.
         self.newest = torch.tensor(padded, device=device)  # [N, T] for the prompts, then [N, 1]
         self.attention_mask = (columns >= first).long().to(device)  # [N, width + max_tokens]
         self.position_ids = (columns - first).clamp(min=0).to(device)
@@ -85,7 +85,7 @@ class EmbeddedSampler:
     Args:
         hf_config: the model's shape; the weights come by `load_weights`.
         rollout: temperature and batch_size are read.
-        eos_token_id: the end-of-turn id; a completion ends with it, and it also fills the padding.
+        eos_token_id: the end-of-turn id; a completion ends with it.
         stop_after: true of the generated ids so far when a completion that stops at the marker is complete.
         device: where the model lives.
         dtype: of weights and activations; probabilities are always float64.
@@ -100,7 +100,9 @@ class EmbeddedSampler:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        with torch.random.fork_rng():  # the random initialisation is overwritten: it must not cost random numbers
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # the random initialisation is overwritten: it must not cost random numbers
             model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation="sdpa")
         self._model = model.requires_grad_(False).eval().to(device)
         self._rollout = rollout
@@ -159,7 +161,7 @@ class EmbeddedSampler:
 
     def _decode(self, rows: list[_Row], request: GenerationRequest) -> None:
         """Fills the rows in, one token each per step; a finished row leaves the batch."""
-        batch = _Batch(rows, DynamicCache(config=self._model.config), self._eos_token_id, self._device)
+        batch = _Batch(rows, DynamicCache(config=self._model.config), self._device)
         known = 0  # columns in the cache
         for step in range(request.max_tokens):
             seen = known + batch.newest.shape[1]

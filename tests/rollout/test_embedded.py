@@ -186,9 +186,15 @@ def test_global_random_state_is_untouched():
 
 @pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-53])
 def test_an_id_of_probability_zero_is_never_drawn(uniform):
-    probabilities = torch.tensor([[0.0, 0.1, 0.0, 0.2, 0.0], [0.0, 1.0, 0.0, 0.0, 0.0], [0.0, 0.5, 0.0, 0.5, 0.0]])
-    drawn = draw_tokens(probabilities.double().log(), torch.full((3,), uniform, dtype=torch.float64))
-    assert bool((probabilities.gather(-1, drawn.unsqueeze(-1)) > 0).all())
+    """Sums of many random rows, some of them powers of two: u * sum must not round up to the sum."""
+    logits = torch.randn(2000, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    logits[:, ::2] = -torch.inf
+    logits[:, -9:] = -torch.inf
+    logits[:3, 1:] = -torch.inf
+    logits[:3, 5] = 0.0
+    token_logprobs = logits.log_softmax(-1)
+    drawn = draw_tokens(token_logprobs, torch.full((2000,), uniform, dtype=torch.float64))
+    assert bool(token_logprobs.gather(-1, drawn.unsqueeze(-1)).isfinite().all())
 
 
 def test_the_inverse_cdf_maps_each_interval_to_its_id():
