@@ -68,6 +68,22 @@ def test_timers_add_up_within_a_step_and_start_anew_in_the_next(tmp_path, monkey
     assert not any(name.startswith("timers/") for name in second)
 
 
+def test_counted_tokens_become_a_rate_over_their_own_phase(tmp_path, monkeypatch):
+    ticks = iter([0.0, 4.0])
+    with tracker_in(tmp_path) as tracker:
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "perf_counter", lambda: next(ticks))
+            with tracker.timer("generate"):
+                pass
+        tracker.count_tokens("generate", 60)
+        tracker.count_tokens("generate", 40)
+        tracker.log({}, step=1)
+        tracker.log({}, step=2)
+    first, second = metric_lines(tmp_path)
+    assert first["throughput/generate_tokens_per_second"] == 25.0
+    assert "throughput/generate_tokens_per_second" not in second
+
+
 def test_rewind_drops_what_came_after_the_step_and_a_half_written_line(tmp_path):
     with tracker_in(tmp_path) as tracker:
         for step in range(5):
