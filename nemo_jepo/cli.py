@@ -75,11 +75,16 @@ def after_warmup(config: Config, folder: Path) -> Config:
     from nemo_jepo.checkpoint import latest_checkpoint
 
     path = latest_checkpoint(folder / "warmup" / "checkpoints")
+    assert path is not None, "a warm-up that ended has saved"
+    return dataclasses.replace(started_from(config, path), warmup=dataclasses.replace(config.warmup, max_steps=0))
+
+
+def started_from(config: Config, checkpoint: Path) -> Config:
+    """The same run with another beginning: a checkpoint, which knows its own shape and tokeniser."""
     return dataclasses.replace(
         config,
-        warmup=dataclasses.replace(config.warmup, max_steps=0),
-        model=dataclasses.replace(config.model, hf_config=None, hf_config_path=None),
-        pretrained_checkpoint=PretrainedConfig(restore_from_path=str(path)),
+        model=dataclasses.replace(config.model, hf_config={}, hf_config_path=None),
+        pretrained_checkpoint=PretrainedConfig(restore_from_path=str(checkpoint)),
     )
 
 
@@ -113,8 +118,7 @@ def evaluate(config: Config) -> int:
     folder, layout = run_folder(config), Layout()
     newest = latest_checkpoint(folder / "checkpoints") or latest_checkpoint(folder / "warmup" / "checkpoints")
     if newest is not None:
-        plain = dataclasses.replace(config.model, hf_config=None, hf_config_path=None)
-        config = dataclasses.replace(config, model=plain, pretrained_checkpoint=PretrainedConfig(restore_from_path=str(newest)))
+        config = started_from(config, newest)
     rooms = build_rooms(config, folder, layout)
     if not rooms.validation:
         raise ConfigError("data.validation_path", None, "evaluate reads it", "Add data.validation_path=FILE")

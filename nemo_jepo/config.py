@@ -1,7 +1,7 @@
 """Every setting, its default and its rule. No torch here: a bad setting is found before a model is built.
 
 Defaults live in these dataclasses and nowhere else; conf/ holds only differences. Checks of one field sit in
-`__post_init__`; checks that need several nodes or the world size sit in `check` and are all run by `Config.check`.
+`__post_init__`; rules between nodes, files and machines are in settings.check.
 """
 
 from collections.abc import Sequence
@@ -119,8 +119,8 @@ class OptimConfig:
 class ModelConfig:
     """The Megatron actor: shape, layout, memory."""
 
-    hf_config: dict[str, Any] | None = None
-    """A Hugging Face config written inline (model_type: llama | qwen2 | qwen3, hidden_size, ...): random initialisation."""
+    hf_config: dict[str, Any] | None = field(default_factory=dict)
+    """A Hugging Face config written inline (model_type: llama | qwen2 | qwen3, ...): random initialisation."""
     hf_config_path: str | None = None
     """The same from a config.json or a folder that holds one."""
     seed: int = 1234
@@ -203,7 +203,7 @@ class ArithmeticConfig:
     right_share: float = 0.4
     """Share of the warm-up corpus whose chain of thought is right."""
     corrupted_share: float = 0.4
-    """Share whose chain of thought has a wrong intermediate result (and an answer that follows from it or not)."""
+    """Share whose chain of thought has a wrong intermediate result; the answer stays the true one."""
 
     def __post_init__(self) -> None:
         _at_least("data.arithmetic.num_steps", self.num_steps, 1)
@@ -252,6 +252,13 @@ class DataConfig:
             _at_least(f"data.{name}", getattr(self, name), 1)
         if "{question}" not in self.prompt_template:
             raise ConfigError("data.prompt_template", self.prompt_template, "has no {question}", "Add it")
+        if self.system_prompt is not None and not self.use_chat_template:
+            raise ConfigError(
+                "data.system_prompt",
+                self.system_prompt,
+                "is a turn of the chat template",
+                "Add data.use_chat_template=true",
+            )
         for key in ("train_path", "validation_path"):
             _existing(f"data.{key}", getattr(self, key), "Give the path of a .jsonl or .parquet file")
 
@@ -287,8 +294,8 @@ class AnswerConfig:
     """A shorter chain of thought (marker not counted) is not valid."""
 
     def __post_init__(self) -> None:
-        if not self.marker.strip():
-            raise ConfigError("answer.marker", self.marker, "must hold a visible character", "Use the default")
+        if not self.marker or self.marker != self.marker.strip():
+            raise ConfigError("answer.marker", self.marker, "must begin and end with a visible character", "Trim it")
         _at_least("answer.min_cot_tokens", self.min_cot_tokens, 0)
 
 
@@ -327,7 +334,7 @@ class ObjectiveConfig:
     beta_sup: float = 1.0
     """Weight of the supervised term, the gradient of the bound through the answer's log-prob."""
     rl_reduction: str = "mean"
-    """mean: 1/n over a prompt's samples, as App. B.2; sum: Eq. 7 to the letter."""
+    """mean: 1/n over a prompt's samples, as App. B.2 and Eq. 5; sum: Eq. 7 to the letter."""
     length_normalization: str = "none"
     """none, or tokens: each sample's log-probs divided by their number (for sft: mean over target tokens)."""
     format_penalty: float = 10.0
@@ -385,12 +392,14 @@ class KLConfig:
 
 @dataclass(kw_only=True, slots=True)
 class EvaluationConfig:
-    """Held-out figures: accuracy and proxy NLL from the same samples (temperature 1)."""
+    """Held-out figures: accuracy and proxy NLL from the same samples."""
 
     num_generations_per_prompt: int = 4
     """n of the proxy NLL, -(logsumexp_i l_i - log n); the paper's is 4."""
+    temperature: float = 1.0
+    """Of the validation samples; the proxy NLL is defined at 1."""
     max_tokens: int | None = None
-    """Longest generation, own answer included; default rollout.max_tokens + data.max_answer_tokens."""
+    """Longest generation, own answer included; default rollout.max_tokens."""
     verify: bool = True
     """Decode and grade own answers (accuracy). False for proofs: proxy NLL alone, generation stops at the marker."""
     verify_timeout_s: float = 5.0
@@ -399,6 +408,8 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         _at_least("evaluation.num_generations_per_prompt", self.num_generations_per_prompt, 1)
         _at_least("evaluation.max_tokens", self.max_tokens, 1)
+        if self.temperature <= 0:
+            raise ConfigError("evaluation.temperature", self.temperature, "must be positive", "Use 1.0")
 
 
 @dataclass(kw_only=True, slots=True)

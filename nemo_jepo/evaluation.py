@@ -57,6 +57,7 @@ def evaluate(rooms: Rooms, prompts: Sequence[Prompt]) -> dict[str, float]:
         num_generations_per_prompt=size,
         max_tokens=config.evaluation.max_tokens or config.rollout.max_tokens,
         stop_at_marker=not config.evaluation.verify,
+        temperature=config.evaluation.temperature,
         seed=VALIDATION_SEED,
     )
     rollouts = layout.share_in_replica(rooms.sampler.generate(own_share, request) if rooms.sampler else None)

@@ -11,18 +11,16 @@ from pathlib import Path
 import torch
 
 from nemo_jepo.actor.update import group_scores, weigh_tokens
-from nemo_jepo.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from nemo_jepo.config import ConfigError
 from nemo_jepo.evaluation import evaluate, grade
-from nemo_jepo.metrics import merge, rollout_metrics, rollout_records
+from nemo_jepo.metrics import merge, rollout_metrics, rollout_records, with_prefix
 from nemo_jepo.objective.metrics import update_metrics
 from nemo_jepo.objective.terms import OBJECTIVE_TERMS, uses_verifiable_reward
 from nemo_jepo.objective.update import sample_credits
 from nemo_jepo.packing import pack
 from nemo_jepo.rollout import GenerationRequest
-from nemo_jepo.rooms import Rooms, sync_weights
+from nemo_jepo.rooms import Rooms, resume, save, sync_weights
 from nemo_jepo.tracking import SilentTracker
-from nemo_jepo.types import Prompt, Rollout, Scores, Spliced
+from nemo_jepo.types import Prompt, Rollout, Spliced
 
 DONE, INTERRUPTED = 0, 75
 
@@ -34,6 +32,7 @@ def sample(rooms: Rooms, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
         num_generations_per_prompt=config.trainer.jepo.num_generations_per_prompt,
         max_tokens=config.rollout.max_tokens,
         stop_at_marker=config.rollout.stop_at_marker,
+        temperature=config.rollout.temperature,
         seed=config.data.seed + 1 + step,
     )
     sync_weights(rooms)
@@ -67,13 +66,10 @@ def run_step(rooms: Rooms, prompts: Sequence[Prompt], step: int, tracker: Silent
         sequences, rewards = splice(rooms, prompts, rollouts)
     rows = pack(sequences, rooms.config.model.tokens_per_micro_batch)
 
-    reference = None
-    scores = Scores(policy_logprobs=(torch.zeros(0),) * len(sequences), entropies=())
-    if rule.name != "sft":
-        with tracker.timer("logprobs"):
-            scores = actor.get_inference_log_probs(rows, len(sequences))
-        with tracker.timer("init_logprobs"):
-            reference = actor.get_init_policy_logprobs(rows, len(sequences))
+    with tracker.timer("logprobs"):
+        scores = actor.get_inference_log_probs(rows if rollouts else [], len(sequences))
+    with tracker.timer("init_logprobs"):
+        reference = actor.get_init_policy_logprobs(rows, len(sequences))
 
     groups = group_scores(sequences, scores, reference, rewards, len(sequences) // len(prompts))
     credits = sample_credits(rule, groups, layout.sum_over_data_parallel, layout.max_over_data_parallel)
@@ -85,13 +81,12 @@ def run_step(rooms: Rooms, prompts: Sequence[Prompt], step: int, tracker: Silent
     if rollouts:
         figures |= rollout_metrics(sequences, rollouts, scores, step)
         tables = {"advantage": credits.advantage, "credit": credits.credit, "answer_weight": credits.answer_weight}
-        few = slice(0, rooms.config.trainer.jepo.log_rollouts)
-        shown = Scores(policy_logprobs=scores.policy_logprobs[few], entropies=scores.entropies[few])
-        tracker.log_rollouts(step + 1, rollout_records(prompts, sequences[few], shown, tables, rooms.tokenizer.decode))
-    metrics = {f"train_rollouts/{name}": value for name, value in merge(figures, layout.sum_over_data_parallel).items()}
+        shown = sequences[: rooms.config.trainer.jepo.log_rollouts]
+        tracker.log_rollouts(step + 1, rollout_records(prompts, shown, scores, tables, rooms.tokenizer.decode))
     tracker.count_tokens("train", layout.data_parallel_size * sum(sequence.length for sequence in sequences))
     tracker.count_tokens("generate", layout.data_parallel_size * sum(len(rollout.token_ids) for rollout in rollouts))
-    return metrics | {f"train_optim/{name}": value for name, value in optim.items()}
+    means = merge(figures, layout.sum_over_data_parallel)
+    return with_prefix("train_rollouts", means) | with_prefix("train_optim", optim)
 
 
 def fit(rooms: Rooms, folder: Path, tracker: SilentTracker, interrupted: Callable[[], bool]) -> int:
@@ -105,7 +100,7 @@ def fit(rooms: Rooms, folder: Path, tracker: SilentTracker, interrupted: Callabl
     """
     loop, stream, layout = rooms.config.trainer.jepo, rooms.stream, rooms.layout
     rooms.actor.start_training(rooms.config.model.optim, loop.gradient_clip_val, loop.max_steps)
-    step = _resume(rooms, folder)
+    step = resume(rooms, folder)
     tracker.rewind(step if step else -1)
     if step == 0 and loop.val_at_start:
         tracker.log(validate(rooms, tracker), 0)
@@ -122,7 +117,7 @@ def fit(rooms: Rooms, folder: Path, tracker: SilentTracker, interrupted: Callabl
         tracker.log(metrics, step)
         if stop or ended or (loop.save_interval and step % loop.save_interval == 0):
             with tracker.timer("save"):
-                _save(rooms, folder, step)
+                save(rooms, folder, step)
         if stop and not ended:
             return INTERRUPTED
     return DONE
@@ -133,25 +128,4 @@ def validate(rooms: Rooms, tracker: SilentTracker) -> dict[str, float]:
     if not rooms.validation:
         return {}
     with tracker.timer("validation"):
-        return {f"val_rollouts/{name}": value for name, value in evaluate(rooms, rooms.validation).items()}
-
-
-def _save(rooms: Rooms, folder: Path, step: int) -> None:
-    def write_model_files(path: Path) -> None:
-        rooms.actor.hf_config.save_pretrained(path)
-        rooms.tokenizer.save_pretrained(path)
-
-    state, keep = {"data": rooms.stream.state_dict()}, rooms.config.trainer.jepo.keep_checkpoints
-    save_checkpoint(folder / "checkpoints", step, rooms.actor.sharded_state_dict(), state, keep, write_model_files)
-
-
-def _resume(rooms: Rooms, folder: Path) -> int:
-    path = latest_checkpoint(folder / "checkpoints")
-    if path is None:
-        return 0
-    if not rooms.config.exp_manager.resume_if_exists:
-        raise ConfigError("exp_manager.name", folder.name, f"{path} exists", "Choose another, or allow resuming")
-    state, loop_state = load_checkpoint(path, rooms.actor.sharded_state_dict(is_loading=True))
-    rooms.actor.load_state_dict(state)
-    rooms.stream.load_state_dict(loop_state["data"])
-    return rooms.actor.num_steps
+        return with_prefix("val_rollouts", evaluate(rooms, rooms.validation))

@@ -55,6 +55,11 @@ def merge(figures: Mapping[str, Pair], reduce_sum: Callable[[Tensor], Tensor]) -
     return {name: (total / count).item() for name, (total, count) in zip(names, totals, strict=True) if count > 0}
 
 
+def with_prefix(prefix: str, figures: Mapping[str, float]) -> dict[str, float]:
+    """prefix/name for every name."""
+    return {f"{prefix}/{name}": value for name, value in figures.items()}
+
+
 def rollout_records(
     prompts: Sequence[Prompt],
     sequences: Sequence[Spliced],
@@ -65,8 +70,8 @@ def rollout_records(
     """Sequences as JSON: text, tokens, per-token log-probs, and the sample's entry of every [P, G] table.
 
     Args:
-        sequences: those to write.
-        scores: of the same sequences.
+        sequences: those to write, the first of the batch.
+        scores: of the batch.
         tables: for example advantage and answer_weight.
         decode: token ids -> text.
     """

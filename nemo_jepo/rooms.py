@@ -11,9 +11,10 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from nemo_jepo.actor.actor import DTYPES, MegatronJEPOActor
 from nemo_jepo.actor.model import load_hf_config
 from nemo_jepo.actor.parallel import Layout
-from nemo_jepo.checkpoint import is_checkpoint, load_checkpoint
+from nemo_jepo.checkpoint import is_checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
 from nemo_jepo.config import Config, ConfigError
 from nemo_jepo.data import PromptStream, load_prompts, load_tokenizer, train_tokenizer, training_texts
+from nemo_jepo.data.dataset import Split
 from nemo_jepo.objective.records import UpdateRule
 from nemo_jepo.rewards.verify import Verifier
 from nemo_jepo.rollout import Sampler
@@ -100,8 +101,9 @@ def load_initial_weights(actor: MegatronJEPOActor, config: Config, layout: Layou
 
 def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
     """Training and validation prompts; rows that were skipped are listed in the log."""
-    splits = []
-    for split in ("warmup" if config.objective.name == "sft" else "train", "validation"):
+    splits: list[tuple[Prompt, ...]] = []
+    training: Split = "warmup" if config.objective.name == "sft" else "train"
+    for split in (training, "validation"):
         if split == "validation" and config.data.name != "arithmetic" and config.data.validation_path is None:
             splits.append(())
             continue
@@ -139,9 +141,7 @@ def build_rooms(config: Config, folder: Path, layout: Layout) -> Rooms:
         layout=layout,
         tokenizer=tokenizer,
         splicer=splicer,
-        stream=PromptStream(
-            train, config.trainer.jepo.num_prompts_per_step, config.data.shuffle, config.data.seed
-        ),
+        stream=PromptStream(train, config.trainer.jepo.num_prompts_per_step, config.data.shuffle, config.data.seed),
         validation=validation,
         actor=actor,
         sampler=sampler,
@@ -161,3 +161,31 @@ def sync_weights(rooms: Rooms) -> None:
         for _ in stream:
             pass
     rooms.sampler_version = version
+
+
+def save(rooms: Rooms, folder: Path, step: int) -> None:
+    """A checkpoint of the run: weights, optimizer, schedule and data position; all ranks."""
+
+    def write_model_files(path: Path) -> None:
+        rooms.actor.hf_config.save_pretrained(path)
+        rooms.tokenizer.save_pretrained(path)
+
+    state, keep = {"data": rooms.stream.state_dict()}, rooms.config.trainer.jepo.keep_checkpoints
+    save_checkpoint(folder / "checkpoints", step, rooms.actor.sharded_state_dict(), state, keep, write_model_files)
+
+
+def resume(rooms: Rooms, folder: Path) -> int:
+    """Take up the run's newest whole checkpoint, if there is one; all ranks.
+
+    Returns:
+        Steps done so far.
+    """
+    path = latest_checkpoint(folder / "checkpoints")
+    if path is None:
+        return 0
+    if not rooms.config.exp_manager.resume_if_exists:
+        raise ConfigError("exp_manager.name", folder.name, f"{path} exists", "Choose another, or allow resuming")
+    state, loop_state = load_checkpoint(path, rooms.actor.sharded_state_dict(is_loading=True))
+    rooms.actor.load_state_dict(state)
+    rooms.stream.load_state_dict(loop_state["data"])
+    return rooms.actor.num_steps

@@ -243,6 +243,10 @@ def _check_objective(config: Config) -> None:
     if name in NEED_SIBLINGS and config.trainer.jepo.num_generations_per_prompt < 2:
         rule = f"the baseline of objective={name} is the mean of the other generations"
         raise ConfigError("trainer.jepo.num_generations_per_prompt", 1, rule, "Use at least 2")
+    if config.rollout.temperature != 1 and objective.importance_sampling == "none" and name != "sft":
+        rule = "the samples would not be the policy's own, and nothing corrects for it"
+        fix = "Use 1, or objective.importance_sampling=token_truncated"
+        raise ConfigError("rollout.temperature", config.rollout.temperature, rule, fix)
     if name == "vr_cli" and objective.beta_sup:
         rule = "objective=vr_cli has no supervised term"
         raise ConfigError("objective.beta_sup", objective.beta_sup, rule, "Use 0, or objective=jepo_single")

@@ -14,7 +14,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from nemo_jepo.config import AnswerConfig, ConfigError
 from nemo_jepo.types import Prompt, Rollout, Spliced
@@ -189,7 +189,7 @@ class Splicer:
             spliced.append(joined)
         return spliced
 
-    def supervised(self, prompts: Sequence[Prompt], target: Literal["answer", "chain_of_thought"]) -> list[Spliced]:
+    def supervised(self, prompts: Sequence[Prompt], target: str) -> list[Spliced]:
         """One sequence per prompt with nothing sampled: x + a*, or x + golden c + a*.
 
         The chain of thought is followed by a line with the marker, such as "The final answer is"; a prompt without

@@ -42,7 +42,7 @@ class Rollout:
     generation_logprobs: tuple[float, ...]
     """[T], nats: log-probs that the sampler reported for token_ids, at the sampling temperature."""
     finish_reason: FinishReason
-    """stop: marker or end-of-turn; length: cut off; failed: no completion could be had (masked, counted, never scored)."""
+    """stop: marker or end-of-turn; length: cut off; failed: none could be had (masked, counted, never scored)."""
     policy_version: int = 0
     """Number of optimizer steps in the weights that sampled it."""
 

@@ -12,7 +12,7 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from nemo_jepo.actor.model import build_model, unwrap
+from nemo_jepo.actor.model import HiddenStateGPTModel, build_model, unwrap
 from nemo_jepo.actor.optimizer import build_optimizer, wrap_data_parallel
 from nemo_jepo.actor.parallel import Layout
 from nemo_jepo.actor.reference import ReferencePolicy
@@ -38,15 +38,15 @@ class MegatronJEPOActor:
         self.num_steps = 0
 
     @property
-    def gpt(self) -> torch.nn.Module:
+    def gpt(self) -> HiddenStateGPTModel:
         """This rank's GPTModel, unwrapped: what weights/ reads and writes."""
         return unwrap(self._module)
 
     def start_training(self, optim: OptimConfig, gradient_clip: float, max_steps: int) -> None:
         """An optimizer and schedule over the current weights. Once, after the weights are set."""
         assert not isinstance(self._module, DistributedDataParallel), "already training"
-        self._module = wrap_data_parallel(self._module, optim.distributed)
-        self._optimizer, self._scheduler = build_optimizer(self._module, optim, gradient_clip, max_steps)
+        self._module = self._ddp = wrap_data_parallel(self._module, optim.distributed)
+        self._optimizer, self._scheduler = build_optimizer(self._ddp, optim, gradient_clip, max_steps)
 
     def keep_reference_policy(self) -> None:
         """Freeze the current weights as pi_ref."""
@@ -88,7 +88,7 @@ class MegatronJEPOActor:
 
     def prepare_for_training_step(self) -> None:
         """Zero the gradients."""
-        self._module.zero_grad_buffer()
+        self._ddp.zero_grad_buffer()
         self._optimizer.zero_grad()
 
     def get_loss_and_metrics(

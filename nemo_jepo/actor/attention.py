@@ -49,9 +49,11 @@ class PackedAttention(torch.nn.Module):
     Grouped-query attention is native; there is no dropout: policy-gradient training must score and train one policy.
     """
 
-    def __init__(self, config: TransformerConfig, layer_number: int, *args: object, **kwargs: object) -> None:
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **_: object
+    ) -> None:
         super().__init__()
-        self.softmax_scale = kwargs.get("softmax_scale")
+        self.softmax_scale = softmax_scale
 
     def forward(
         self,

@@ -32,7 +32,7 @@ class HostFusedAdam(torch.optim.Optimizer):
         )
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One AdamW update (decoupled weight decay, bias-corrected moments)."""
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
@@ -108,7 +108,7 @@ def _patch_optimizer() -> None:
     from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer
 
-    optimizer.Adam = distrib_optimizer.Adam = HostFusedAdam  # type: ignore[attr-defined]
+    optimizer.Adam = distrib_optimizer.Adam = HostFusedAdam
     optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
 

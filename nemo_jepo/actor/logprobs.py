@@ -34,7 +34,7 @@ class _ChunkedLogProb(torch.autograd.Function):
     """Forward keeps hidden states and one log-sum-exp a token; backward recomputes p = exp(logits - lse)."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, target, first_token, chunk_tokens, group):  # type: ignore[no-untyped-def]
+    def forward(ctx, hidden, weight, target, first_token, chunk_tokens, group):
         num_tokens = target.shape[0]
         logprobs, entropies, log_normalizers = (
             torch.empty(num_tokens, dtype=torch.float32, device=hidden.device) for _ in range(3)
@@ -61,7 +61,7 @@ class _ChunkedLogProb(torch.autograd.Function):
         return logprobs, entropies
 
     @staticmethod
-    def backward(ctx, grad_logprobs, _grad_entropies):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad_logprobs, _grad_entropies):
         hidden, weight, target, log_normalizers = ctx.saved_tensors
         hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         weight_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None

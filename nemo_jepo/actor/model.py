@@ -199,5 +199,5 @@ def build_model(hf_config: PretrainedConfig, model: ModelConfig, dtype: torch.dt
 def unwrap(module: torch.nn.Module) -> HiddenStateGPTModel:
     """The GPTModel inside Megatron's DDP and Float16Module wrappers."""
     while not isinstance(module, HiddenStateGPTModel):
-        module = module.module
+        module = module.get_submodule("module")
     return module

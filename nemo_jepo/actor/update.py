@@ -31,8 +31,8 @@ def group_scores(
         group_size: G.
     """
 
-    def table(values: Sequence[float | bool]) -> Tensor:
-        return torch.tensor(values).view(-1, group_size)
+    def table(values: Sequence[float], dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.tensor(values, dtype=dtype).view(-1, group_size)
 
     answer_logprob, log_ratio, k3 = [], [], []
     for index, sequence in enumerate(sequences):
@@ -47,16 +47,20 @@ def group_scores(
             log_ratio.append(0.0)
             k3.append(0.0)
     has_reward = [True] * len(sequences) if rewards is None else [reward is not None for reward in rewards]
+    valid = [
+        sequence.valid and not sequence.failed and (known or not sequence.own_answer)
+        for sequence, known in zip(sequences, has_reward, strict=True)
+    ]
     return GroupScores(
-        answer_logprob=table(answer_logprob).double(),
-        valid_mask=table([s.valid and not s.failed and (had or not s.own_answer) for s, had in zip(sequences, has_reward, strict=True)]),
-        arrived_mask=table([not sequence.failed for sequence in sequences]),
-        has_marker=table([sequence.has_marker for sequence in sequences]),
-        chain_length=table([sequence.chain_length for sequence in sequences]),
-        answer_length=table([sequence.answer_length for sequence in sequences]),
-        chain_log_ratio=table(log_ratio).double(),
-        chain_k3=None if reference is None else table(k3).double(),
-        verifiable_reward=None if rewards is None else table([reward or 0.0 for reward in rewards]).double(),
+        answer_logprob=table(answer_logprob),
+        valid_mask=table(valid, torch.bool),
+        arrived_mask=table([not sequence.failed for sequence in sequences], torch.bool),
+        has_marker=table([sequence.has_marker for sequence in sequences], torch.bool),
+        chain_length=table([sequence.chain_length for sequence in sequences], torch.int64),
+        answer_length=table([sequence.answer_length for sequence in sequences], torch.int64),
+        chain_log_ratio=table(log_ratio),
+        chain_k3=None if reference is None else table(k3),
+        verifiable_reward=None if rewards is None else table([reward or 0.0 for reward in rewards]),
     )
 
 

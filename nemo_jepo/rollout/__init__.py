@@ -19,6 +19,8 @@ class GenerationRequest:
     """Longest completion."""
     stop_at_marker: bool
     """True: end a completion right after the answer marker. False: decode the own answer too."""
+    temperature: float
+    """Logits are divided by it; 1 samples the policy itself."""
     seed: int
     """Together with prompt_id and sample it fixes a completion. Change it every step, and between data sets."""
 

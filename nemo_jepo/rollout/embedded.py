@@ -84,7 +84,7 @@ class EmbeddedSampler:
 
     Args:
         hf_config: the model's shape; the weights come by `load_weights`.
-        rollout: temperature and batch_size are read.
+        rollout: batch_size is read.
         eos_token_id: the end-of-turn id; a completion ends with it.
         stop_after: true of the generated ids so far when a completion that stops at the marker is complete.
         device: where the model lives.
@@ -173,7 +173,7 @@ class EmbeddedSampler:
                 logits_to_keep=1,
             ).logits[:, -1]
             known = seen
-            token_logprobs = (logits.double() / self._rollout.temperature).log_softmax(dim=-1)
+            token_logprobs = (logits.double() / request.temperature).log_softmax(dim=-1)
             drawn = draw_tokens(token_logprobs, batch.uniforms[:, step])
             batch.newest = drawn.unsqueeze(-1)
             logprobs = token_logprobs.gather(-1, batch.newest).squeeze(-1)

@@ -15,7 +15,7 @@ def named_stage_parameters(gpt: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
     for name, parameter in gpt.named_parameters():
         parts = name.split(".")
         if parts[:2] == ["decoder", "layers"]:
-            layer = gpt.decoder.layers[int(parts[2])].layer_number - 1
+            layer = gpt.get_submodule(f"decoder.layers.{parts[2]}").layer_number - 1  # type: ignore[operator]
             inner = ".".join(parts[3:])
             yield f"decoder.layers.{layer}.{TE_NAMES.get(inner, inner)}", parameter
         elif name == "output_layer.weight" and gpt.share_embeddings_and_output_weights:

@@ -46,10 +46,10 @@ def tiny_model(config: LlamaConfig | Qwen3Config, dtype: torch.dtype = torch.flo
     return model.eval().requires_grad_(False)
 
 
-def sampler_of(model: PreTrainedModel, batch_size: int = 64, temperature: float = 1.0) -> EmbeddedSampler:
+def sampler_of(model: PreTrainedModel, batch_size: int = 64) -> EmbeddedSampler:
     sampler = EmbeddedSampler(
         hf_config=model.config,
-        rollout=RolloutConfig(batch_size=batch_size, temperature=temperature),
+        rollout=RolloutConfig(batch_size=batch_size),
         eos_token_id=EOS,
         stop_after=ends_with_marker,
         device=torch.device("cpu"),
@@ -64,7 +64,13 @@ def prompt_of(prompt_id: int, *token_ids: int) -> Prompt:
 
 
 def request_of(**changes: object) -> GenerationRequest:
-    settings = {"num_generations_per_prompt": 4, "max_tokens": 12, "stop_at_marker": False, "seed": 11}
+    settings = {
+        "num_generations_per_prompt": 4,
+        "max_tokens": 12,
+        "stop_at_marker": False,
+        "temperature": 1.0,
+        "seed": 11,
+    }
     return GenerationRequest(**(settings | changes))
 
 
@@ -91,13 +97,13 @@ def test_generation_logprobs_are_those_of_a_teacher_forced_pass_with_ragged_prom
 def test_sampled_pairs_have_their_exact_probabilities():
     model = tiny_model(tiny_config(vocab_size=4))
     prompt, num_samples = prompt_of(0, 1, 3), 4000
-    request = request_of(num_generations_per_prompt=num_samples, max_tokens=2)
     pairs = list(itertools.product(range(1, 4), range(4))) + [(EOS,)]
     exact = [float(teacher_forced(model, prompt.token_ids, pair).sum().exp()) for pair in pairs]
     assert sum(exact) == pytest.approx(1)
 
     def p_value(temperature: float) -> float:
-        rollouts = sampler_of(model, 1000, temperature).generate([prompt], request)
+        request = request_of(num_generations_per_prompt=num_samples, max_tokens=2, temperature=temperature)
+        rollouts = sampler_of(model, 1000).generate([prompt], request)
         drawn = [rollout.token_ids for rollout in rollouts]
         return chisquare([drawn.count(pair) for pair in pairs], [p * num_samples for p in exact]).pvalue
 
@@ -107,9 +113,8 @@ def test_sampled_pairs_have_their_exact_probabilities():
 
 def test_logprobs_are_at_the_sampling_temperature():
     model = tiny_model(tiny_config())
-    (rollout,) = sampler_of(model, temperature=0.5).generate(
-        [RAGGED[0]], request_of(num_generations_per_prompt=1, max_tokens=1)
-    )
+    request = request_of(num_generations_per_prompt=1, max_tokens=1, temperature=0.5)
+    (rollout,) = sampler_of(model).generate([RAGGED[0]], request)
     logits = model(input_ids=torch.tensor([RAGGED[0].token_ids])).logits[0, -1]
     expected = (logits / 0.5).log_softmax(-1)[rollout.token_ids[0]]
     assert rollout.generation_logprobs[0] == pytest.approx(float(expected))

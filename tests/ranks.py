@@ -1,0 +1,46 @@
+"""Start real processes that talk over gloo, and read what rank 0 wrote."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_ranks(world_size: int, command: list[str], timeout: float = 240) -> str:
+    """Run `python *command` once a rank, with torchrun's variables set; the output of all ranks if all end well."""
+    port = str(free_port())
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    processes = []
+    for rank in range(world_size):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, *command],
+                env=environment | place,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    try:
+        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    failed = [
+        f"rank {rank} ended with {process.returncode}:\n{output[-4000:]}"
+        for rank, (process, output) in enumerate(zip(processes, outputs, strict=True))
+        if process.returncode
+    ]
+    assert not failed, "\n".join(failed)
+    return "\n".join(outputs)
