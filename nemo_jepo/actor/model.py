@@ -62,8 +62,8 @@ def _check_family(config: PretrainedConfig) -> None:
     for key, plain in (("hidden_act", "silu"), ("mlp_bias", False), ("use_sliding_window", False)):
         if getattr(config, key, plain) != plain:
             raise ConfigError(key, getattr(config, key), f"the actor computes {plain!r} only", "Use another model")
-    if config.model_type == "llama" and config.attention_bias:
-        raise ConfigError("attention_bias", True, "a Llama with attention bias is not supported", "Use another model")
+    if getattr(config, "attention_bias", False):
+        raise ConfigError("attention_bias", True, "the actor has no such biases", "Use another model")
 
 
 def head_size(hf_config: PretrainedConfig) -> int:
