@@ -13,9 +13,12 @@ from torch import Tensor
 Group = dist.ProcessGroup | None
 
 
-def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """fp32 logits [chunk, V_local]; the product runs in the model's precision."""
-    return torch.mm(hidden, weight.t()).float()
+def _logits(hidden: Tensor, weight: Tensor, block: Tensor) -> Tensor:
+    """fp32 logits [chunk, V_local] in block's first rows; the product runs in the model's precision."""
+    logits = block[: hidden.shape[0]]
+    if weight.dtype == logits.dtype:
+        return torch.mm(hidden, weight.t(), out=logits)
+    return logits.copy_(torch.mm(hidden, weight.t()))
 
 
 def _all_reduce(values: Tensor, op: dist.ReduceOp.RedOpType, group: Group) -> None:
@@ -30,6 +33,11 @@ def _local_target(target: Tensor, first_token: int, columns: int) -> tuple[Tenso
     return torch.where(here, column, 0), here
 
 
+def _logit_block(hidden: Tensor, weight: Tensor, chunk_tokens: int) -> Tensor:
+    """The one [chunk, V_local] fp32 block that every chunk of a pass is computed in."""
+    return hidden.new_empty((min(chunk_tokens, hidden.shape[0]), weight.shape[0]), dtype=torch.float32)
+
+
 class _ChunkedLogProb(torch.autograd.Function):
     """Forward keeps hidden states and one log-sum-exp a token; backward recomputes p = exp(logits - lse)."""
 
@@ -39,22 +47,23 @@ class _ChunkedLogProb(torch.autograd.Function):
         logprobs, entropies, log_normalizers = (
             torch.empty(num_tokens, dtype=torch.float32, device=hidden.device) for _ in range(3)
         )
+        block = _logit_block(hidden, weight, chunk_tokens)
         for start in range(0, num_tokens, chunk_tokens):
             part = slice(start, start + chunk_tokens)
-            logits = _logits(hidden[part], weight)
-            column, here = _local_target(target[part], first_token, weight.shape[0])
-            target_logit = torch.where(here, logits.gather(1, column[:, None])[:, 0], 0.0)
+            logits = _logits(hidden[part], weight, block)
             largest = logits.amax(1)
             _all_reduce(largest, dist.ReduceOp.MAX, group)
-            shifted = logits.sub_(largest[:, None])
-            exponentials = shifted.exp()
-            # sum_v exp(z_v - m), sum_v exp(z_v - m) (z_v - m), z_target: one all-reduce for the three.
-            sums = torch.stack([exponentials.sum(1), torch.linalg.vecdot(exponentials, shifted), target_logit])
+            logits.sub_(largest[:, None])
+            column, here = _local_target(target[part], first_token, weight.shape[0])
+            target_logit = torch.where(here, logits.gather(1, column[:, None])[:, 0], 0.0)
+            # With e_v = exp(z_v - m): sum_v e_v, sum_v -e_v log e_v, z_target - m; one all-reduce for the three.
+            exponential_sum = logits.exp_().sum(1)
+            sums = torch.stack([exponential_sum, torch.special.entr(logits, out=logits).sum(1), target_logit])
             _all_reduce(sums, dist.ReduceOp.SUM, group)
             log_sum = sums[0].log()
             log_normalizers[part] = largest + log_sum
-            logprobs[part] = sums[2] - log_normalizers[part]
-            entropies[part] = log_sum - sums[1] / sums[0]
+            logprobs[part] = sums[2] - log_sum
+            entropies[part] = log_sum + sums[1] / sums[0]
         ctx.save_for_backward(hidden, weight, target, log_normalizers)
         ctx.first_token, ctx.chunk_tokens = first_token, chunk_tokens
         ctx.mark_non_differentiable(entropies)
@@ -65,11 +74,12 @@ class _ChunkedLogProb(torch.autograd.Function):
         hidden, weight, target, log_normalizers = ctx.saved_tensors
         hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         weight_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        block = _logit_block(hidden, weight, ctx.chunk_tokens)
         for start in range(0, target.shape[0], ctx.chunk_tokens):
             part = slice(start, start + ctx.chunk_tokens)
             grad = grad_logprobs[part, None]
             # d log p(target) / d z_v = 1{v = target} - p_v
-            logits_grad = _logits(hidden[part], weight).sub_(log_normalizers[part, None]).exp_().mul_(-grad)
+            logits_grad = _logits(hidden[part], weight, block).sub_(log_normalizers[part, None]).exp_().mul_(-grad)
             column, here = _local_target(target[part], ctx.first_token, weight.shape[0])
             logits_grad.scatter_add_(1, column[:, None], torch.where(here[:, None], grad, 0.0))
             logits_grad = logits_grad.to(weight.dtype)
@@ -88,7 +98,7 @@ def chunked_logprobs(
         logprob_s = z_s[target_s] - log sum_v exp z_s[v],   z_s = weight . hidden_s   (fp32 log-sum-exp)
         entropy_s = - sum_v p_s[v] log p_s[v]
 
-    Peak memory beyond inputs and gradients is about two [chunk_tokens, V_local] fp32 blocks.
+    Peak memory beyond inputs and gradients is one [chunk_tokens, V_local] fp32 block, and in bf16 one more of bf16.
 
     Args:
         hidden: [S, H], the model's dtype; its gradient is this rank's part of the sum over vocabulary shards, to be
