@@ -122,7 +122,7 @@ def evaluate(config: Config) -> int:
     rooms = build_rooms(config, folder, layout)
     if not rooms.validation:
         raise ConfigError("data.validation_path", None, "evaluate reads it", "Add data.validation_path=FILE")
-    figures = evaluate_rooms(rooms, rooms.validation)
+    figures, _ = evaluate_rooms(rooms, rooms.validation)
     if layout.rank == 0:
         source = str(newest or config.pretrained_checkpoint.restore_from_path or "random initialisation")
         print(json.dumps({"model": source, "num_prompts": len(rooms.validation)} | figures), flush=True)

@@ -6,6 +6,7 @@ Nothing here is a reward. Source: arXiv 2503.19618, Section 4 (evaluation) and E
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -40,11 +41,11 @@ def grade(rooms: Rooms, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) 
     return rooms.layout.share_in_replica(verdicts)
 
 
-def evaluate(rooms: Rooms, prompts: Sequence[Prompt]) -> dict[str, float]:
-    """Figures over the prompts, the same on every rank; every rank must call.
+def evaluate(rooms: Rooms, prompts: Sequence[Prompt]) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Figures over the prompts, the same on every rank, and one rollout of each of the first few; every rank must call.
 
     Returns:
-        accuracy (mean over samples), proxy_nll (nats per answer), proxy_nll_per_token, marker_rate, cot_tokens_mean,
+        (figures, records). Figures: accuracy (mean over samples), proxy_nll (nats per answer), proxy_nll_per_token, marker_rate, cot_tokens_mean,
         both bounds and their gap, effective_sample_size, kl, entropy, logprob_difference, verifier_faults; a figure
         that nothing was measured for is left out. A prompt without a valid sample is in no bound: read proxy_nll
         beside valid_prompt_rate.
@@ -74,7 +75,17 @@ def evaluate(rooms: Rooms, prompts: Sequence[Prompt]) -> dict[str, float]:
         known = [verdict for verdict in verdicts if verdict is not None]
         figures["accuracy"] = (sum(known), float(len(known)))
         figures["verifier_faults"] = (float(len(verdicts) - len(known)), float(layout.data_parallel_rank == 0))
-    return merge(figures, layout.sum_over_data_parallel)
+    records = [
+        {
+            "prompt_id": prompt.prompt_id,
+            "prompt": prompt.question,
+            "text": rooms.tokenizer.decode(rollouts[group * size].token_ids),
+            "reference_answer": prompt.answer,
+            "answer_logprob": groups.answer_logprob[group, 0].item() if groups.valid_mask[group, 0] else None,
+        }
+        for group, prompt in enumerate(own_share[: config.trainer.jepo.log_rollouts])
+    ]
+    return merge(figures, layout.sum_over_data_parallel), records
 
 
 def _bounds(groups: GroupScores) -> dict[str, Pair]:

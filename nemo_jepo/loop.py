@@ -103,7 +103,7 @@ def fit(rooms: Rooms, folder: Path, tracker: SilentTracker, interrupted: Callabl
     step = resume(rooms, folder)
     tracker.rewind(step if step else -1)
     if step == 0 and loop.val_at_start:
-        tracker.log(validate(rooms, tracker), 0)
+        tracker.log(validate(rooms, step, tracker), step)
     share = loop.num_prompts_per_step // layout.data_parallel_size
     while step < loop.max_steps and (loop.max_epochs is None or stream.epoch < loop.max_epochs):
         with tracker.timer("step"):
@@ -113,7 +113,7 @@ def fit(rooms: Rooms, folder: Path, tracker: SilentTracker, interrupted: Callabl
         stop = layout.any_over_world(interrupted())
         ended = step == loop.max_steps or (loop.max_epochs is not None and stream.epoch >= loop.max_epochs)
         if ended or (loop.val_check_interval and step % loop.val_check_interval == 0):
-            metrics |= validate(rooms, tracker)
+            metrics |= validate(rooms, step, tracker)
         tracker.log(metrics, step)
         if stop or ended or (loop.save_interval and step % loop.save_interval == 0):
             with tracker.timer("save"):
@@ -123,9 +123,11 @@ def fit(rooms: Rooms, folder: Path, tracker: SilentTracker, interrupted: Callabl
     return DONE
 
 
-def validate(rooms: Rooms, tracker: SilentTracker) -> dict[str, float]:
+def validate(rooms: Rooms, step: int, tracker: SilentTracker) -> dict[str, float]:
     """Held-out figures under val_rollouts/; nothing without validation prompts."""
     if not rooms.validation:
         return {}
     with tracker.timer("validation"):
-        return with_prefix("val_rollouts", evaluate(rooms, rooms.validation))
+        figures, records = evaluate(rooms, rooms.validation)
+    tracker.log_rollouts(step, records, "validation")
+    return with_prefix("val_rollouts", figures)

@@ -64,8 +64,8 @@ class SilentTracker:
         self._seconds.clear()
         self._tokens.clear()
 
-    def log_rollouts(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Writes samples of one step, one JSON object each (plain Python values)."""
+    def log_rollouts(self, step: int, rows: Sequence[Mapping[str, Any]], name: str = "step") -> None:
+        """Writes samples of one step to rollouts/name_*.jsonl, one JSON object each (plain Python values)."""
 
     def save_config(self, text: str) -> None:
         """Writes the resolved configuration to config.yaml."""
@@ -123,10 +123,10 @@ class Tracker(SilentTracker):
             logger.log_metrics(everything, step=step)
         self._show(everything, step)
 
-    def log_rollouts(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    def log_rollouts(self, step: int, rows: Sequence[Mapping[str, Any]], name: str = "step") -> None:
         """See SilentTracker."""
         (self._folder / "rollouts").mkdir(exist_ok=True)
-        _write_atomically(self._folder / "rollouts" / f"step_{step:06d}.jsonl", "".join(map(_json_line, rows)))
+        _write_atomically(self._folder / "rollouts" / f"{name}_{step:06d}.jsonl", "".join(map(_json_line, rows)))
 
     def save_config(self, text: str) -> None:
         """See SilentTracker."""
@@ -139,7 +139,7 @@ class Tracker(SilentTracker):
             lines = metrics.read_text(encoding="utf-8", errors="replace").split("\n")
             kept = [line for line in lines if 0 <= _step_of(line) <= step]
             _write_atomically(metrics, "".join(f"{line}\n" for line in kept))
-        for path in self._folder.glob("rollouts/step_*.jsonl"):
+        for path in self._folder.glob("rollouts/*.jsonl"):
             if int(re.sub(r"\D", "", path.stem)) > step:
                 path.unlink()
         if self._bar is not None:

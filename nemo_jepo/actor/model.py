@@ -166,8 +166,16 @@ class HiddenStateGPTModel(GPTModel):
 
 
 def padded_vocab_size(hf_config: PretrainedConfig, tensor_parallel_size: int) -> int:
-    """Smallest multiple of the tensor-parallel size that holds the vocabulary; padding is never scored."""
-    return -(-hf_config.vocab_size // tensor_parallel_size) * tensor_parallel_size
+    """Smallest multiple of the tensor-parallel size that holds the vocabulary; padding is never scored.
+
+    Raises:
+        ConfigError: so few tokens that the last rank would hold padding alone.
+    """
+    rows = -(-hf_config.vocab_size // tensor_parallel_size)
+    if rows * (tensor_parallel_size - 1) >= hf_config.vocab_size:
+        rule = f"leaves a rank without a token of vocab_size={hf_config.vocab_size}"
+        raise ConfigError("model.tensor_model_parallel_size", tensor_parallel_size, rule, "Lower it")
+    return rows * tensor_parallel_size
 
 
 def build_model(hf_config: PretrainedConfig, model: ModelConfig, dtype: torch.dtype) -> torch.nn.Module:

@@ -43,7 +43,7 @@ class TokenHead:
             hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
         weight, group = gpt.head_weight(), gpt.pg_collection.tp
         first_token = group.rank() * weight.shape[0]
-        weight = weight[: max(0, self.vocab_size - first_token)]  # vocabulary padding is never scored
+        weight = weight[: self.vocab_size - first_token]  # vocabulary padding is never scored
         scored = row.scored_mask.nonzero()[:, 0].to(hidden.device)
         target = row.token_ids.to(hidden.device)[scored]
         # hidden[t - 1] predicts token t.

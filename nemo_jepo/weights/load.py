@@ -13,6 +13,8 @@ from nemo_jepo.config import ConfigError
 from nemo_jepo.weights.layout import Shape, TensorSource, model_entries
 from nemo_jepo.weights.parameters import named_stage_parameters
 
+_KEY = "pretrained_checkpoint.restore_from_path"
+
 
 class SafetensorsFolder:
     """Slices of the tensors in a Hugging Face folder: model.safetensors, or shards with an index."""
@@ -25,21 +27,15 @@ class SafetensorsFolder:
         """
         folder = Path(folder)
         index = folder / "model.safetensors.index.json"
-        files = sorted(folder.glob("*.safetensors"))
-        if index.exists():
-            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        files = _files_of(index) if index.exists() else sorted(folder.glob("*.safetensors"))
         if not files:
-            raise ConfigError(
-                "pretrained_checkpoint.restore_from_path", str(folder), "holds no *.safetensors", "Convert the weights"
-            )
+            raise ConfigError(_KEY, str(folder), "holds no *.safetensors", "Convert the weights")
         self._handles: dict[str, Any] = {}
         for file in files:
             try:
                 handle = safe_open(file, framework="pt")
             except (OSError, SafetensorError) as error:
-                raise ConfigError(
-                    "pretrained_checkpoint.restore_from_path", str(file), f"cannot be read ({error})", "Copy it again"
-                ) from error
+                raise _unreadable(file, error) from error
             self._handles |= dict.fromkeys(handle.keys(), handle)
 
     def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -48,19 +44,18 @@ class SafetensorsFolder:
         Raises:
             ConfigError: names the first tensor that is missing, misshaped or unknown.
         """
-        key = "pretrained_checkpoint.restore_from_path"
         for name, shape in shapes.items():
             if name not in self._handles:
                 raise ConfigError(
-                    key, name, "is missing from the safetensors files", "Check config.json and the folder"
+                    _KEY, name, "is missing from the safetensors files", "Check config.json and the folder"
                 )
             found = tuple(self._handles[name].get_slice(name).get_shape())
             if found != shape:
-                raise ConfigError(key, name, f"has shape {found}, config.json asks for {shape}", "Check config.json")
+                raise ConfigError(_KEY, name, f"has shape {found}, config.json asks for {shape}", "Check config.json")
         ignored = ("rotary_emb.inv_freq", "lm_head.weight")
         extra = [name for name in self._handles if name not in shapes and not name.endswith(ignored)]
         if extra:
-            raise ConfigError(key, extra[0], "is not part of this architecture", "Check config.json and the folder")
+            raise ConfigError(_KEY, extra[0], "is not part of this architecture", "Check config.json and the folder")
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
         """The whole tensor, or tensor[start:stop] along dim."""
@@ -68,6 +63,18 @@ class SafetensorsFolder:
             return self._handles[name].get_tensor(name)
         part = self._handles[name].get_slice(name)
         return part[start:stop] if dim == 0 else part[:, start:stop]
+
+
+def _files_of(index: Path) -> list[Path]:
+    """The shards that an index lists."""
+    try:
+        return [index.parent / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _unreadable(index, error) from error
+
+
+def _unreadable(file: Path, error: Exception) -> ConfigError:
+    return ConfigError(_KEY, str(file), f"cannot be read ({error})", "Copy it again")
 
 
 class SeededWeights:

@@ -1,0 +1,176 @@
+"""From hidden states to log-probs and back to gradients: chunked_logprobs against full logits, in memory and time.
+
+    python -m benchmarks.logprob_memory [--tokens 4096] [--chunk-tokens 256] [--out FILE]
+
+Every measurement is a fresh process that makes its inputs, touches them, and only then counts: peak resident memory
+(allocated memory on a GPU) over what the inputs hold, gradients included, and seconds. Linux only.
+"""
+
+import argparse
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import report
+from nemo_jepo.actor.logprobs import chunked_logprobs
+
+LogProbs = Callable[[Tensor, Tensor, Tensor], Tensor]
+WITH, WITHOUT = "with_gradients", "without_gradients"
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """What is computed; the defaults are one row of a 1B-class model with the vocabulary of Llama 3."""
+
+    tokens: int = 4096
+    hidden: int = 1024
+    vocab: int = 128_256
+    chunk_tokens: int = 256
+    threads: int = 0
+    """CPU threads; 0 leaves the choice to torch."""
+
+
+def naive_logprobs(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Log-probs [S] from all logits at once: log_softmax in fp32 (fp64 for fp64), gather, autograd."""
+    precision = torch.promote_types(hidden.dtype, torch.float32)
+    return (hidden @ weight.t()).to(precision).log_softmax(-1).gather(-1, target[:, None])[:, 0]
+
+
+def variants(size: Size) -> dict[str, LogProbs]:
+    """What is compared; the first is the baseline. chunked also computes the entropies."""
+    return {
+        "naive": naive_logprobs,
+        "chunked": lambda hidden, weight, target: chunked_logprobs(hidden, weight, target, 0, size.chunk_tokens)[0],
+    }
+
+
+def inputs(size: Size, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """hidden [S, H] and weight [V, H], which ask for gradients, target [S], and the gradient of the log-probs [S]."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    random = torch.Generator(device).manual_seed(1)
+    hidden = torch.randn(size.tokens, size.hidden, generator=random, device=device, dtype=dtype)
+    weight = torch.randn(size.vocab, size.hidden, generator=random, device=device, dtype=dtype)
+    weight.mul_(size.hidden**-0.5)  # logits of unit variance
+    target = torch.randint(size.vocab, (size.tokens,), generator=random, device=device)
+    upstream = torch.randn(size.tokens, generator=random, device=device, dtype=dtype)
+    return hidden.requires_grad_(), weight.requires_grad_(), target, upstream
+
+
+def _process_bytes(field: str) -> int:
+    """VmRSS (resident now) or VmHWM (most since the last reset) of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def measured(work: Callable[[], object]) -> tuple[float, int]:
+    """(seconds, peak bytes over what was held before) of one call; its result counts while it is computed."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS, proc(5)
+        held = _process_bytes("VmRSS")
+    begin = perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return perf_counter() - begin, torch.cuda.max_memory_allocated() - held
+    return perf_counter() - begin, _process_bytes("VmHWM") - held
+
+
+def measure(variant: str, size: Size) -> report.Figures:
+    """One variant's seconds and peak bytes, first without gradients, then with."""
+    if size.threads:
+        torch.set_num_threads(size.threads)
+    logprobs = variants(size)[variant]
+    *small, upstream = inputs(Size(tokens=8, hidden=64, vocab=512))
+    logprobs(*small).backward(upstream)  # libraries and kernels load here
+    hidden, weight, target, upstream = inputs(size)
+    figures = {}
+    with torch.no_grad():
+        figures[f"seconds_{WITHOUT}"], figures[f"bytes_{WITHOUT}"] = measured(lambda: logprobs(hidden, weight, target))
+    figures[f"seconds_{WITH}"], figures[f"bytes_{WITH}"] = measured(
+        lambda: logprobs(hidden, weight, target).backward(upstream)
+    )
+    return figures
+
+
+def in_fresh_process(variant: str, size: Size) -> report.Figures:
+    """`measure` in a process of its own, so that no memory is left over from another variant."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure, variant, size).result()
+
+
+def differences(size: Size) -> dict[str, dict[str, float]]:
+    """Largest difference of each variant in fp32 from full logits in fp64: log-probs and both gradients."""
+    outcomes = {}
+    for name, dtype, logprobs in [
+        ("fp64", torch.float64, naive_logprobs),
+        *((name, torch.float32, logprobs) for name, logprobs in variants(size).items()),
+    ]:
+        hidden, weight, target, upstream = (
+            tensor.detach().to(dtype) if tensor.is_floating_point() else tensor for tensor in inputs(size)
+        )
+        hidden.requires_grad_(), weight.requires_grad_()
+        values = logprobs(hidden, weight, target)
+        values.backward(upstream)
+        outcomes[name] = {"logprobs": values.detach(), "hidden_gradient": hidden.grad, "weight_gradient": weight.grad}
+    exact = outcomes.pop("fp64")
+    return {
+        name: {field: (value.double() - exact[field]).abs().max().item() for field, value in found.items()}
+        for name, found in outcomes.items()
+    }
+
+
+def run(size: Size, repetitions: int) -> dict[str, Any]:
+    """The whole report."""
+    before = report.machine()
+    rounds = [{name: in_fresh_process(name, size) for name in variants(size)} for _ in range(repetitions)]
+    names = list(rounds[0]["naive"])
+    return {
+        "benchmark": "logprob_memory",
+        "machine": before | {"threads": size.threads or before["threads"], "load_after": report.machine()["load"]},
+        "size": asdict(size),
+        "gradient_bytes": 4 * size.hidden * (size.tokens + size.vocab),
+        "rounds": rounds,
+        "medians": report.medians(rounds),
+        "ratios": {name: report.paired_ratio(rounds, name, "chunked", "naive") for name in names},
+        "differences_from_fp64": differences(Size(tokens=96, hidden=256, vocab=8000, chunk_tokens=40)),
+    }
+
+
+def show(found: dict[str, Any]) -> str:
+    """The report as a table."""
+    rows = [["", *found["medians"], "ratio"]]
+    for name, ratio in found["ratios"].items():
+        unit, scale = ("MB", 1e-6) if name.startswith("bytes") else ("s", 1.0)
+        cells = [f"{figures[name] * scale:.{0 if unit == 'MB' else 2}f} {unit}" for figures in found["medians"].values()]
+        rows.append([name.replace("bytes", "peak").replace("_", " "), *cells, f"{ratio:.3f}"])
+    for name in found["differences_from_fp64"]["naive"]:
+        cells = [f"{figures[name]:.1e}" for figures in found["differences_from_fp64"].values()]
+        rows.append([f"fp64 difference, {name.replace('_', ' ')}", *cells, ""])
+    return report.table(rows)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in asdict(Size()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    options = vars(parser.parse_args(arguments))
+    repetitions, out = options.pop("repetitions"), options.pop("out")
+    found = run(Size(**options), repetitions)
+    report.write(found, out)
+    print(show(found))
+
+
+if __name__ == "__main__":
+    main()

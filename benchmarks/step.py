@@ -1,0 +1,202 @@
+"""Useful tokens a second of one whole update, packed against padded, on GSM8K's spread of lengths.
+
+    python -m benchmarks.step [--prompts 16] [--data train.jsonl] [--out FILE]
+
+An update is what the loop does after sampling: scores under the policy and under the reference policy, credits, token
+weights, forward and backward pass, optimizer step; nemo_jepo's own functions on a 5M-parameter Llama in one process.
+Useful tokens are those of the sequences; padding counts for nothing.
+
+    packed          rows of --tokens-per-row tokens, sequences side by side
+    padded batch    the same row size, every sequence in a slot as long as the longest sequence of the batch
+    padded          one sequence a row, every row as long as the longest sequence
+"""
+
+import argparse
+import random
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from benchmarks import report
+from nemo_jepo.actor import parallel
+from nemo_jepo.actor.actor import MegatronJEPOActor
+from nemo_jepo.actor.model import load_hf_config
+from nemo_jepo.actor.update import group_scores, weigh_tokens
+from nemo_jepo.config import AnswerConfig, Config, DataConfig, ModelConfig, OptimConfig
+from nemo_jepo.data import load_prompts, train_tokenizer, training_texts
+from nemo_jepo.objective.update import sample_credits
+from nemo_jepo.packing import pack, padded_rows
+from nemo_jepo.rooms import load_initial_weights, update_rule
+from nemo_jepo.splice import Splicer
+from nemo_jepo.types import PackedRow, Spliced
+
+VOCAB = 2048
+SHAPE = {  # the model of conf/gsm8k_small.yaml
+    "model_type": "llama",
+    "vocab_size": VOCAB,
+    "hidden_size": 256,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 704,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": True,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """How much one update reads."""
+
+    prompts: int = 16
+    generations: int = 4
+    tokens_per_row: int = 4096
+    threads: int = 0
+    """CPU threads; 0 leaves the choice to torch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Tokens of every prompt, chain of thought and reference answer that a batch may draw."""
+
+    prompts: Sequence[int]
+    chains: Sequence[int]
+    answers: Sequence[int]
+
+
+def gsm8k_like_lengths() -> Lengths:
+    """Log-normal lengths with the moments of GSM8K's training file under a byte-level BPE of 2,048 tokens.
+
+    Means 75 (prompt), 103 (solution and marker), 4.3 (answer) tokens; standard deviations of the logarithm 0.37, 0.45,
+    0.22: what `lengths_of_file` finds there.
+    """
+    rng = random.Random(7)
+
+    def draw(mean: float, sigma: float) -> list[int]:
+        mu = torch.tensor(mean).log().item() - sigma**2 / 2
+        return [max(1, round(rng.lognormvariate(mu, sigma))) for _ in range(7473)]
+
+    return Lengths(draw(75, 0.37), draw(103, 0.45), draw(4.3, 0.22))
+
+
+def lengths_of_file(path: str) -> Lengths:
+    """The lengths of a GSM8K file's questions, solutions and answers, under a tokeniser trained on it."""
+    config = DataConfig(name="gsm8k", train_path=path, on_bad_row="skip")
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = train_tokenizer(training_texts(config), VOCAB, Path(folder) / "tokenizer")
+    prompts = load_prompts(config, "warmup", tokenizer).prompts
+    golden = Splicer(tokenizer, AnswerConfig()).supervised(prompts, "chain_of_thought")
+    return Lengths(
+        [sequence.prompt_length for sequence in golden],
+        [sequence.chain_length for sequence in golden],
+        [sequence.answer_length for sequence in golden],
+    )
+
+
+def draw_sequences(batch: Batch, lengths: Lengths) -> list[Spliced]:
+    """A batch of valid samples with random token ids: siblings share the prompt and the answer, not the chain."""
+    rng = random.Random(11)
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(rng.choices(range(VOCAB), k=count))
+
+    sequences = []
+    for group in range(batch.prompts):
+        prompt, answer = tokens(rng.choice(lengths.prompts)), tokens(rng.choice(lengths.answers))
+        for sample in range(batch.generations):
+            chain = tokens(rng.choice(lengths.chains))
+            sequence = Spliced(
+                group=group,
+                sample=sample,
+                token_ids=prompt + chain + answer,
+                prompt_length=len(prompt),
+                chain_length=len(chain),
+                answer_length=len(answer),
+                valid=True,
+                has_marker=True,
+                generation_logprobs=(0.0,) * len(chain),
+            )
+            sequences.append(sequence)
+    return sequences
+
+
+def side_by_side(rows: Sequence[PackedRow]) -> PackedRow:
+    """Several rows as one; every segment stays a segment."""
+    ends = [torch.zeros(1, dtype=torch.int32)]
+    for row in rows:
+        ends.append(ends[-1][-1] + row.cu_seqlens[1:])
+    return PackedRow(
+        token_ids=torch.cat([row.token_ids for row in rows]),
+        position_ids=torch.cat([row.position_ids for row in rows]),
+        cu_seqlens=torch.cat(ends),
+        sequence_index=torch.cat([row.sequence_index for row in rows]),
+        scored_mask=torch.cat([row.scored_mask for row in rows]),
+    )
+
+
+def layouts(sequences: Sequence[Spliced], tokens_per_row: int) -> dict[str, list[PackedRow]]:
+    """The same sequences in rows of three kinds."""
+    longest = max(sequence.length for sequence in sequences)
+    padded = padded_rows(sequences, longest)
+    slots = max(1, tokens_per_row // longest)
+    return {
+        "packed": pack(sequences, tokens_per_row),
+        "padded batch": [side_by_side(padded[start : start + slots]) for start in range(0, len(padded), slots)],
+        "padded": padded,
+    }
+
+
+def build_update(tokens_per_row: int) -> Callable[[Sequence[Spliced], Sequence[PackedRow]], None]:
+    """One update of a randomly initialised policy beside its reference policy, under the default objective."""
+    config = Config(model=ModelConfig(hf_config=SHAPE, tokens_per_micro_batch=tokens_per_row))
+    parallel.init_distributed()
+    parallel.init_model_parallel(config.model)
+    layout, rule = parallel.Layout(), update_rule(config)
+    actor = MegatronJEPOActor(load_hf_config(SHAPE), config.model, "fp32", layout)
+    load_initial_weights(actor, config, layout)
+    actor.keep_reference_policy()
+    actor.start_training(OptimConfig(lr=1e-4), 1.0, 1000)
+
+    def update(sequences: Sequence[Spliced], rows: Sequence[PackedRow]) -> None:
+        count = len(sequences)
+        scores = actor.get_inference_log_probs(rows, count)
+        reference = actor.get_init_policy_logprobs(rows, count)
+        group_size = count // (1 + sequences[-1].group)
+        groups = group_scores(sequences, scores, reference, None, group_size)
+        credits = sample_credits(rule, groups, layout.sum_over_data_parallel, layout.max_over_data_parallel)
+        actor.train_step(rows, weigh_tokens(rule, sequences, scores, reference, credits))
+
+    return update
+
+
+def run(batch: Batch, data: str | None, repetitions: int) -> dict[str, Any]:
+    """The whole report."""
+    if batch.threads:
+        torch.set_num_threads(batch.threads)
+    before = report.machine()
+    sequences = draw_sequences(batch, lengths_of_file(data) if data else gsm8k_like_lengths())
+    useful = sum(sequence.length for sequence in sequences)
+    rows_of = layouts(sequences, batch.tokens_per_row)
+    update = build_update(batch.tokens_per_row)
+    for rows in rows_of.values():
+        update(sequences[: batch.generations], _rows_of_first_group(rows, batch))
+    rounds = []
+    for _ in range(repetitions):
+        figures = {}
+        for name, rows in rows_of.items():
+            begin = perf_counter()
+            update(sequences, rows)
+            seconds = perf_counter() - begin
+            figures[name] = {"seconds": seconds, "tokens_per_second": useful / seconds}
+        rounds.append(figures)
+    return {
+        "benchmark": "step",
+        "machine": before | {"load_after": report.machine()["load"]},
+        "batch": asdict(batch),
+        "lengths": "data" if data else "gsm8k_like",
+    }

@@ -1,0 +1,96 @@
+"""PackedAttention: every segment of a row attends as if it were alone, and the buckets that make it fast."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nemo_jepo.actor.attention import BucketedSeqParams, PackedAttention, segment_buckets
+
+HEADS, KV_HEADS, SIZE = 4, 2, 8
+LENGTHS = [5, 1, 16, 7, 6, 2, 17]
+Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def bounds(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+
+def heads(num_tokens: int) -> Heads:
+    """query [T, H, D], key and value [T, H_kv, D], float64, with gradient."""
+    draw = torch.Generator().manual_seed(1)
+    shapes = [(num_tokens, count, SIZE) for count in (HEADS, KV_HEADS, KV_HEADS)]
+    query, key, value = (torch.randn(s, generator=draw, dtype=torch.float64).requires_grad_() for s in shapes)
+    return query, key, value
+
+
+def packed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    parameters = BucketedSeqParams(qkv_format="thd", buckets=segment_buckets(bounds(lengths)))
+    return PackedAttention(None, 1)(query, key, value, packed_seq_params=parameters)
+
+
+def alone(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """softmax(Q K^T / sqrt(D) + causal mask) V of one segment, written out; a key/value head serves two query heads."""
+    key, value = (tensor.repeat_interleave(HEADS // KV_HEADS, dim=1) for tensor in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", query, key) / SIZE**0.5
+    future = torch.ones(len(query), len(query), dtype=torch.bool).triu(1)
+    weights = scores.masked_fill(future, -torch.inf).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, value).flatten(1)
+
+
+def test_every_segment_attends_as_if_it_were_alone():
+    row = heads(sum(LENGTHS))
+    upstream = torch.randn(sum(LENGTHS), HEADS * SIZE, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    parts = [torch.split(tensor, LENGTHS) for tensor in row]
+    expected = torch.cat([alone(*segment) for segment in zip(*parts, strict=True)])
+    found = packed(*row, LENGTHS)
+    torch.testing.assert_close(found, expected)
+    for grad, expected_grad in zip(
+        torch.autograd.grad(found, row, upstream), torch.autograd.grad(expected, row, upstream), strict=True
+    ):
+        torch.testing.assert_close(grad, expected_grad)
+
+
+def test_a_changed_segment_changes_no_other_segment():
+    """Bit for bit, outputs and gradients: 7 shares a bucket with 5 and 6, so padding is exercised too."""
+    row, start = heads(sum(LENGTHS)), sum(LENGTHS[:3])
+    changed = slice(start, start + LENGTHS[3])
+    other = tuple(tensor.detach().clone() for tensor in row)
+    for tensor in other:
+        tensor[changed] += 100.0
+        tensor.requires_grad_()
+    kept = torch.ones(sum(LENGTHS), dtype=torch.bool)
+    kept[changed] = False
+    before, after = packed(*row, LENGTHS), packed(*other, LENGTHS)
+    assert torch.equal(before[kept], after[kept])
+    assert not torch.equal(before[changed], after[changed])
+    before.sum().backward()
+    after.sum().backward()
+    for tensor, other_tensor in zip(row, other, strict=True):
+        assert torch.equal(tensor.grad[kept], other_tensor.grad[kept])
+
+
+def test_the_softmax_scale_is_the_given_one():
+    row = heads(4)
+    parameters = BucketedSeqParams(qkv_format="thd", buckets=segment_buckets(bounds([4])))
+    found = PackedAttention(None, 1, softmax_scale=0.5)(*row, packed_seq_params=parameters)
+    query, key, value = row
+    torch.testing.assert_close(found, alone(query * 0.5 * SIZE**0.5, key, value))
+
+
+@given(st.lists(st.integers(1, 70), min_size=1, max_size=40))
+def test_buckets_hold_every_position_once_and_less_than_double_it(lengths):
+    buckets = segment_buckets(bounds(lengths))
+    held = torch.cat([bucket[bucket >= 0] for bucket in buckets])
+    assert sorted(held.tolist()) == list(range(sum(lengths)))
+    for bucket in buckets:
+        assert bucket.numel() < 2 * (bucket >= 0).sum()
+    assert len(buckets) <= (max(lengths) - 1).bit_length() + 1
+
+
+@given(st.lists(st.integers(1, 70), min_size=1, max_size=40))
+def test_a_row_of_a_bucket_is_one_segment_from_its_start(lengths):
+    ends = bounds(lengths).tolist()
+    segments = {tuple(range(start, end)) for start, end in zip(ends[:-1], ends[1:], strict=True)}
+    rows = [row for bucket in segment_buckets(bounds(lengths)) for row in bucket.tolist()]
+    assert {tuple(position for position in row if position >= 0) for row in rows} == segments
+    assert all(row[: row.index(-1)] == [p for p in row if p >= 0] for row in rows if -1 in row)
