@@ -23,6 +23,7 @@ from nemo_jepo.actor.logprobs import chunked_logprobs
 
 LogProbs = Callable[[Tensor, Tensor, Tensor], Tensor]
 WITH, WITHOUT = "with_gradients", "without_gradients"
+RESULTS = ("logprobs", "hidden_gradient", "weight_gradient")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,13 +116,11 @@ def differences(size: Size) -> dict[str, dict[str, float]]:
         ("fp64", torch.float64, naive_logprobs),
         *((name, torch.float32, logprobs) for name, logprobs in variants(size).items()),
     ]:
-        hidden, weight, target, upstream = (
-            tensor.detach().to(dtype) if tensor.is_floating_point() else tensor for tensor in inputs(size)
-        )
-        hidden.requires_grad_(), weight.requires_grad_()
-        values = logprobs(hidden, weight, target)
-        values.backward(upstream)
-        outcomes[name] = {"logprobs": values.detach(), "hidden_gradient": hidden.grad, "weight_gradient": weight.grad}
+        hidden, weight, target, upstream = inputs(size)
+        hidden, weight, upstream = (tensor.detach().to(dtype) for tensor in (hidden, weight, upstream))
+        values = logprobs(hidden.requires_grad_(), weight.requires_grad_(), target)
+        gradients = torch.autograd.grad(values, [hidden, weight], upstream)
+        outcomes[name] = dict(zip(RESULTS, (values.detach(), *gradients), strict=True))
     exact = outcomes.pop("fp64")
     return {
         name: {field: (value.double() - exact[field]).abs().max().item() for field, value in found.items()}
@@ -150,8 +149,9 @@ def show(found: dict[str, Any]) -> str:
     """The report as a table."""
     rows = [["", *found["medians"], "ratio"]]
     for name, ratio in found["ratios"].items():
-        unit, scale = ("MB", 1e-6) if name.startswith("bytes") else ("s", 1.0)
-        cells = [f"{figures[name] * scale:.{0 if unit == 'MB' else 2}f} {unit}" for figures in found["medians"].values()]
+        values = [figures[name] for figures in found["medians"].values()]
+        memory = name.startswith("bytes")
+        cells = [f"{value / 1e6:.0f} MB" if memory else f"{value:.2f} s" for value in values]
         rows.append([name.replace("bytes", "peak").replace("_", " "), *cells, f"{ratio:.3f}"])
     for name in found["differences_from_fp64"]["naive"]:
         cells = [f"{figures[name]:.1e}" for figures in found["differences_from_fp64"].values()]

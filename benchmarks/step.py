@@ -1,6 +1,6 @@
 """Useful tokens a second of one whole update, packed against padded, on GSM8K's spread of lengths.
 
-    python -m benchmarks.step [--prompts 16] [--data train.jsonl] [--out FILE]
+    python -m benchmarks.step [--prompts 32] [--data train.jsonl] [--out FILE]
 
 An update is what the loop does after sampling: scores under the policy and under the reference policy, credits, token
 weights, forward and backward pass, optimizer step; nemo_jepo's own functions on a 5M-parameter Llama in one process.
@@ -15,7 +15,8 @@ import argparse
 import random
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -53,7 +54,7 @@ SHAPE = {  # the model of conf/gsm8k_small.yaml
 class Batch:
     """How much one update reads."""
 
-    prompts: int = 16
+    prompts: int = 32
     generations: int = 4
     tokens_per_row: int = 4096
     threads: int = 0
@@ -174,29 +175,82 @@ def build_update(tokens_per_row: int) -> Callable[[Sequence[Spliced], Sequence[P
     return update
 
 
+def timed(update: Callable[[], None], useful_tokens: int) -> report.Figures:
+    """Seconds of one update, and useful tokens a second."""
+    begin = perf_counter()
+    update()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds = perf_counter() - begin
+    return {"seconds": seconds, "useful_tokens_per_second": useful_tokens / seconds}
+
+
 def run(batch: Batch, data: str | None, repetitions: int) -> dict[str, Any]:
     """The whole report."""
     if batch.threads:
         torch.set_num_threads(batch.threads)
     before = report.machine()
-    sequences = draw_sequences(batch, lengths_of_file(data) if data else gsm8k_like_lengths())
+    lengths = lengths_of_file(data) if data else gsm8k_like_lengths()
+    update = build_update(batch.tokens_per_row)
+    few = draw_sequences(replace(batch, prompts=1), lengths)
+    for rows in layouts(few, batch.tokens_per_row).values():
+        update(few, rows)  # libraries load, optimizer states appear
+    sequences = draw_sequences(batch, lengths)
     useful = sum(sequence.length for sequence in sequences)
     rows_of = layouts(sequences, batch.tokens_per_row)
-    update = build_update(batch.tokens_per_row)
-    for rows in rows_of.values():
-        update(sequences[: batch.generations], _rows_of_first_group(rows, batch))
-    rounds = []
-    for _ in range(repetitions):
-        figures = {}
-        for name, rows in rows_of.items():
-            begin = perf_counter()
-            update(sequences, rows)
-            seconds = perf_counter() - begin
-            figures[name] = {"seconds": seconds, "tokens_per_second": useful / seconds}
-        rounds.append(figures)
+    rounds = [
+        {name: timed(partial(update, sequences, rows), useful) for name, rows in rows_of.items()}
+        for _ in range(repetitions)
+    ]
     return {
         "benchmark": "step",
         "machine": before | {"load_after": report.machine()["load"]},
         "batch": asdict(batch),
-        "lengths": "data" if data else "gsm8k_like",
+        "lengths": "file" if data else "log-normal",
+        "useful_tokens": useful,
+        "longest_sequence": max(sequence.length for sequence in sequences),
+        "rows": {name: len(rows) for name, rows in rows_of.items()},
+        "computed_tokens": {name: sum(len(row.token_ids) for row in rows) for name, rows in rows_of.items()},
+        "rounds": rounds,
+        "medians": report.medians(rounds),
+        "speedup_of_packed": {
+            name: report.paired_ratio(rounds, "useful_tokens_per_second", "packed", name) for name in rows_of
+        },
     }
+
+
+def show(found: dict[str, Any]) -> str:
+    """The report as a table."""
+    rows = [["", "rows", "tokens computed", "useful", "s an update", "useful tokens/s", "packed is faster by"]]
+    for name, figures in found["medians"].items():
+        computed = found["computed_tokens"][name]
+        rows.append(
+            [
+                name,
+                str(found["rows"][name]),
+                str(computed),
+                f"{found['useful_tokens'] / computed:.0%}",
+                f"{figures['seconds']:.2f}",
+                f"{figures['useful_tokens_per_second']:.0f}",
+                f"{found['speedup_of_packed'][name]:.2f}",
+            ]
+        )
+    return report.table(rows)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in asdict(Batch()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+    parser.add_argument("--data", help="a GSM8K .jsonl file: its own lengths, under a tokeniser trained on it")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    options = vars(parser.parse_args(arguments))
+    data, repetitions, out = (options.pop(name) for name in ("data", "repetitions", "out"))
+    found = run(Batch(**options), data, repetitions)
+    report.write(found, out)
+    print(show(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Train, save, go on; or resume and go on. Run by test_checkpoint.
+
+    python checkpoint_worker.py jobs.json     (once a rank; jobs: output name -> job; every rank writes NAME.RANK)
+
+A job trains two updates and saves step 2 into job["save"], or resumes from job["resume"] with other initial weights;
+then both report their whole state, do one more update, and report the weights after it.
+"""
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from nemo_jepo.actor import parallel
+
+parallel.init_distributed()
+
+from nemo_jepo.actor.actor import MegatronJEPOActor, _inner_optimizers  # noqa: E402
+from nemo_jepo.actor.model import load_hf_config  # noqa: E402
+from nemo_jepo.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
+from nemo_jepo.config import ModelConfig, OptimConfig, SchedConfig  # noqa: E402
+from nemo_jepo.packing import pack  # noqa: E402
+from nemo_jepo.weights.load import load_stage, open_source  # noqa: E402
+from nemo_jepo.weights.stream import weight_stream  # noqa: E402
+from tests.actor.batch import TINY, sequences  # noqa: E402
+
+LOOP_STATE = {"data": {"epoch": 3, "position": 17}}
+SCHEDULE = SchedConfig(name="cosine", warmup_steps=2, min_lr=0.001)
+
+
+def build(job: dict) -> MegatronJEPOActor:
+    model = ModelConfig(tokens_per_micro_batch=64, **job["model"])
+    parallel.init_model_parallel(model)
+    layout = parallel.Layout()
+    hf_config = load_hf_config(TINY | {"model_type": "llama", "tie_word_embeddings": job.get("tied", False)})
+    actor = MegatronJEPOActor(hf_config, model, job.get("precision", "fp32"), layout)
+    source = open_source(hf_config, None, seed=8 if "resume" in job else 7)
+    load_stage(actor.gpt, hf_config, source, layout.tensor_group.rank(), layout.tensor_group.size())
+    optim = OptimConfig(lr=0.02, weight_decay=0.1, sched=SCHEDULE, distributed=job.get("distributed", True))
+    actor.start_training(optim, 1.0, 10)
+    return actor
+
+
+def update(actor: MegatronJEPOActor) -> dict[str, float]:
+    """One step on another objective each time; data-parallel ranks share the sequences."""
+    layout, batch = actor.layout, sequences()
+    mine = batch[layout.data_parallel_rank :: layout.data_parallel_size]
+    draw = torch.Generator().manual_seed(actor.num_steps)
+    weights = [torch.randn(s.chain_length + s.answer_length, generator=draw) for s in batch]
+    rows = pack(mine, 64)
+    return actor.train_step(rows, weights[layout.data_parallel_rank :: layout.data_parallel_size])
+
+
+def state_of(actor: MegatronJEPOActor) -> dict[str, torch.Tensor]:
+    """Weights under their Hugging Face names, this rank's optimizer state, rate and step."""
+    out = {f"weight/{name}": tensor.clone() for name, tensor in streamed(actor)}
+    for number, optimizer in enumerate(_inner_optimizers(actor._optimizer)):
+        for group_number, group in enumerate(optimizer.param_groups):
+            out[f"adam/{number}/{group_number}/step"] = torch.tensor(group["step"])
+            for position, parameter in enumerate(group["params"]):
+                out[f"adam/{number}/{group_number}/{position}/main"] = parameter.detach().clone()
+                for name, tensor in optimizer.state[parameter].items():
+                    out[f"adam/{number}/{group_number}/{position}/{name}"] = tensor.clone()
+    out["lr"] = torch.tensor(actor._optimizer.param_groups[0]["lr"], dtype=torch.float64)
+    out["num_steps"] = torch.tensor(actor.num_steps)
+    return out
+
+
+def streamed(actor: MegatronJEPOActor) -> Iterable[tuple[str, torch.Tensor]]:
+    return weight_stream(actor.gpt, actor.hf_config, actor.layout)
+
+
+def write_model_files(folder: Path) -> None:
+    (folder / "config.json").write_text("{}")
+
+
+def die(folder: Path) -> None:
+    raise KeyboardInterrupt
+
+
+def save(actor: MegatronJEPOActor, job: dict) -> None:
+    """Steps 1 to 4 where the job asks what is kept; the last attempt dies, as a killed process would."""
+    folder = Path(job["save"])
+    for step in job.get("steps", [2]):
+        save_checkpoint(folder, step, actor.sharded_state_dict(), LOOP_STATE, 2, write_model_files)
+    if "dies_at" in job:
+        try:
+            save_checkpoint(folder, job["dies_at"], actor.sharded_state_dict(), LOOP_STATE, 2, die)
+        except KeyboardInterrupt:
+            return
+        raise AssertionError("was to die")
+
+
+def run(job: dict) -> dict[str, torch.Tensor]:
+    actor = build(job)
+    if "resume" in job:
+        state, loop_state = load_checkpoint(Path(job["resume"]), actor.sharded_state_dict(is_loading=True))
+        assert loop_state == LOOP_STATE
+        actor.load_state_dict(state)
+    else:
+        for _ in range(2):
+            update(actor)
+        save(actor, job)
+    out = {f"saved/{name}": tensor for name, tensor in state_of(actor).items()}
+    metrics = update(actor)
+    out |= {f"next/{name}": tensor for name, tensor in state_of(actor).items()}
+    out |= {f"next/{name}": torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
+    return {name: tensor.contiguous() for name, tensor in out.items()}
+
+
+if __name__ == "__main__":
+    for file, job in json.load(open(sys.argv[1])).items():
+        save_file(run(job), f"{file}.{torch.distributed.get_rank()}")

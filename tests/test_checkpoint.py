@@ -1,0 +1,146 @@
+"""A checkpoint brings back everything, in its own layout bit for bit; what is not whole is never taken for one."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nemo_jepo.checkpoint import is_checkpoint, latest_checkpoint, load_checkpoint, whole_checkpoints
+from nemo_jepo.config import ConfigError
+from tests.ranks import run_ranks
+
+TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+BF16 = {"precision": "bf16", "tied": True}
+SAVED: dict[int, dict[str, dict[str, Any]]] = {
+    2: {"TP2": {"model": TP2}, "DP2": {"model": {}}, "PP2 bf16": {"model": PP2} | BF16},
+    1: {
+        "one process": {"model": {}},
+        "bf16": {"model": {}} | BF16,
+        "plain optimizer": {"model": {}, "distributed": False},
+        "plain optimizer bf16": {"model": {}, "distributed": False} | BF16,
+    },
+}
+MOVED = {  # written in one layout -> read in another
+    "TP2 -> one process": (1, {}, "TP2"),
+    "DP2 -> one process": (1, {}, "DP2"),
+    "TP2 -> PP2": (2, PP2, "TP2"),
+    "DP2 -> TP2": (2, TP2, "DP2"),
+}
+SAME_LAYOUT = [(name, rank) for ranks in SAVED for name in SAVED[ranks] for rank in range(ranks)]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """Every job's report and checkpoints: two processes first, then one that reads theirs too."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    for ranks in (2, 1):
+        jobs = {str(root / name): job | {"save": str(root / f"{name} saves")} for name, job in SAVED[ranks].items()}
+        for name, job in SAVED[ranks].items():
+            jobs[str(root / f"{name} again")] = job | {"resume": str(root / f"{name} saves" / "step_000002")}
+        for name, (at, model, writer) in MOVED.items():
+            if at == ranks:
+                jobs[str(root / name)] = {"model": model, "resume": str(root / f"{writer} saves" / "step_000002")}
+        if ranks == 1:
+            jobs[str(root / "kept")] = {
+                "model": {},
+                "save": str(root / "kept saves"),
+                "steps": [1, 2, 3, 4],
+                "dies_at": 5,
+            }
+        (root / "jobs.json").write_text(json.dumps(jobs))
+        run_ranks(ranks, [str(Path(__file__).with_name("checkpoint_worker.py")), str(root / "jobs.json")])
+    return root
+
+
+def report(root: Path, name: str, rank: int = 0) -> dict[str, torch.Tensor]:
+    return load_file(root / f"{name}.{rank}")
+
+
+@pytest.mark.parametrize("name, rank", SAME_LAYOUT)
+def test_resuming_gives_the_state_and_the_next_update_bit_for_bit(name, rank, root):
+    uninterrupted, resumed = report(root, name, rank), report(root, f"{name} again", rank)
+    assert uninterrupted.keys() == resumed.keys()
+    assert any("exp_avg_sq" in part for part in resumed) and resumed["saved/num_steps"] == 2
+    different = [part for part in resumed if not torch.equal(resumed[part], uninterrupted[part])]
+    assert not different
+
+
+def test_the_next_update_does_change_the_state(root):
+    state = report(root, "one process")
+    for part in ("weight/model.norm.weight", "weight/lm_head.weight", "lr", "num_steps", "adam/0/0/step"):
+        assert not torch.equal(state[f"saved/{part}"], state[f"next/{part}"]), part
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_another_layout_goes_on_from_the_same_state(name, root):
+    """Weights at once bit for bit; the next update within fp32 summation order."""
+    writer, reader = report(root, MOVED[name][2]), report(root, name)
+    for part in writer:
+        if part.startswith("saved/weight/"):
+            assert torch.equal(reader[part], writer[part]), part
+        elif part.startswith("next/") and "adam" not in part:
+            torch.testing.assert_close(reader[part], writer[part], rtol=1e-4, atol=1e-5, msg=f"{part}: {reader[part]}")
+
+
+def test_the_newest_two_are_kept_and_a_save_that_dies_changes_nothing(root):
+    folder = root / "kept saves"
+    assert [path.name for path in whole_checkpoints(folder)] == ["step_000003", "step_000004"]
+    assert latest_checkpoint(folder) == folder / "step_000004"
+    assert (folder / "latest").read_text() == "step_000004"
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"step_000003", "step_000004", ".step_000005.partial", "latest"}
+
+
+@pytest.fixture
+def saves(root, tmp_path) -> Path:
+    """A folder with steps 3 and 4, to be damaged."""
+    return Path(shutil.copytree(root / "kept saves", tmp_path / "checkpoints"))
+
+
+def error_of(path: Path) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_checkpoint(path, {})
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_without_complete_json_a_folder_is_passed_over(saves):
+    (saves / "step_000004" / "complete.json").unlink()
+    assert latest_checkpoint(saves) == saves / "step_000003"
+    assert "step_000004': has no readable complete.json" in error_of(saves / "step_000004")
+
+
+def test_with_half_a_complete_json_a_folder_is_passed_over(saves):
+    marker = saves / "step_000004" / "complete.json"
+    marker.write_text(marker.read_text()[:-20])
+    assert latest_checkpoint(saves) == saves / "step_000003"
+
+
+@pytest.mark.parametrize("pattern", ["*.distcp", ".metadata", "common.pt", "loop.json", "config.json"])
+def test_with_a_truncated_or_missing_file_a_folder_is_passed_over_and_the_file_named(pattern, saves):
+    file = next((saves / "step_000004").glob(pattern))
+    file.write_bytes(file.read_bytes()[:-1])
+    assert latest_checkpoint(saves) == saves / "step_000003"
+    assert f"{file.name} is missing or has another size" in error_of(saves / "step_000004")
+    file.unlink()
+    assert latest_checkpoint(saves) == saves / "step_000003"
+    assert f"{file.name} is missing" in error_of(saves / "step_000004")
+
+
+def test_without_a_whole_checkpoint_there_is_no_latest(saves):
+    for step in (3, 4):
+        (saves / f"step_{step:06d}" / "complete.json").unlink()
+    assert latest_checkpoint(saves) is None
+    assert latest_checkpoint(saves / "nowhere") is None
+
+
+def test_a_hugging_face_folder_is_no_checkpoint(saves, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert not is_checkpoint(tmp_path)
+    assert is_checkpoint(saves / "step_000004")
+    (saves / "step_000004" / "complete.json").unlink()
+    assert is_checkpoint(saves / "step_000004"), "a broken one must reach the error, not the Hugging Face loader"

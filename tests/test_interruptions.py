@@ -1,0 +1,104 @@
+"""A run that is killed, at any moment, and started again ends as if nothing had happened: bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.command_line import ENVIRONMENT, command, metrics, run
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    run("train", folder)
+    return folder
+
+
+def stop_when(condition: Callable[[], bool], how: signal.Signals, folder: Path) -> int:
+    """Start the run, send the signal as soon as the condition holds, and return the exit code."""
+    process = subprocess.Popen(
+        command("train", folder), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 200
+        while not condition():
+            assert process.poll() is None, f"ended with {process.returncode} before the moment to stop it came"
+            assert time.monotonic() < deadline, "the moment to stop it never came"
+            time.sleep(0.001)
+        process.send_signal(how)
+        return process.wait(timeout=100)
+    finally:
+        process.kill()
+
+
+def num_lines(folder: Path) -> int:
+    file = folder / "run" / "metrics.jsonl"
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+def test_a_run_killed_in_a_step_and_in_a_save_ends_as_if_never_interrupted(uninterrupted, tmp_path):
+    checkpoints = tmp_path / "run" / "checkpoints"
+    # In the middle of step 4: step 3 is on record, nothing after it.
+    assert stop_when(lambda: num_lines(tmp_path) == 3, signal.SIGKILL, tmp_path) == -signal.SIGKILL
+    assert num_lines(tmp_path) < 6
+    assert (checkpoints / "latest").read_text() == "step_000002"
+    # In the middle of the save after step 4.
+    partial = checkpoints / ".step_000004.partial"
+    assert stop_when(lambda: partial.exists(), signal.SIGKILL, tmp_path) == -signal.SIGKILL
+    assert not (checkpoints / "step_000004").exists()
+    assert (checkpoints / "latest").read_text() == "step_000002"
+    run("train", tmp_path)
+    assert metrics(tmp_path) == metrics(uninterrupted)
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_exits_75_and_the_next_start_goes_on(how, uninterrupted, tmp_path):
+    assert stop_when(lambda: num_lines(tmp_path) == 3, how, tmp_path) == 75
+    steps = num_lines(tmp_path)
+    assert 3 < steps < 6
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == f"step_{steps:06d}"
+    run("train", tmp_path)
+    assert metrics(tmp_path) == metrics(uninterrupted)
+
+
+def test_the_uninterrupted_run_really_trained(uninterrupted):
+    lines = metrics(uninterrupted)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert all(line["train_optim/grad_norm"] > 0 for line in lines)
+    assert any(line["train_rollouts/advantage_std"] > 0 for line in lines)
+    assert lines[0]["train_rollouts/kl"] == 0  # the policy is still the reference policy
+    assert lines[5]["train_rollouts/kl"] != 0
+    assert all(line["train_rollouts/logprob_difference"] < 1e-5 for line in lines)
+    assert "val_rollouts/proxy_nll" in lines[2]
+
+
+def test_a_finished_run_is_left_alone(uninterrupted):
+    before = metrics(uninterrupted)
+    marker = uninterrupted / "run" / "checkpoints" / "step_000006" / "complete.json"
+    written = os.stat(marker).st_mtime_ns
+    run("train", uninterrupted)
+    assert metrics(uninterrupted) == before
+    assert os.stat(marker).st_mtime_ns == written
+
+
+def test_only_the_newest_checkpoints_are_kept_and_each_knows_its_model(uninterrupted):
+    folders = sorted((uninterrupted / "run" / "checkpoints").glob("step_*"))
+    assert [folder.name for folder in folders] == ["step_000004", "step_000006"]
+    config = json.loads((folders[-1] / "config.json").read_text())
+    assert (config["model_type"], config["hidden_size"]) == ("llama", 32)
+    assert (folders[-1] / "tokenizer.json").exists()
+
+
+def test_evaluate_prints_one_json_object_of_the_newest_checkpoint(uninterrupted):
+    figures = json.loads(run("evaluate", uninterrupted).stdout)
+    last = metrics(uninterrupted)[-1]
+    assert figures["model"].endswith("step_000006")
+    for name in ("accuracy", "proxy_nll", "marker_rate", "cot_tokens_mean"):
+        assert figures[name] == pytest.approx(last[f"val_rollouts/{name}"], rel=1e-6)
