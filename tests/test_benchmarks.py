@@ -26,7 +26,7 @@ def memory_report() -> dict:
 
 
 def test_the_memory_benchmark_sees_every_block_of_logits(memory_report):
-    logits, one_chunk, slack = 4 * 512 * 20_000, 4 * 64 * 20_000, 8e6
+    logits, one_chunk, slack = 4 * 512 * 20_000, 4 * 64 * 20_000, 3e6
     gradients = 4 * 64 * (512 + 20_000)
     naive, chunked = (memory_report["medians"][name] for name in ("naive", "chunked"))
     assert memory_report["gradient_bytes"] == gradients
