@@ -9,6 +9,7 @@ LOCAL_RANK, MASTER_ADDR and MASTER_PORT set.
 
 import dataclasses
 import json
+import logging
 import os
 import signal
 import sys
@@ -95,7 +96,6 @@ def run_folder(config: Config) -> Path:
 
 def train(config: Config) -> int:
     """The warm-up if one is asked for, then the main run; both resume where they were."""
-    settings.check(config, int(os.environ.get("WORLD_SIZE", "1")))
     _start_machines(config)
     interrupt, folder = Interrupt(), run_folder(config)
     if config.warmup.max_steps:
@@ -108,7 +108,6 @@ def train(config: Config) -> int:
 
 def evaluate(config: Config) -> int:
     """Figures of the run's newest checkpoint, else of the model that the config starts from."""
-    settings.check(config, int(os.environ.get("WORLD_SIZE", "1")))
     _start_machines(config)
     from nemo_jepo.actor.parallel import Layout
     from nemo_jepo.checkpoint import latest_checkpoint
@@ -161,8 +160,10 @@ def _hydra_runner() -> settings.Runner | None:
     """NeMo's on rank 0; the other ranks are spared its seconds and its 400 MB."""
     if os.environ.get("RANK", "0") != "0":
         return None
+    logging.disable(logging.WARNING)  # of what NeMo imports
     from nemo.core.config import hydra_runner
 
+    logging.disable(logging.NOTSET)
     return hydra_runner
 
 

@@ -7,6 +7,7 @@ defaults list with `nemo_jepo_schema`; a folder of one's own (`--config-path DIR
 """
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -179,7 +180,7 @@ def run(task: Callable[[Config], int], argv: Sequence[str], load_runner: Callabl
             raise ConfigError("--multirun", True, "one process trains one model", "Start one run for each setting")
         cfg = compose(name, arguments.overrides, path)
         if not inspecting:
-            resolve(cfg)
+            check(resolve(cfg), int(os.environ.get("WORLD_SIZE", "1")))
         runner = load_runner()
         if runner is None:
             return 0 if inspecting else task(resolve(cfg))

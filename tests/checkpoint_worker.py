@@ -1,6 +1,9 @@
 """Train, save, go on; or resume and go on. Run by test_checkpoint.
 
-    python checkpoint_worker.py jobs.json     (once a rank; jobs: output name -> job; every rank writes NAME.RANK)
+    python -c "from tests.checkpoint_worker import main; main()" jobs.json
+                                              (once a rank; jobs: output name -> job; every rank writes NAME.RANK)
+
+Megatron's writer spawns a helper process at every save, which imports the main module again: -c leaves nothing to import.
 
 A job trains two updates and saves step 2 into job["save"], or resumes from job["resume"] with other initial weights;
 then both report their whole state, do one more update, and report the weights after it.
@@ -111,6 +114,6 @@ def run(job: dict) -> dict[str, torch.Tensor]:
     return {name: tensor.contiguous() for name, tensor in out.items()}
 
 
-if __name__ == "__main__":
+def main() -> None:
     for file, job in json.load(open(sys.argv[1])).items():
         save_file(run(job), f"{file}.{torch.distributed.get_rank()}")

@@ -52,7 +52,7 @@ def root(tmp_path_factory) -> Path:
                 "dies_at": 5,
             }
         (root / "jobs.json").write_text(json.dumps(jobs))
-        run_ranks(ranks, [str(Path(__file__).with_name("checkpoint_worker.py")), str(root / "jobs.json")])
+        run_ranks(ranks, ["-c", "from tests.checkpoint_worker import main; main()", str(root / "jobs.json")])
     return root
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.command_line import TINY, metrics, run
+from tests.command_line import ENVIRONMENT, TINY, metrics, run
 from tests.ranks import run_ranks
 
 SHORT = ["trainer.jepo.max_steps=2", "trainer.jepo.save_interval=0", "trainer.jepo.val_check_interval=0"]
@@ -53,13 +53,13 @@ def test_a_run_of_two_processes_reports_what_one_process_reports(layout, world_s
 
 
 def test_a_warm_up_runs_first_and_the_main_run_starts_from_its_weights(tmp_path):
-    warm = ["warmup.max_steps=3", "warmup.num_prompts_per_step=4", "trainer.jepo.val_at_start=true"]
-    lines = run_short(tmp_path, *warm)
+    warm = ["warmup.max_steps=6", "warmup.num_prompts_per_step=16", "warmup.lr=5e-3", "warmup.sched.warmup_steps=0"]
+    lines = run_short(tmp_path, *warm, "trainer.jepo.val_at_start=true")
     warmup = [json.loads(line) for line in (tmp_path / "run" / "warmup" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in warmup] == [1, 2, 3]
-    assert warmup[2]["train_optim/loss"] < warmup[0]["train_optim/loss"]
+    assert [line["step"] for line in warmup] == [1, 2, 3, 4, 5, 6]
+    assert warmup[5]["train_optim/loss"] < warmup[0]["train_optim/loss"] - 0.5
     assert lines[0]["step"] == 0
-    assert lines[0]["val_rollouts/proxy_nll"] == pytest.approx(warmup[2]["val_rollouts/proxy_nll"], rel=1e-6)
+    assert lines[0]["val_rollouts/proxy_nll"] == pytest.approx(warmup[5]["val_rollouts/proxy_nll"], rel=1e-6)
 
 
 def test_questions_and_answers_of_a_jsonl_file_train_with_few_rollouts_written(tmp_path):
@@ -83,15 +83,15 @@ def test_questions_and_answers_of_a_jsonl_file_train_with_few_rollouts_written(t
         assert {"advantage", "credit", "answer_weight"} <= rollout.keys()
     valid = next(rollout for rollout in rollouts if rollout["valid"])
     assert valid["answer"] == f" {valid['reference_answer']}<|endoftext|>"
-    assert valid["chain_of_thought"].endswith("e")
+    assert valid["chain_of_thought"].lower().endswith("e")
 
 
-def test_a_weighty_bad_row_can_be_skipped_and_stops_the_run_otherwise(tmp_path):
+def test_a_bad_row_can_be_skipped_and_stops_the_run_otherwise(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"question": "1+1", "answer": "2"}\n{"question": "2+2"}\n')
     data = ["data=jsonl", f"data.train_path={file}", "data.max_answer_tokens=30", "data.max_prompt_tokens=30"]
     line = run("train", tmp_path, *data, expect=2).stderr.strip().splitlines()[-1]
-    assert "rows.jsonl" in line and "line 2" in line and "answer" in line
+    assert "rows.jsonl:2" in line and "answer" in line
     assert "skip" in line
 
 
@@ -114,7 +114,7 @@ WRONG = {
 def test_a_wrong_setting_is_one_line_and_exit_code_2(mistake, tmp_path, monkeypatch):
     overrides, words = WRONG[mistake]
     if "trainer.devices=3" in overrides:
-        monkeypatch.setitem(__import__("tests.command_line").command_line.ENVIRONMENT, "WORLD_SIZE", "3")
+        monkeypatch.setitem(ENVIRONMENT, "WORLD_SIZE", "3")
     done = run("train", tmp_path, *overrides, expect=2)
     (line,) = done.stderr.strip().splitlines()
     assert all(word in line for word in words), line
