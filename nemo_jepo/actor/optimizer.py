@@ -24,9 +24,24 @@ def wrap_data_parallel(module: torch.nn.Module, distributed_optimizer: bool) -> 
         ),
         module,
     )
+    if distributed_optimizer:
+        _count_padding_as_parameters(wrapped)
     config.finalize_model_grads_func = lambda chunks, num_tokens=None, **groups: finalize_model_grads(chunks, **groups)
     config.grad_scale_func = None
     return wrapped
+
+
+def _count_padding_as_parameters(wrapped: DistributedDataParallel) -> None:
+    """Keep the optimizer state of several buckets where its readers look for it.
+
+    DistributedOptimizer.get_parameter_state_dp_zero (megatron-core 0.16.1) drops the padding between buckets, but
+    sharded_param_state_fully_reshardable goes on with offsets that count it. A tied embedding on the last pipeline
+    stage is a bucket of its own, so every later parameter would be saved from a shifted place.
+    """
+    for buffer in wrapped.buffers:
+        buffer.numel_unpadded = buffer.numel
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
 
 
 def build_optimizer(
