@@ -3,7 +3,7 @@
     python -c "from tests.checkpoint_worker import main; main()" jobs.json
                                               (once a rank; jobs: output name -> job; every rank writes NAME.RANK)
 
-Megatron's writer spawns a helper process at every save, which imports the main module again: -c leaves nothing to import.
+Megatron's writer spawns a helper process at every save, which imports the main module again: -c leaves it nothing.
 
 A job trains two updates and saves step 2 into job["save"], or resumes from job["resume"] with other initial weights;
 then both report their whole state, do one more update, and report the weights after it.
@@ -110,7 +110,7 @@ def run(job: dict) -> dict[str, torch.Tensor]:
     out = {f"saved/{name}": tensor for name, tensor in state_of(actor).items()}
     metrics = update(actor)
     out |= {f"next/{name}": tensor for name, tensor in state_of(actor).items()}
-    out |= {f"next/{name}": torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
+    out |= {f"next/metric/{name}": torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
     return {name: tensor.contiguous() for name, tensor in out.items()}
 
 

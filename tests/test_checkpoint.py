@@ -14,9 +14,9 @@ from nemo_jepo.config import ConfigError
 from tests.ranks import run_ranks
 
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
-BF16 = {"precision": "bf16", "tied": True}
+TIED, BF16 = {"tied": True}, {"precision": "bf16"}
 SAVED: dict[int, dict[str, dict[str, Any]]] = {
-    2: {"TP2": {"model": TP2}, "DP2": {"model": {}}, "PP2 bf16": {"model": PP2} | BF16},
+    2: {"TP2": {"model": TP2}, "DP2": {"model": {}}, "PP2 tied": {"model": PP2} | TIED},
     1: {
         "one process": {"model": {}},
         "bf16": {"model": {}} | BF16,
@@ -24,12 +24,15 @@ SAVED: dict[int, dict[str, dict[str, Any]]] = {
         "plain optimizer bf16": {"model": {}, "distributed": False} | BF16,
     },
 }
-MOVED = {  # written in one layout -> read in another
-    "TP2 -> one process": (1, {}, "TP2"),
-    "DP2 -> one process": (1, {}, "DP2"),
-    "TP2 -> PP2": (2, PP2, "TP2"),
-    "DP2 -> TP2": (2, TP2, "DP2"),
+READ: dict[int, dict[str, tuple[str, dict[str, Any]]]] = {  # name: (who wrote it, job that reads it)
+    2: {"TP2 -> PP2": ("TP2", {"model": PP2}), "DP2 -> TP2": ("DP2", {"model": TP2})},
+    1: {
+        "TP2 -> one process": ("TP2", {"model": {}}),
+        "DP2 -> one process": ("DP2", {"model": {}}),
+        "PP2 tied -> one process": ("PP2 tied", {"model": {}} | TIED),
+    },
 }
+MOVED = READ[2] | READ[1]
 SAME_LAYOUT = [(name, rank) for ranks in SAVED for name in SAVED[ranks] for rank in range(ranks)]
 
 
@@ -41,9 +44,8 @@ def root(tmp_path_factory) -> Path:
         jobs = {str(root / name): job | {"save": str(root / f"{name} saves")} for name, job in SAVED[ranks].items()}
         for name, job in SAVED[ranks].items():
             jobs[str(root / f"{name} again")] = job | {"resume": str(root / f"{name} saves" / "step_000002")}
-        for name, (at, model, writer) in MOVED.items():
-            if at == ranks:
-                jobs[str(root / name)] = {"model": model, "resume": str(root / f"{writer} saves" / "step_000002")}
+        for name, (writer, job) in READ[ranks].items():
+            jobs[str(root / name)] = job | {"resume": str(root / f"{writer} saves" / "step_000002")}
         if ranks == 1:
             jobs[str(root / "kept")] = {
                 "model": {},
@@ -77,8 +79,8 @@ def test_the_next_update_does_change_the_state(root):
 
 @pytest.mark.parametrize("name", MOVED)
 def test_another_layout_goes_on_from_the_same_state(name, root):
-    """Weights at once bit for bit; the next update within fp32 summation order."""
-    writer, reader = report(root, MOVED[name][2]), report(root, name)
+    """Weights at once bit for bit; loss, gradient norm and weights of the next update within fp32 summation order."""
+    writer, reader = report(root, MOVED[name][0]), report(root, name)
     for part in writer:
         if part.startswith("saved/weight/"):
             assert torch.equal(reader[part], writer[part]), part
