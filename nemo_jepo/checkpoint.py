@@ -73,6 +73,11 @@ def whole_checkpoints(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.glob("step_*")) if _fault(path) is None]
 
 
+def step_of(checkpoint: Path) -> int:
+    """Optimizer steps in a checkpoint, by its name."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint, None without one. A broken `latest` is passed over."""
     checkpoints = whole_checkpoints(folder)

@@ -137,18 +137,20 @@ def _start_machines(config: Config) -> None:
 
 def _fit(config: Config, folder: Path, interrupt: Callable[[], bool]) -> int:
     from nemo_jepo.actor.parallel import Layout
-    from nemo_jepo.checkpoint import latest_checkpoint
+    from nemo_jepo.checkpoint import latest_checkpoint, step_of
     from nemo_jepo.loop import fit
     from nemo_jepo.rooms import build_rooms
     from nemo_jepo.tracking import SilentTracker, Tracker
 
     layout, steps = Layout(), config.trainer.jepo.max_steps
     newest = latest_checkpoint(folder / "checkpoints")
+    done = 0 if newest is None else step_of(newest)
     layout.barrier()  # nobody looks for checkpoints while rank 0 already writes one
-    if newest is not None and newest.name == f"step_{steps:06d}":
+    if done >= steps:
         return 0
     rooms = build_rooms(config, folder, layout)
-    with Tracker(folder, config.exp_manager, steps) if layout.rank == 0 else SilentTracker() as tracker:
+    tracker = Tracker(folder, config.exp_manager, steps, done + 1) if layout.rank == 0 else SilentTracker()
+    with tracker:
         tracker.save_config(settings.to_yaml(config))
         return fit(rooms, folder, tracker, interrupt)
 

@@ -42,13 +42,13 @@ def grade(rooms: Rooms, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) 
 
 
 def evaluate(rooms: Rooms, prompts: Sequence[Prompt]) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Figures over the prompts, the same on every rank, and one rollout of each of the first few; every rank must call.
+    """Figures over the prompts, the same on every rank, and one rollout of each of the first few; all ranks call.
 
     Returns:
-        (figures, records). Figures: accuracy (mean over samples), proxy_nll (nats per answer), proxy_nll_per_token, marker_rate, cot_tokens_mean,
-        both bounds and their gap, effective_sample_size, kl, entropy, logprob_difference, verifier_faults; a figure
-        that nothing was measured for is left out. A prompt without a valid sample is in no bound: read proxy_nll
-        beside valid_prompt_rate.
+        (figures, records). Figures: accuracy (mean over samples), proxy_nll (nats per answer), proxy_nll_per_token,
+        marker_rate, cot_tokens_mean, both bounds and their gap, effective_sample_size, kl, entropy,
+        logprob_difference, verifier_faults; one that nothing was measured for is left out. A prompt without a valid
+        sample is in no bound: read proxy_nll beside valid_prompt_rate.
     """
     config, layout = rooms.config, rooms.layout
     own_share = prompts[layout.data_parallel_rank :: layout.data_parallel_size]

@@ -74,7 +74,7 @@ def run_step(rooms: Rooms, prompts: Sequence[Prompt], step: int, tracker: Silent
     groups = group_scores(sequences, scores, reference, rewards, len(sequences) // len(prompts))
     credits = sample_credits(rule, groups, layout.sum_over_data_parallel, layout.max_over_data_parallel)
     weights = weigh_tokens(rule, sequences, scores, reference, credits)
-    with tracker.timer("train"):
+    with tracker.timer("train_time"):
         optim = actor.train_step(rows, weights)
 
     figures = update_metrics(rule, groups, credits)
@@ -83,8 +83,10 @@ def run_step(rooms: Rooms, prompts: Sequence[Prompt], step: int, tracker: Silent
         tables = {"advantage": credits.advantage, "credit": credits.credit, "answer_weight": credits.answer_weight}
         shown = sequences[: rooms.config.trainer.jepo.log_rollouts]
         tracker.log_rollouts(step + 1, rollout_records(prompts, shown, scores, tables, rooms.tokenizer.decode))
-    tracker.count_tokens("train", layout.data_parallel_size * sum(sequence.length for sequence in sequences))
-    tracker.count_tokens("generate", layout.data_parallel_size * sum(len(rollout.token_ids) for rollout in rollouts))
+    trained = layout.data_parallel_size * sum(sequence.length for sequence in sequences)
+    generated = layout.data_parallel_size * sum(len(rollout.token_ids) for rollout in rollouts)
+    phases = {"train_time": trained, "logprobs": trained, "init_logprobs": trained, "generate": generated}
+    tracker.count_tokens(phases if rollouts else {"train_time": trained})
     means = merge(figures, layout.sum_over_data_parallel)
     return with_prefix("train_rollouts", means) | with_prefix("train_optim", optim)
 
@@ -106,7 +108,7 @@ def fit(rooms: Rooms, folder: Path, tracker: SilentTracker, interrupted: Callabl
         tracker.log(validate(rooms, step, tracker), step)
     share = loop.num_prompts_per_step // layout.data_parallel_size
     while step < loop.max_steps and (loop.max_epochs is None or stream.epoch < loop.max_epochs):
-        with tracker.timer("step"):
+        with tracker.timer("step_time"):
             first = share * layout.data_parallel_rank
             metrics = run_step(rooms, stream.next_batch()[first : first + share], step, tracker)
         step += 1
@@ -116,7 +118,7 @@ def fit(rooms: Rooms, folder: Path, tracker: SilentTracker, interrupted: Callabl
             metrics |= validate(rooms, step, tracker)
         tracker.log(metrics, step)
         if stop or ended or (loop.save_interval and step % loop.save_interval == 0):
-            with tracker.timer("save"):
+            with tracker.timer("save_time"):
                 save(rooms, folder, step)
         if stop and not ended:
             return INTERRUPTED
@@ -127,7 +129,7 @@ def validate(rooms: Rooms, step: int, tracker: SilentTracker) -> dict[str, float
     """Held-out figures under val_rollouts/; nothing without validation prompts."""
     if not rooms.validation:
         return {}
-    with tracker.timer("validation"):
+    with tracker.timer("validation_time"):
         figures, records = evaluate(rooms, rooms.validation)
     tracker.log_rollouts(step, records, "validation")
     return with_prefix("val_rollouts", figures)

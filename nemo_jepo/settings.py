@@ -184,7 +184,8 @@ def run(task: Callable[[Config], int], argv: Sequence[str], load_runner: Callabl
         runner = load_runner()
         if runner is None:
             return 0 if inspecting else task(resolve(cfg))
-        program, sys.argv = sys.argv, [sys.argv[0], *argv, "--config-path", path]
+        resolved = ["--resolve"] if arguments.cfg and not arguments.resolve else []
+        program, sys.argv = sys.argv, [sys.argv[0], *argv, "--config-path", path, *resolved]
         try:
             runner(config_path=path, config_name=name)(composed.append)()
         finally:

@@ -33,7 +33,7 @@ CONSOLE = {
     "train_optim/grad_norm": "grad",
     "val_rollouts/accuracy": "val accuracy",
     "val_rollouts/proxy_nll": "val nll",
-    "timers/step": "seconds",
+    "timers/step_time": "seconds",
 }
 """The metrics that the console shows, in this order and under these names; all others are in metrics.jsonl."""
 
@@ -55,14 +55,14 @@ class SilentTracker:
             key = f"timers/{name}"
             self._seconds[key] = self._seconds.get(key, 0.0) + time.perf_counter() - start
 
-    def count_tokens(self, phase: str, tokens: int) -> None:
-        """Adds tokens that the phase handled (all ranks together) to `throughput/phase_tokens_per_second`."""
-        self._tokens[phase] = self._tokens.get(phase, 0) + tokens
+    def count_tokens(self, phases: Mapping[str, int]) -> None:
+        """Tokens of each phase, all ranks together: `throughput/phase_tokens_per_second` of the next `log`."""
+        self._tokens = dict(phases)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Records the metrics of one step, with timers, throughput and memory, and starts these anew. Once a step."""
         self._seconds.clear()
-        self._tokens.clear()
+        self._tokens = {}
 
     def log_rollouts(self, step: int, rows: Sequence[Mapping[str, Any]], name: str = "step") -> None:
         """Writes samples of one step to rollouts/name_*.jsonl, one JSON object each (plain Python values)."""
@@ -95,15 +95,16 @@ class Tracker(SilentTracker):
         run_folder: made if missing.
         settings: which loggers. With none, NeMo is not imported, which saves seconds and 400 MB.
         max_steps: length of the progress bar.
+        first_step: where a resumed run goes on; TensorBoard drops what an earlier start wrote from there on.
     """
 
-    def __init__(self, run_folder: Path, settings: ExpManagerConfig, max_steps: int) -> None:
+    def __init__(self, run_folder: Path, settings: ExpManagerConfig, max_steps: int, first_step: int = 0) -> None:
         super().__init__()
         run_folder.mkdir(parents=True, exist_ok=True)
         self._folder = run_folder
         self._settings = settings
         self._max_steps = max_steps
-        self._loggers = _nemo_loggers(run_folder, settings)
+        self._loggers = _nemo_loggers(run_folder, settings, first_step)
         self._bar = tqdm(total=max_steps, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
         self.say(f"run folder {run_folder}, {max_steps} steps")
 
@@ -111,7 +112,7 @@ class Tracker(SilentTracker):
         """See SilentTracker; a value that is not finite becomes null in metrics.jsonl."""
         memory = {"memory/host_rss_gib": psutil.Process().memory_info().rss / 2**30}
         throughput = {
-            f"throughput/{phase}_tokens_per_second": tokens / self._seconds[f"timers/{phase}"]
+            f"throughput/{phase.removesuffix('_time')}_tokens_per_second": tokens / self._seconds[f"timers/{phase}"]
             for phase, tokens in self._tokens.items()
             if self._seconds.get(f"timers/{phase}", 0.0) > 0
         }
@@ -173,7 +174,7 @@ class Tracker(SilentTracker):
             self.say(f"step {step:>{width}}/{self._max_steps}  {shown}".rstrip())
 
 
-def _nemo_loggers(run_folder: Path, settings: ExpManagerConfig) -> list[Any]:
+def _nemo_loggers(run_folder: Path, settings: ExpManagerConfig, first_step: int) -> list[Any]:
     """The Lightning loggers that NeMo's exp_manager makes for the run.
 
     exp_manager moves every file it finds in its folder into run_N, be it our metrics, so its folder is <run>/nemo; its
@@ -204,7 +205,7 @@ def _nemo_loggers(run_folder: Path, settings: ExpManagerConfig) -> list[Any]:
             {
                 "explicit_log_dir": str(run_folder / "nemo"),
                 "create_tensorboard_logger": settings.create_tensorboard_logger,
-                "summary_writer_kwargs": {"sub_dir": ".."},
+                "summary_writer_kwargs": {"sub_dir": "..", "purge_step": first_step},
                 "create_wandb_logger": settings.create_wandb_logger,
                 "wandb_logger_kwargs": {"project": "nemo_jepo", "name": wandb_name}
                 | dict(settings.wandb_logger_kwargs),
