@@ -100,11 +100,16 @@ def load_checkpoint(path: Path, sharded_state: dict[str, Any]) -> tuple[dict[str
     Raises:
         ConfigError: the checkpoint is not whole; says which file.
     """
+    require_whole(path)
+    state = dist_checkpointing.load(sharded_state, str(path))
+    return state, json.loads((path / LOOP_STATE).read_text())
+
+
+def require_whole(path: Path) -> None:
+    """Raise ConfigError, naming what is missing, unless the folder is a complete checkpoint."""
     fault = _fault(path)
     if fault is not None:
         raise ConfigError("checkpoint", str(path), fault, "Use another checkpoint")
-    state = dist_checkpointing.load(sharded_state, str(path))
-    return state, json.loads((path / LOOP_STATE).read_text())
 
 
 def _fault(path: Path) -> str | None:

@@ -1,10 +1,11 @@
-"""nemo-jepo COMMAND [--config-name NAME] [key=value ...]
+"""nemo-jepo train|evaluate [--config-name NAME] [key=value ...]     nemo-jepo export CHECKPOINT FOLDER
 
     train       train; exit code 0 done, 75 interrupted and saved, 2 a setting to change
     evaluate    held-out figures of a run's newest checkpoint (or of its initial weights) as one JSON object on stdout
+    export      write a checkpoint's model as a new Hugging Face folder: config.json, safetensors, tokeniser
 
-Any command prints its resolved settings with --cfg job. Several processes: torchrun, or srun with RANK, WORLD_SIZE,
-LOCAL_RANK, MASTER_ADDR and MASTER_PORT set.
+train and evaluate print their resolved settings with --cfg job. Several processes: torchrun, or srun with RANK,
+WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 
 from nemo_jepo import settings
-from nemo_jepo.config import Config, ConfigError, PretrainedConfig
+from nemo_jepo.config import Config, ConfigError, ModelConfig, PretrainedConfig
 
 USAGE = __doc__
 INTERRUPTED = 75
@@ -124,7 +125,8 @@ def evaluate(config: Config) -> int:
     figures, _ = evaluate_rooms(rooms, rooms.validation)
     if layout.rank == 0:
         source = str(newest or config.pretrained_checkpoint.restore_from_path or "random initialisation")
-        print(json.dumps({"model": source, "num_prompts": len(rooms.validation)} | figures), flush=True)
+        always = dict.fromkeys(("accuracy", "proxy_nll", "marker_rate", "cot_tokens_mean"))
+        print(json.dumps({"model": source, "num_prompts": len(rooms.validation)} | always | figures), flush=True)
     return 0
 
 
@@ -155,6 +157,30 @@ def _fit(config: Config, folder: Path, interrupt: Callable[[], bool]) -> int:
         return fit(rooms, folder, tracker, interrupt)
 
 
+def export(checkpoint: Path, folder: Path) -> int:
+    """A checkpoint of any layout as a Hugging Face folder, which appears when it is whole. One process."""
+    from nemo_jepo.actor import parallel
+    from nemo_jepo.actor.actor import MegatronJEPOActor
+    from nemo_jepo.actor.model import load_hf_config
+    from nemo_jepo.checkpoint import load_checkpoint, require_whole
+    from nemo_jepo.data import load_tokenizer
+    from nemo_jepo.weights.stream import export_hf, weight_stream
+
+    require_whole(checkpoint)
+    if folder.exists():
+        raise ConfigError("FOLDER", str(folder), "exists, and export writes new folders only", "Choose another name")
+    parallel.init_distributed()
+    parallel.init_model_parallel(ModelConfig())
+    layout, hf_config = parallel.Layout(), load_hf_config(str(checkpoint))
+    precision = "bf16" if "bfloat16" in str(hf_config.dtype) else "fp32"
+    actor = MegatronJEPOActor(hf_config, ModelConfig(), precision, layout)
+    state, _ = load_checkpoint(checkpoint, {"model": actor.sharded_weights()})
+    actor.gpt.load_state_dict(state["model"])
+    stream = weight_stream(actor.gpt, hf_config, layout)
+    export_hf(stream, hf_config, folder, tokenizer=load_tokenizer(checkpoint))
+    return 0
+
+
 COMMANDS: dict[str, Callable[[Config], int]] = {"train": train, "evaluate": evaluate}
 
 
@@ -171,20 +197,23 @@ def _hydra_runner() -> settings.Runner | None:
 
 def main() -> int:
     """The console script: sys.argv in, exit code out."""
+    if len(sys.argv) == 4 and sys.argv[1] == "export":
+        return _in_one_line(partial(export, Path(sys.argv[2]), Path(sys.argv[3])))
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
         wanted = sys.argv[1:2] and sys.argv[1] in ("-h", "--help", "help")
         print(USAGE, file=sys.stdout if wanted else sys.stderr)
         return 0 if wanted else 2
     command = COMMANDS[sys.argv[1]]
-    return settings.run(partial(_user_errors_in_one_line, command), sys.argv[2:], _hydra_runner)
+    return settings.run(lambda config: _in_one_line(partial(command, config)), sys.argv[2:], _hydra_runner)
 
 
-def _user_errors_in_one_line(command: Callable[[Config], int], config: Config) -> int:
+def _in_one_line(command: Callable[[], int]) -> int:
+    """The command's exit code; a mistake of the user's is one line on stderr and 2."""
     from nemo_jepo.data import DataError
 
     try:
-        return command(config)
-    except DataError as error:
+        return command()
+    except (ConfigError, DataError) as error:
         print(error, file=sys.stderr)
         return settings.BAD_SETTINGS
 

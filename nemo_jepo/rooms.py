@@ -82,6 +82,7 @@ def find_hf_config(config: Config, tokenizer: PreTrainedTokenizerBase) -> Pretra
         raise ConfigError(
             "vocab_size", hf_config.vocab_size, f"the tokeniser has {len(tokenizer)} tokens", "Raise it to that"
         )
+    hf_config.dtype = DTYPES[config.trainer.precision]
     if config.pretrained_checkpoint.restore_from_path is None:
         hf_config.eos_token_id, hf_config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
         hf_config.bos_token_id = tokenizer.bos_token_id

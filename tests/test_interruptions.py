@@ -4,11 +4,14 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.command_line import ENVIRONMENT, command, metrics, run
 
@@ -94,6 +97,21 @@ def test_only_the_newest_checkpoints_are_kept_and_each_knows_its_model(uninterru
     config = json.loads((folders[-1] / "config.json").read_text())
     assert (config["model_type"], config["hidden_size"]) == ("llama", 32)
     assert (folders[-1] / "tokenizer.json").exists()
+
+
+def test_an_exported_checkpoint_is_a_hugging_face_model_with_the_same_figures(uninterrupted, tmp_path):
+    checkpoint, folder = uninterrupted / "run" / "checkpoints" / "step_000006", tmp_path / "exported"
+    arguments = [sys.executable, "-m", "nemo_jepo.cli", "export", str(checkpoint), str(folder)]
+    subprocess.run(arguments, env=ENVIRONMENT, check=True, capture_output=True, timeout=200)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.dtype == torch.float32 and AutoTokenizer.from_pretrained(folder).eos_token_id is not None
+    source = [f"pretrained_checkpoint.restore_from_path={folder}", "model.hf_config=null"]
+    figures = json.loads(run("evaluate", tmp_path, *source).stdout)
+    last = metrics(uninterrupted)[-1]
+    for name in ("proxy_nll", "marker_rate", "cot_tokens_mean"):
+        assert figures[name] == pytest.approx(last[f"val_rollouts/{name}"], rel=1e-6)
+    again = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+    assert again.returncode == 2 and "exists" in again.stderr.strip().splitlines()[-1]
 
 
 def test_evaluate_prints_one_json_object_of_the_newest_checkpoint(uninterrupted):

@@ -62,8 +62,14 @@ def _gather_shards(shard: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     return shards
 
 
-def export_hf(stream: Iterable[tuple[str, Tensor]], hf_config: Any, folder: Path, shard_bytes: int = 1 << 30) -> None:
-    """Write a stream as a Hugging Face folder: config.json, safetensors shards and their index.
+def export_hf(
+    stream: Iterable[tuple[str, Tensor]],
+    hf_config: Any,
+    folder: Path,
+    shard_bytes: int = 1 << 30,
+    tokenizer: Any = None,
+) -> None:
+    """Write a stream as a Hugging Face folder: config.json, safetensors shards, their index, and the tokeniser.
 
     The folder appears under its own name only when it is whole.
 
@@ -96,6 +102,8 @@ def export_hf(stream: Iterable[tuple[str, Tensor]], hf_config: Any, folder: Path
     if shard:
         flush()
     hf_config.save_pretrained(partial)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(partial)
     index = {"metadata": {}, "weight_map": weight_map}
     (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     os.rename(partial, folder)
