@@ -48,7 +48,7 @@ def save_checkpoint(
     name = f"step_{step:06d}"
     partial, final = folder / f".{name}.partial", folder / name
     if dist.get_rank() == 0:
-        for leftover in (partial, final):
+        for leftover in (*folder.glob(".step_*.partial"), final):  # of killed saves
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
@@ -70,7 +70,7 @@ def save_checkpoint(
 
 def whole_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints in a run's checkpoints folder, oldest first."""
-    return [path for path in sorted(folder.glob("step_*")) if _fault(path) is None]
+    return [path for path in sorted(folder.glob("step_*"), key=step_of) if _fault(path) is None]
 
 
 def step_of(checkpoint: Path) -> int:

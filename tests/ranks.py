@@ -4,6 +4,8 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -19,7 +21,8 @@ def run_ranks(world_size: int, command: list[str], timeout: float = 240) -> str:
     """Run `python *command` once a rank, with torchrun's variables set; the output of all ranks if all end well."""
     port = str(free_port())
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    processes = []
+    processes: list[subprocess.Popen[str]] = []
+    files = [tempfile.TemporaryFile("w+") for _ in range(world_size)]
     for rank in range(world_size):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -27,16 +30,26 @@ def run_ranks(world_size: int, command: list[str], timeout: float = 240) -> str:
             subprocess.Popen(
                 [sys.executable, *command],
                 env=environment | place,
-                stdout=subprocess.PIPE,
+                stdout=files[rank],
                 stderr=subprocess.STDOUT,
                 text=True,
             )
         )
     try:
-        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+        deadline = time.monotonic() + timeout
+        while any(process.poll() is None for process in processes):
+            if any(process.returncode for process in processes) or time.monotonic() > deadline:
+                break  # the others would wait for the dead one
+            time.sleep(0.05)
     finally:
         for process in processes:
             process.kill()
+            process.wait()
+    outputs = []
+    for file in files:
+        file.seek(0)
+        outputs.append(file.read())
+        file.close()
     failed = [
         f"rank {rank} ended with {process.returncode}:\n{output[-4000:]}"
         for rank, (process, output) in enumerate(zip(processes, outputs, strict=True))
