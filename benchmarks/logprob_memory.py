@@ -1,6 +1,6 @@
 """From hidden states to log-probs and back to gradients: chunked_logprobs against full logits, in memory and time.
 
-    python -m benchmarks.logprob_memory [--tokens 4096] [--chunk-tokens 256] [--out FILE]
+    python -m benchmarks.logprob_memory [--tokens 4096] [--chunk-tokens 384] [--out FILE]
 
 Every measurement is a fresh process that makes its inputs, touches them, and only then counts: peak resident memory
 (allocated memory on a GPU) over what the inputs hold, gradients included, and seconds. Linux only.
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from benchmarks import report
 from nemo_jepo.actor.logprobs import chunked_logprobs
 
 LogProbs = Callable[[Tensor, Tensor, Tensor], Tensor]
-WITH, WITHOUT = "with_gradients", "without_gradients"
 RESULTS = ("logprobs", "hidden_gradient", "weight_gradient")
 
 
@@ -33,7 +32,7 @@ class Size:
     tokens: int = 4096
     hidden: int = 1024
     vocab: int = 128_256
-    chunk_tokens: int = 256
+    chunk_tokens: int = 384
     threads: int = 0
     """CPU threads; 0 leaves the choice to torch."""
 
@@ -70,37 +69,42 @@ def _process_bytes(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def measured(work: Callable[[], object]) -> tuple[float, int]:
-    """(seconds, peak bytes over what was held before) of one call; its result counts while it is computed."""
-    if torch.cuda.is_available():
+def measured(work: Callable[[], object]) -> report.Figures:
+    """Seconds, processor seconds, and peak bytes over what was held before, of one call.
+
+    Processor seconds are the host's, summed over threads. With one thread they leave out the time that other programs
+    took from it, so on a busy machine without a GPU they are the steadier figure.
+    """
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS, proc(5)
         held = _process_bytes("VmRSS")
-    begin = perf_counter()
+    begin, begin_processor = perf_counter(), process_time()
     work()
-    if torch.cuda.is_available():
+    if on_gpu:
         torch.cuda.synchronize()
-        return perf_counter() - begin, torch.cuda.max_memory_allocated() - held
-    return perf_counter() - begin, _process_bytes("VmHWM") - held
+    seconds, processor_seconds = perf_counter() - begin, process_time() - begin_processor
+    peak = torch.cuda.max_memory_allocated() if on_gpu else _process_bytes("VmHWM")
+    return {"seconds": seconds, "processor_seconds": processor_seconds, "bytes": peak - held}
 
 
 def measure(variant: str, size: Size) -> report.Figures:
-    """One variant's seconds and peak bytes, first without gradients, then with."""
+    """One variant's figures, first without gradients, then with."""
     if size.threads:
         torch.set_num_threads(size.threads)
     logprobs = variants(size)[variant]
     *small, upstream = inputs(Size(tokens=8, hidden=64, vocab=512))
     logprobs(*small).backward(upstream)  # libraries and kernels load here
     hidden, weight, target, upstream = inputs(size)
-    figures = {}
     with torch.no_grad():
-        figures[f"seconds_{WITHOUT}"], figures[f"bytes_{WITHOUT}"] = measured(lambda: logprobs(hidden, weight, target))
-    figures[f"seconds_{WITH}"], figures[f"bytes_{WITH}"] = measured(
-        lambda: logprobs(hidden, weight, target).backward(upstream)
-    )
-    return figures
+        without = measured(lambda: logprobs(hidden, weight, target))
+    with_gradients = measured(lambda: logprobs(hidden, weight, target).backward(upstream))
+    return {f"{name}_without_gradients": value for name, value in without.items()} | {
+        f"{name}_with_gradients": value for name, value in with_gradients.items()
+    }
 
 
 def in_fresh_process(variant: str, size: Size) -> report.Figures:
@@ -152,7 +156,8 @@ def show(found: dict[str, Any]) -> str:
         values = [figures[name] for figures in found["medians"].values()]
         memory = name.startswith("bytes")
         cells = [f"{value / 1e6:.0f} MB" if memory else f"{value:.2f} s" for value in values]
-        rows.append([name.replace("bytes", "peak").replace("_", " "), *cells, f"{ratio:.3f}"])
+        label = name.replace("processor_seconds", "processor time").replace("seconds", "time").replace("bytes", "peak")
+        rows.append([label.replace("_", " "), *cells, f"{ratio:.3f}"])
     for name in found["differences_from_fp64"]["naive"]:
         cells = [f"{figures[name]:.1e}" for figures in found["differences_from_fp64"].values()]
         rows.append([f"fp64 difference, {name.replace('_', ' ')}", *cells, ""])

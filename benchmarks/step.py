@@ -37,7 +37,7 @@ from nemo_jepo.splice import Splicer
 from nemo_jepo.types import PackedRow, Spliced
 
 VOCAB = 2048
-SHAPE = {  # the model of conf/gsm8k_small.yaml
+SHAPE = {  # 5.0M parameters
     "model_type": "llama",
     "vocab_size": VOCAB,
     "hidden_size": 256,

@@ -45,7 +45,7 @@ def test_the_memory_benchmark_compares_equal_results(memory_report):
 
 def test_the_memory_benchmark_shows_every_figure(memory_report):
     shown = logprob_memory.show(memory_report)
-    assert "seconds with gradients" in shown and "peak without gradients" in shown
+    assert "time with gradients" in shown and "peak without gradients" in shown
     assert set(memory_report["ratios"]) == set(memory_report["rounds"][0]["naive"])
 
 
