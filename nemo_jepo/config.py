@@ -132,7 +132,7 @@ class ModelConfig:
     """Shard activations between tensor-parallel regions along the tokens."""
     tokens_per_micro_batch: int = 4096
     """T of a packed row; no sequence may be longer."""
-    logprob_chunk_tokens: int = 512
+    logprob_chunk_tokens: int = 384
     """Tokens whose fp32 logits exist at one time in the output head."""
     activations_checkpoint_granularity: str | None = None
     """null, selective (attention) or full (every layer): recompute activations in the backward pass."""

@@ -11,6 +11,8 @@ from nemo_jepo.types import PackedRow, Spliced
 
 PADDING_ID = 0
 """Token id under padding: any id of the vocabulary does, nothing reads it."""
+PADDING_SEGMENT = 128
+"""Tokens of one padding segment, at most: attention costs the square of a segment."""
 
 
 def pack(sequences: Sequence[Spliced], tokens_per_row: int) -> list[PackedRow]:
@@ -24,7 +26,7 @@ def pack(sequences: Sequence[Spliced], tokens_per_row: int) -> list[PackedRow]:
         sequences: N sequences; `PackedRow.sequence_index` counts in this order.
         tokens_per_row: T, tokens.
     Returns:
-        R rows, each padded to T by one more segment.
+        R rows, each padded to T by short segments.
     Raises:
         ValueError: a sequence is longer than a row.
     """
@@ -74,9 +76,10 @@ def _packed_row(sequences: Sequence[Spliced], members: Sequence[int], tokens_per
         sequence_index[start:end] = index
         scored_mask[start + sequence.prompt_length : end] = True
         ends.append(end)
-    if ends[-1] < tokens_per_row:
-        position_ids[ends[-1] :] = torch.arange(tokens_per_row - ends[-1])
-        ends.append(tokens_per_row)
+    while ends[-1] < tokens_per_row:
+        length = min(PADDING_SEGMENT, tokens_per_row - ends[-1])
+        position_ids[ends[-1] : ends[-1] + length] = torch.arange(length)
+        ends.append(ends[-1] + length)
     return PackedRow(
         token_ids=token_ids,
         position_ids=position_ids,

@@ -84,7 +84,7 @@ class Spliced:
 class PackedRow:
     """Sequences side by side in one fixed-size row: one micro-batch.
 
-    token_ids[cu_seqlens[k] : cu_seqlens[k+1]] is sequence k; the last segment may be padding.
+    token_ids[cu_seqlens[k] : cu_seqlens[k+1]] is sequence k; the last ones may be padding.
     """
 
     token_ids: Tensor

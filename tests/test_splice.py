@@ -16,7 +16,7 @@ from tests.small_tokenizers import BUILDERS, FOREIGN, LETTERS, small_tokenizer
 MARKER = "the final answer is"
 CHINESE_MARKER = "\u6700\u7ec8\u7b54\u6848\u662f"
 # The usual one, one that ends inside a word, one of several bytes per character, one with spaces at both ends.
-MARKERS = [MARKER, "the final ans", CHINESE_MARKER, " #### "]
+MARKERS = [MARKER, "the final ans", CHINESE_MARKER, "####"]
 PIECES = [
     *MARKERS,
     "The FINAL answer Is",
