@@ -26,7 +26,7 @@ DONE, INTERRUPTED = 0, 75
 
 
 def sample(rooms: Rooms, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
-    """The prompts' rollouts on every rank of the replica; drawn by its first rank from the newest weights."""
+    """The prompts' rollouts on every rank of the replica; drawn by its first rank."""
     config = rooms.config
     request = GenerationRequest(
         num_generations_per_prompt=config.trainer.jepo.num_generations_per_prompt,
@@ -35,7 +35,6 @@ def sample(rooms: Rooms, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
         temperature=config.rollout.temperature,
         seed=config.data.seed + 1 + step,
     )
-    sync_weights(rooms)
     return rooms.layout.share_in_replica(rooms.sampler.generate(prompts, request) if rooms.sampler else None)
 
 
@@ -61,6 +60,8 @@ def run_step(rooms: Rooms, prompts: Sequence[Prompt], step: int, tracker: Silent
         rewards = None
         sequences = rooms.splicer.supervised(prompts, rooms.config.objective.sft_target)
     else:
+        with tracker.timer("weight_sync"):
+            sync_weights(rooms)
         with tracker.timer("generate"):
             rollouts = sample(rooms, prompts, step)
         sequences, rewards = splice(rooms, prompts, rollouts)
@@ -88,6 +89,10 @@ def run_step(rooms: Rooms, prompts: Sequence[Prompt], step: int, tracker: Silent
     phases = {"train_time": trained, "logprobs": trained, "init_logprobs": trained, "generate": generated}
     tracker.count_tokens(phases if rollouts else {"train_time": trained})
     means = merge(figures, layout.sum_over_data_parallel)
+    if means.get("valid_rate") == 0:
+        tracker.say(f"step {step + 1}: no valid sample (answer.marker), so only the format loss and the KL act")
+    if optim["skipped_step"]:
+        tracker.say(f"step {step + 1}: the gradient is not finite, so the weights stay as they are")
     return with_prefix("train_rollouts", means) | with_prefix("train_optim", optim)
 
 

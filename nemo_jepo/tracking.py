@@ -26,6 +26,7 @@ from tqdm import tqdm
 from nemo_jepo.config import ExpManagerConfig
 
 CONSOLE = {
+    "train_optim/loss": "loss",
     "train_rollouts/bound": "bound",
     "train_rollouts/marker_rate": "marker",
     "train_rollouts/cot_tokens_mean": "cot",

@@ -86,6 +86,14 @@ def test_questions_and_answers_of_a_jsonl_file_train_with_few_rollouts_written(t
     assert valid["chain_of_thought"].lower().endswith("e")
 
 
+def test_a_batch_without_a_valid_sample_is_a_step_with_a_warning(tmp_path):
+    done = run("train", tmp_path, *SHORT, "answer.marker=never written")
+    assert "step 1: no valid sample" in done.stderr and "step 2: no valid sample" in done.stderr
+    lines = metrics(tmp_path)
+    assert [line["train_rollouts/valid_rate"] for line in lines] == [0, 0]
+    assert "train_rollouts/bound" not in lines[0]  # nothing to average
+
+
 def test_a_bad_row_can_be_skipped_and_stops_the_run_otherwise(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"question": "1+1", "answer": "2"}\n{"question": "2+2"}\n')
