@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -197,6 +198,8 @@ def _hydra_runner() -> settings.Runner | None:
 
 def main() -> int:
     """The console script: sys.argv in, exit code out."""
+    for library in ("megatron", "torch", "nemo", "lightning", "transformers"):
+        warnings.filterwarnings("ignore", module=rf"{library}\b")  # of the libraries about their own code
     if len(sys.argv) == 4 and sys.argv[1] == "export":
         return _in_one_line(partial(export, Path(sys.argv[2]), Path(sys.argv[3])))
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:

@@ -64,7 +64,7 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
 def main(overrides: list[str]) -> int:
     """Train (or find the finished run), print the table, three chains before and after, and draw the curves."""
     folder = run_folder(settings.resolve(settings.compose("demo", overrides)))
-    command = [sys.executable, "-W", "ignore", "-m", "nemo_jepo.cli", "train", "--config-name", "demo", *overrides]
+    command = [sys.executable, "-m", "nemo_jepo.cli", "train", "--config-name", "demo", *overrides]
     code = subprocess.run(command, env={"OMP_NUM_THREADS": str(os.cpu_count())} | os.environ).returncode
     if code:
         return code
