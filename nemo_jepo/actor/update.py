@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nemo_jepo.objective.kl import k3_estimate
+from nemo_jepo.objective.kl import k1_estimate, k3_estimate
 from nemo_jepo.objective.records import GroupScores, SampleCredits, SequenceLogprobs, UpdateRule
 from nemo_jepo.objective.update import token_weights
 from nemo_jepo.types import Scores, Spliced
@@ -41,8 +41,8 @@ def group_scores(
         if reference is not None and not sequence.failed:
             chain = slice(0, sequence.chain_length)
             ratios = policy[chain] - reference.policy_logprobs[index].double()[chain]
-            log_ratio.append(ratios.sum().item())
-            k3.append(k3_estimate(ratios).sum().item())
+            log_ratio.append(k1_estimate(ratios).item())
+            k3.append(k3_estimate(ratios).item())
         else:
             log_ratio.append(0.0)
             k3.append(0.0)

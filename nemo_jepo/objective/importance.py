@@ -47,15 +47,3 @@ IMPORTANCE_RATIOS = {
     "sequence_truncated": sequence_truncated,
 }
 """objective.importance_sampling -> ratio."""
-
-
-def logprob_mismatch(policy_logprobs: Tensor, generation_logprobs: Tensor) -> tuple[float, float]:
-    """Sum of |log pi - log mu| and number of tokens: an additive pair, for the mismatch metric.
-
-    Args:
-        policy_logprobs: [T] nats.
-        generation_logprobs: [T] nats.
-    Returns:
-        (sum in nats, T).
-    """
-    return (policy_logprobs - generation_logprobs).abs().sum().item(), float(policy_logprobs.numel())

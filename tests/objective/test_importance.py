@@ -1,11 +1,9 @@
 """Importance ratios, written out by hand; that they restore the policy's gradient is in test_exact_gradients.py."""
 
-import math
-
 import pytest
 import torch
 
-from nemo_jepo.objective.importance import logprob_mismatch, sequence_truncated, token_truncated
+from nemo_jepo.objective.importance import sequence_truncated, token_truncated
 
 POLICY = torch.tensor([0.5, 0.2, 0.9], dtype=torch.float64).log()
 GENERATION = torch.tensor([0.25, 0.4, 0.3], dtype=torch.float64).log()
@@ -34,9 +32,3 @@ def test_equal_log_probs_need_no_correction_and_a_huge_gap_stays_finite(ratio):
 @pytest.mark.parametrize("ratio", [token_truncated, sequence_truncated])
 def test_no_gradient_flows_through_a_ratio(ratio):
     assert not ratio(POLICY.clone().requires_grad_(), GENERATION, 2.0).requires_grad
-
-
-def test_the_mismatch_is_a_sum_of_absolute_differences_and_a_count():
-    total, count = logprob_mismatch(POLICY, GENERATION)
-    assert count == 3
-    assert math.isclose(total, math.log(2) + math.log(2) + math.log(3))
