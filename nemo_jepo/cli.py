@@ -149,6 +149,9 @@ def _fit(config: Config, folder: Path, interrupt: Callable[[], bool]) -> int:
     newest = latest_checkpoint(folder / "checkpoints")
     done = 0 if newest is None else step_of(newest)
     layout.barrier()  # nobody looks for checkpoints while rank 0 already writes one
+    if newest is not None and not config.exp_manager.resume_if_exists:
+        fix = "Choose another name, or exp_manager.resume_if_exists=true"
+        raise ConfigError("exp_manager.name", config.exp_manager.name, f"{newest} exists", fix)
     if done >= steps:
         return 0
     rooms = build_rooms(config, folder, layout)

@@ -86,7 +86,10 @@ class TrainerConfig:
 
 @dataclass(kw_only=True, slots=True)
 class SchedConfig:
-    """Learning rate over steps: linear warm-up, then constant or cosine down to min_lr at max_steps."""
+    """Learning rate over steps: linear from 0 over warmup_steps, then constant or cosine to min_lr at max_steps.
+
+    As in Megatron, the first update of a warm-up has learning rate 0.
+    """
 
     name: str = "constant"
     warmup_steps: int = 0

@@ -184,8 +184,6 @@ def resume(rooms: Rooms, folder: Path) -> int:
     path = latest_checkpoint(folder / "checkpoints")
     if path is None:
         return 0
-    if not rooms.config.exp_manager.resume_if_exists:
-        raise ConfigError("exp_manager.name", folder.name, f"{path} exists", "Choose another, or allow resuming")
     state, loop_state = load_checkpoint(path, rooms.actor.sharded_state_dict(is_loading=True))
     rooms.actor.load_state_dict(state)
     rooms.stream.load_state_dict(loop_state["data"])

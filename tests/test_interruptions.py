@@ -91,6 +91,15 @@ def test_a_finished_run_is_left_alone(uninterrupted):
     assert os.stat(marker).st_mtime_ns == written
 
 
+def test_a_run_that_may_not_resume_refuses_a_folder_with_a_checkpoint(uninterrupted):
+    before = metrics(uninterrupted)
+    for steps in (6, 9):  # the run is finished, or could go on
+        changes = ["exp_manager.resume_if_exists=false", f"trainer.jepo.max_steps={steps}"]
+        line = run("train", uninterrupted, *changes, expect=2).stderr.strip().splitlines()[-1]
+        assert "exp_manager.name='run'" in line and "step_000006" in line
+    assert metrics(uninterrupted) == before
+
+
 def test_only_the_newest_checkpoints_are_kept_and_each_knows_its_model(uninterrupted):
     folders = sorted((uninterrupted / "run" / "checkpoints").glob("step_*"))
     assert [folder.name for folder in folders] == ["step_000004", "step_000006"]

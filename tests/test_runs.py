@@ -1,6 +1,7 @@
 """Whole runs through the command line: every objective, every data set, several processes, and wrong settings."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -54,10 +55,14 @@ def test_a_run_of_two_processes_reports_what_one_process_reports(layout, world_s
 
 def test_a_warm_up_runs_first_and_the_main_run_starts_from_its_weights(tmp_path):
     warm = ["warmup.max_steps=6", "warmup.num_prompts_per_step=16", "warmup.lr=5e-3", "warmup.sched.warmup_steps=0"]
-    lines = run_short(tmp_path, *warm, "trainer.jepo.val_at_start=true")
+    main = ["trainer.jepo.val_at_start=true", "model.optim.sched.warmup_steps=4"]
+    lines = run_short(tmp_path, *warm, *main)
     warmup = [json.loads(line) for line in (tmp_path / "run" / "warmup" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in warmup] == [1, 2, 3, 4, 5, 6]
     assert warmup[5]["train_optim/loss"] < warmup[0]["train_optim/loss"] - 0.5
+    for done, line in enumerate(warmup):  # cosine from 5e-3 to 0 over 6 steps
+        assert line["train_optim/lr"] == pytest.approx(5e-3 * (1 + math.cos(math.pi * done / 6)) / 2)
+    assert [line["train_optim/lr"] for line in lines[1:]] == pytest.approx([0.0, 1e-3 / 4])  # linear over 4 steps
     assert lines[0]["step"] == 0
     assert lines[0]["val_rollouts/proxy_nll"] == pytest.approx(warmup[5]["val_rollouts/proxy_nll"], rel=1e-6)
 
@@ -84,6 +89,14 @@ def test_questions_and_answers_of_a_jsonl_file_train_with_few_rollouts_written(t
     valid = next(rollout for rollout in rollouts if rollout["valid"])
     assert valid["answer"] == f" {valid['reference_answer']}<|endoftext|>"
     assert valid["chain_of_thought"].lower().endswith("e")
+
+
+def test_a_run_ends_after_its_epochs_with_a_validation_and_a_checkpoint(tmp_path):
+    epoch = ["data.arithmetic.num_train=8", "trainer.jepo.max_epochs=1", "trainer.jepo.max_steps=50"]
+    lines = run_short(tmp_path, *SHORT[1:], *epoch)
+    assert [line["step"] for line in lines] == [1, 2]  # 8 rows, 4 prompts a step
+    assert "val_rollouts/accuracy" in lines[1]
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_000002"
 
 
 def test_a_batch_without_a_valid_sample_is_a_step_with_a_warning(tmp_path):
