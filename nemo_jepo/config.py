@@ -303,25 +303,88 @@ class AnswerConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class VLLMConfig:
+    """The vLLM servers and how a run talks to them; read by rollout=vllm alone."""
+
+    num_servers: int = 1
+    """Servers that rollout.servers=auto starts on this node."""
+    tensor_parallel_size: int = 1
+    """GPUs of one server that rollout.servers=auto starts."""
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    """Further options of vLLM's server for rollout.servers=auto, {gpu_memory_utilization: 0.9, ...}."""
+    api_key_file: str | None = None
+    """File with the servers' key; default: the environment's NEMO_JEPO_API_KEY, or with auto a fresh random key."""
+    start_timeout_s: float = 900.0
+    """Seconds until the first server must answer."""
+    request_timeout_s: float = 1800.0
+    """Seconds one attempt at one completion may take."""
+    max_attempts: int = 4
+    """Attempts at one completion, each on another server where there is one; after that the sample has failed."""
+    max_concurrency: int = 256
+    """Completions that one data-parallel replica keeps in flight at one server."""
+    weight_transfer: str = "auto"
+    """auto (nccl with GPUs, gloo without), nccl, gloo, or file (safetensors in the run folder, which servers share)."""
+    sync_timeout_s: float = 600.0
+    """Seconds until a weight sync must be over."""
+    parity_tolerance: float | None = None
+    """Largest mean |log-prob of the server - log-prob of the trainer| after a sync, nats; default 1e-4 in fp32, 0.1 in
+    bf16."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_servers", "tensor_parallel_size", "max_attempts", "max_concurrency"):
+            _at_least(f"rollout.vllm.{name}", getattr(self, name), 1)
+        for name in ("start_timeout_s", "request_timeout_s", "sync_timeout_s", "parity_tolerance"):
+            _at_least(f"rollout.vllm.{name}", getattr(self, name), 0)
+        _one_of("rollout.vllm.weight_transfer", self.weight_transfer, ("auto", "nccl", "gloo", "file"))
+        _existing("rollout.vllm.api_key_file", self.api_key_file, "Write the key into a file that only you can read")
+
+
+@dataclass(kw_only=True, slots=True)
 class RolloutConfig:
     """How completions are sampled (config group `rollout=`)."""
 
     name: str = "embedded"
-    """embedded: transformers in process, one copy per data-parallel replica, fed by the weight stream."""
+    """embedded: transformers in process, one copy per data-parallel replica; vllm: a pool of vLLM servers."""
     temperature: float = 1.0
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens that holds this much probability; 1 samples the policy itself."""
+    top_k: int = 0
+    """Sample from the k likeliest tokens; 0 for all of them."""
+    allow_truncated_sampling: bool = False
+    """Permit top_p and top_k with a likelihood objective, whose samples are then not the policy's own."""
     max_tokens: int = 1024
     """Longest generation, own answer included where it is decoded."""
     stop_at_marker: bool = True
     """Stop right after the marker: the own answer is never needed by a likelihood objective."""
     batch_size: int = 256
     """Sequences decoded together by the embedded sampler."""
+    servers: Any = "auto"
+    """auto: the run starts and stops vLLM servers on its own node; or a list of URLs of `nemo-jepo serve`."""
+    max_staleness: int = 0
+    """k: sampling runs up to k optimizer steps ahead of training; 0 is on-policy."""
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
 
     def __post_init__(self) -> None:
-        _one_of("rollout.name", self.name, ("embedded",))
-        _at_least("rollout.max_tokens", self.max_tokens, 1)
-        _at_least("rollout.batch_size", self.batch_size, 1)
+        _one_of("rollout.name", self.name, ("embedded", "vllm"))
+        for name in ("max_tokens", "batch_size"):
+            _at_least(f"rollout.{name}", getattr(self, name), 1)
+        for name in ("top_k", "max_staleness"):
+            _at_least(f"rollout.{name}", getattr(self, name), 0)
         if self.temperature <= 0:
             raise ConfigError("rollout.temperature", self.temperature, "must be positive", "Use 1.0, as the paper does")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError("rollout.top_p", self.top_p, "must lie in (0, 1]", "Use 1.0, as the paper does")
+        self.server_urls()
+
+    def server_urls(self) -> tuple[str, ...] | None:
+        """The servers' addresses; None for auto."""
+        if self.servers == "auto":
+            return None
+        urls = [self.servers] if isinstance(self.servers, str) else self.servers
+        if not isinstance(urls, list) or not urls or not all(str(url).startswith("http://") for url in urls):
+            rule = "must be auto or a list of addresses http://HOST:PORT"
+            raise ConfigError("rollout.servers", self.servers, rule, "Give what `nemo-jepo serve` prints")
+        return tuple(str(url).rstrip("/") for url in urls)
 
 
 OBJECTIVES = ("jepo", "jepo_single", "rloo", "jepo_rl", "vr_cli", "prob_pg", "sft")

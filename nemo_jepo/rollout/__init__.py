@@ -1,6 +1,7 @@
 """Prompt -> Rollout: what a sampler is asked and what it must answer. The samplers are modules of this room."""
 
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,9 +10,17 @@ from torch import Tensor
 from nemo_jepo.types import Prompt, Rollout
 
 
+class SamplersLost(RuntimeError):
+    """No server is left to sample from: the run saves and ends, and can be started again."""
+
+
+class SamplerMismatch(RuntimeError):
+    """A sampler does not hold the trainer's weights: training on its samples would be wrong, so the run stops."""
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """How many completions of each prompt, how long, and from which random numbers."""
+    """How many completions of each prompt, how long, from which distribution and which random numbers."""
 
     num_generations_per_prompt: int
     """G."""
@@ -22,7 +31,9 @@ class GenerationRequest:
     temperature: float
     """Logits are divided by it; 1 samples the policy itself."""
     seed: int
-    """Together with prompt_id and sample it fixes a completion. Change it every step, and between data sets."""
+    """Together with prompt_id and sample it fixes a completion of the embedded sampler; vLLM's are not repeatable."""
+    top_p: float = 1.0
+    top_k: int = 0
 
     def __post_init__(self) -> None:
         if self.num_generations_per_prompt < 1 or self.max_tokens < 1 or self.seed < 0:
@@ -36,18 +47,28 @@ class Sampler(Protocol):
         """Takes the weights of one optimizer step.
 
         Args:
-            named_tensors: every parameter once, by Hugging Face name; a tied output head is left out.
+            named_tensors: every parameter once, by Hugging Face name; a tied output head is left out. Read to its end
+                even where this sampler fails, because making it is collective.
             policy_version: optimizer steps in these weights; every later Rollout carries it.
         Raises:
             ValueError: a parameter is missing, unknown, sent twice or of another shape.
         """
         ...
 
-    def generate(self, prompts: Sequence[Prompt], request: GenerationRequest) -> list[Rollout]:
-        """Completes every prompt G times.
+    def submit(self, prompts: Sequence[Prompt], request: GenerationRequest) -> "Future[list[Rollout]]":
+        """Begins to complete every prompt G times.
 
         Returns:
-            len(prompts) * G rollouts ordered by (group, sample); group indexes `prompts`.
+            A future of len(prompts) * G rollouts ordered by (group, sample); group indexes `prompts`.
             A rollout depends on its prompt, the request and the weights, never on the prompts beside it.
+            It raises SamplersLost when no server is left.
         """
+        ...
+
+    def probe(self, prompts: Sequence[Prompt], request: GenerationRequest) -> dict[str, list[Rollout]]:
+        """The same completions by every server whose weights this sampler is responsible for, by the server's name."""
+        ...
+
+    def close(self) -> None:
+        """Ends what the sampler started: requests, connections, servers of its own."""
         ...
