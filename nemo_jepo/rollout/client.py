@@ -29,6 +29,10 @@ class ServerFault(Exception):
         self.what = what
 
 
+class RequestRefused(ServerFault):
+    """The server is well and says that the request is wrong: no other server would answer it."""
+
+
 class StaleServer(ServerFault):
     """The server sampled with weights that are not those it was last given: it was restarted."""
 
@@ -170,20 +174,25 @@ class VLLMServer:
                     method, self.url + route, json=body, params=params, headers=self._headers
                 ) as response,
             ):
-                text = await response.text()
+                raw = await response.read()
                 if response.status != 200:
-                    raise ServerFault(self.url, route, f"status {response.status}: {text[:300].strip()}")
+                    kind = RequestRefused if response.status in (400, 413, 422) else ServerFault
+                    raise kind(self.url, route, f"status {response.status}: {_shown(raw, 300)}")
         except TimeoutError as error:
             raise ServerFault(self.url, route, f"no answer within {timeout_s:g} s") from error
-        except (aiohttp.ClientError, OSError, UnicodeDecodeError) as error:
+        except (aiohttp.ClientError, OSError) as error:
             raise ServerFault(self.url, route, f"{type(error).__name__}: {error}") from error
         try:
-            answer = json.loads(text) if text else {}
-        except ValueError as error:
-            raise ServerFault(self.url, route, f"not JSON: {text[:80]!r}") from error
+            answer = json.loads(raw) if raw else {}
+        except (ValueError, RecursionError) as error:
+            raise ServerFault(self.url, route, f"not JSON: {_shown(raw, 80)}") from error
         if not isinstance(answer, dict):
-            raise ServerFault(self.url, route, f"not a JSON object: {text[:80]!r}")
+            raise ServerFault(self.url, route, f"not a JSON object: {_shown(raw, 80)}")
         return answer
+
+
+def _shown(raw: bytes, length: int) -> str:
+    return ascii(raw[:length].decode(errors="replace").strip())[1:-1]
 
 
 class _Broken(ValueError):

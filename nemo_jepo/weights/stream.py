@@ -54,6 +54,11 @@ def weight_stream(gpt: nn.Module, hf_config: Any, groups: Groups) -> Iterator[tu
             yield hf_name, tensor
 
 
+def stream_shapes(hf_config: Any) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and full shapes of the tensors of `weight_stream`, in its order, without the tensors."""
+    return [item for _, _, entry in model_entries(Shape.of(hf_config)) for item in entry.hf_shapes().items()]
+
+
 def _gather_shards(shard: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     if group.size() == 1:
         return [shard]
