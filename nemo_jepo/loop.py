@@ -83,6 +83,7 @@ def run_step(rooms: Rooms, prompts: Sequence[Prompt], step: int, tracker: Silent
     figures = update_metrics(rule, groups, credits)
     if rollouts:
         figures |= rollout_metrics(sequences, rollouts, scores, step)
+        figures |= {name: (count, 1.0) for name, count in rooms.sampler_counts.items()}
         tables = {"advantage": credits.advantage, "credit": credits.credit, "answer_weight": credits.answer_weight}
         shown = sequences[: rooms.config.trainer.jepo.log_rollouts]
         tracker.log_rollouts(step + 1, rollout_records(prompts, shown, scores, tables, rooms.tokenizer.decode))

@@ -50,6 +50,8 @@ class Rooms:
     begun: "dict[int, Future[list[Rollout]]]" = field(default_factory=dict)
     """Rollouts by the step that trains on them, on replica heads; more than one with rollout.max_staleness."""
 
+    sampler_counts: dict[str, float] = field(default_factory=dict)
+    """`Sampler.counts` of this replica when it was last asked for rollouts, on every rank."""
     saved_step: int = 0
     """Optimizer steps in the newest checkpoint of the run."""
 
@@ -176,13 +178,14 @@ def collect(rooms: Rooms, future: "Future[list[Rollout]] | None") -> list[Rollou
     Raises:
         SamplersLost: on every rank, where any replica has no server left.
     """
-    drawn, lost = None, ""
-    if future is not None:
+    drawn, lost, counts = None, "", {}
+    if rooms.sampler is not None and future is not None:
         try:
             drawn = future.result()
         except SamplersLost as error:
             lost = str(error)
-    drawn, lost = rooms.layout.share_in_replica((drawn, lost))
+        counts = rooms.sampler.counts()
+    drawn, lost, rooms.sampler_counts = rooms.layout.share_in_replica((drawn, lost, counts))
     if rooms.layout.any_over_world(bool(lost)):
         raise SamplersLost(lost or "another replica has no server left")
     return drawn

@@ -18,7 +18,6 @@ import stat
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -221,9 +220,12 @@ def supervise(command: Sequence[str], environment: dict[str, str], url: str) -> 
     try:
         while not asked and server.poll() is None:
             memory.look()
-            if not ready and answers(url):
+            health = health_of(url)
+            if not ready and health == "good":
                 ready = True
                 print(f"serving {url}", flush=True)
+            if ready and health == "dead":
+                break  # its engine died: it would hold requests open for ever
             time.sleep(0.5)
         if asked and server.poll() is None:
             server.terminate()
@@ -234,7 +236,7 @@ def supervise(command: Sequence[str], environment: dict[str, str], url: str) -> 
         memory.remove()
     if asked:
         return 0
-    print(f"nemo-jepo serve: the server at {url} ended by itself (exit code {server.returncode})", file=sys.stderr)
+    print(f"nemo-jepo serve: the server at {url} died (exit code {server.returncode})", file=sys.stderr)
     return 1
 
 
@@ -245,13 +247,15 @@ def _wait(server: "subprocess.Popen[bytes]", seconds: float) -> None:
         pass  # it is killed next
 
 
-def answers(url: str) -> bool:
-    """Whether the server's /health is good."""
+def health_of(url: str) -> str:
+    """good; silent: no answer within 5 s; dead: nobody listens, or a server that says that its engine is gone."""
     try:
-        with urllib.request.urlopen(f"{url}/health", timeout=2) as response:
-            return response.status == 200
-    except (urllib.error.URLError, OSError):
-        return False
+        with urllib.request.urlopen(f"{url}/health", timeout=5):
+            return "good"
+    except TimeoutError:
+        return "silent"
+    except OSError as error:  # URLError is one
+        return "silent" if isinstance(getattr(error, "reason", None), TimeoutError) else "dead"
 
 
 # ---- A run's own.

@@ -307,7 +307,11 @@ def test_shares_of_the_warmup_corpus_add_up_to_one_at_most():
             1,
             "rollout.max_staleness=1: the embedded sampler shares its process",
         ),
-        (["rollout=vllm", "trainer.num_nodes=2"], 2, "rollout.servers='auto': starts servers on the trainer's own node"),
+        (
+            ["rollout=vllm", "trainer.num_nodes=2"],
+            2,
+            "rollout.servers='auto': starts servers on the trainer's own node",
+        ),
         (["objective=vr_cli", "objective.beta_sup=1"], 1, "objective.beta_sup=1.0: objective=vr_cli"),
         (
             ["objective.importance_sampling=token_truncated", "objective.importance_cap=0.5"],

@@ -29,6 +29,10 @@ class ServerFault(Exception):
         self.what = what
 
 
+class NoAnswer(ServerFault):
+    """Nothing came in time; the server may be busy."""
+
+
 class RequestRefused(ServerFault):
     """The server is well and says that the request is wrong: no other server would answer it."""
 
@@ -179,7 +183,7 @@ class VLLMServer:
                     kind = RequestRefused if response.status in (400, 413, 422) else ServerFault
                     raise kind(self.url, route, f"status {response.status}: {_shown(raw, 300)}")
         except TimeoutError as error:
-            raise ServerFault(self.url, route, f"no answer within {timeout_s:g} s") from error
+            raise NoAnswer(self.url, route, f"no answer within {timeout_s:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
             raise ServerFault(self.url, route, f"{type(error).__name__}: {error}") from error
         try:

@@ -138,6 +138,10 @@ class EmbeddedSampler:
         """Nothing: the weights were copied inside this process, and every step logs logprob_difference."""
         return {}
 
+    def counts(self) -> dict[str, float]:
+        """Nothing: what fails here ends the run."""
+        return {}
+
     def close(self) -> None:
         """See `Sampler`."""
 

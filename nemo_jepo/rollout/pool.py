@@ -21,11 +21,14 @@ import aiohttp
 
 from nemo_jepo.config import VLLMConfig
 from nemo_jepo.rollout import GenerationRequest, SamplersLost
-from nemo_jepo.rollout.client import Completion, RequestRefused, ServerFault, StaleServer, VLLMServer
+from nemo_jepo.rollout.client import Completion, NoAnswer, RequestRefused, ServerFault, StaleServer, VLLMServer
 from nemo_jepo.types import Prompt, Rollout
 
 log = logging.getLogger(__name__)
 
+HEALTH_INTERVAL_S = 2.0
+MAX_SILENCES = 3
+"""A server whose /health does not answer in time so often in a row is taken out; one that refuses, at once."""
 MAX_FAULTS_IN_A_ROW = 4
 """A server that is well by its own account and fails this often without one success is taken out."""
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.2, 10.0
@@ -86,8 +89,22 @@ class Pool:
     async def _open(self, urls: Sequence[str], key: str, vocab_size: int) -> dict[str, _Member]:
         connector = aiohttp.TCPConnector(limit=0)  # the semaphores are the bound
         self._session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
+        self._watching = asyncio.ensure_future(self._watch())
         limit = self._settings.max_concurrency
         return {url: _Member(VLLMServer(url, self._session, key, vocab_size), asyncio.Semaphore(limit)) for url in urls}
+
+    async def _watch(self) -> None:
+        """Look after servers that have requests: one that died may hold them open for ever."""
+        silences: dict[str, int] = {}
+        while True:
+            await asyncio.sleep(HEALTH_INTERVAL_S)
+            busy = [member for member in self._members.values() if member.running and member.out is None]
+            faults = await asyncio.gather(*(member.server.health() for member in busy), return_exceptions=True)
+            for member, fault in zip(busy, faults, strict=True):
+                late = isinstance(fault, NoAnswer)
+                silences[member.server.url] = silences.get(member.server.url, 0) + 1 if late else 0
+                if isinstance(fault, ServerFault) and (not late or silences[member.server.url] >= MAX_SILENCES):
+                    self._take_out(member, str(fault))
 
     def _wait(self, work: Coroutine[Any, Any, Result]) -> Result:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
