@@ -181,9 +181,9 @@ def server_environment(key: str, args: argparse.Namespace, on_cpu: bool) -> dict
     }
     defaults = {}
     if on_cpu:
-        defaults = {"OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}
-        if args.tensor_parallel_size > 1:
-            defaults["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(args.tensor_parallel_size)))
+        ranks = range(args.tensor_parallel_size)
+        cores = "|".join(map(str, ranks)) if len(ranks) > 1 else "nobind"  # auto: every server on the same core
+        defaults = {"OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": cores}
     return defaults | os.environ | fixed
 
 

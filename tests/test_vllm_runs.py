@@ -15,7 +15,7 @@ import pytest
 from nemo_jepo import settings
 from nemo_jepo.data import PromptStream, load_prompts, load_tokenizer
 from tests.command_line import ENVIRONMENT, ROOT, command, metrics
-from tests.vllm_processes import SHAPE, alive, descendants, named, needs_vllm, shared_memory, wait_until
+from tests.vllm_processes import SHAPE, alive, descendants, named, needs_vllm, orphaned_memory, wait_until
 
 pytestmark = [needs_vllm, pytest.mark.timeout(600)]
 
@@ -31,9 +31,9 @@ DEMO_UPDATES = 15
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind() -> Iterator[None]:
-    before = shared_memory()
+    before = orphaned_memory()
     yield
-    wait_until(lambda: not shared_memory() - before, seconds=30)
+    wait_until(lambda: not orphaned_memory() - before, seconds=30)
 
 
 # ---- The demo.

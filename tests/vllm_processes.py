@@ -15,8 +15,15 @@ SHAPE = ["model.hf_config.hidden_size=64", "model.hf_config.num_attention_heads=
 SHAPE += ["model.hf_config.num_key_value_heads=2"]
 
 
-def shared_memory() -> set[str]:
-    return {file.name for file in Path("/dev/shm").iterdir()}
+def orphaned_memory() -> set[str]:
+    """Files in /dev/shm that no living process maps."""
+    mapped: set[str] = set()
+    for process in psutil.process_iter():
+        try:
+            mapped |= {region.path for region in process.memory_maps() if region.path.startswith("/dev/shm/")}
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return {file.name for file in Path("/dev/shm").iterdir()} - {Path(path).name for path in mapped}
 
 
 def descendants(pid: int) -> list[psutil.Process]:

@@ -128,8 +128,9 @@ class Pool:
         self._wait(take_out(self._members[url]))
 
     def _take_out(self, member: _Member, reason: str) -> None:
-        if member.out is None:
-            self.num_taken_out += 1
+        if member.out != reason:
+            log.warning("%s takes no requests: %s", member.server.url, reason)
+        self.num_taken_out += member.out is None
         member.out = reason
         for task in member.running:
             task.cancel()

@@ -6,7 +6,6 @@
 Each replica's first rank holds one. All of them draw from every server; each feeds its own share of the servers.
 """
 
-import logging
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
@@ -20,8 +19,6 @@ from nemo_jepo.rollout.client import ServerFault, stop_strings
 from nemo_jepo.rollout.pool import Pool
 from nemo_jepo.rollout.transfer import WeightTransfer
 from nemo_jepo.types import Prompt, Rollout
-
-log = logging.getLogger(__name__)
 
 
 class StartedServers(Protocol):
@@ -72,9 +69,9 @@ class VLLMSampler:
             if fault is None:
                 self._pool.admit(url, policy_version)
             else:
-                self._take_out(url, fault)
+                self._pool.take_out(url, fault)
         for url in set(self._own_servers) - set(answering):
-            self._take_out(url, self._started.ended().get(url, "/health does not answer"))
+            self._pool.take_out(url, self._started.ended().get(url, "/health does not answer"))
         self._policy_version = policy_version
 
     def submit(self, prompts: Sequence[Prompt], request: GenerationRequest) -> "Future[list[Rollout]]":
@@ -99,7 +96,7 @@ class VLLMSampler:
             try:
                 drawn[url] = future.result()
             except ServerFault as fault:
-                self._take_out(url, str(fault))
+                self._pool.take_out(url, str(fault))
         return drawn
 
     def counts(self) -> dict[str, float]:
@@ -114,10 +111,6 @@ class VLLMSampler:
         """End requests and connections; the servers go on."""
         self._pool.close()
         self._transfer.close()
-
-    def _take_out(self, url: str, reason: str) -> None:
-        log.warning("%s is out: %s", url, reason)
-        self._pool.take_out(url, reason)
 
     def _wait_for_servers(self) -> None:
         """Until every own server answers or has ended, or rollout.vllm.start_timeout_s has passed."""
