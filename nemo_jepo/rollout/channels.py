@@ -91,6 +91,8 @@ class GlooChannel:
 
     def missing(self, num_sent: int) -> str:
         """See `Channel`."""
+        if num_sent == 0:
+            return f"the server did not begin to receive (ranks 1 to {self._world_size - 1})"
         counts = gloo.received(self._store, self._world_size)
         absent = [rank for rank, count in counts.items() if count is None]
         late = [f"{rank} (has {count})" for rank, count in counts.items() if count is not None and count < num_sent]
