@@ -9,6 +9,7 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,32 +41,39 @@ def session_members(session: int) -> Iterator[int]:
                 yield int(entry.name)
 
 
-def end_session(session: int) -> None:
-    """Kill every process of a session."""
-    for pid in session_members(session):
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+def end_session(session: int, patience_s: float = 20.0) -> None:
+    """Kill every process of a session and wait until they are gone; a large one takes a while."""
+    deadline = time.monotonic() + patience_s
+    while (members := list(session_members(session))) and time.monotonic() < deadline:
+        for pid in members:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        time.sleep(0.02)
 
 
 class SharedMemory:
-    """Files in /dev/shm that a session's processes had mapped when last looked at.
+    """Files in /dev/shm of a session's processes: those they had mapped when last looked at, and their semaphores.
 
     A killed process cannot remove its own, and vLLM's hold hundreds of megabytes.
     """
 
     def __init__(self, session: int) -> None:
         self._session = session
+        self._members: set[int] = set()
         self._files: set[Path] = set()
 
     def look(self) -> None:
         """Note what is mapped now; look again while the processes live."""
         for pid in session_members(self._session):
+            self._members.add(pid)
             self._files |= _mapped(pid)
 
     def remove(self) -> None:
-        """Remove what was noted, except what a living process still maps."""
+        """Remove what was noted, except what a living process still maps; call it when the session has ended."""
+        for pid in self._members:  # loky's semaphores are mapped under a name that is gone, but bear the id
+            self._files |= set(Path(_SHARED_MEMORY).glob(f"sem.*-{pid}-*"))
         living = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal())
         still = {file for pid in living for file in _mapped(pid)}
         for file in self._files - still:

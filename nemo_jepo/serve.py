@@ -337,7 +337,7 @@ class LocalServers:
 def _last_error(log: Path) -> str:
     """The line of a log that says most, with the log's name."""
     lines = log.read_text(errors="replace").strip().splitlines()
-    errors = [line for line in lines if "Error" in line]
+    errors = [line for line in lines if "error" in line.lower()]
     return f"{log}: {(errors or lines or ['empty'])[-1].strip()[-300:]}"
 
 
