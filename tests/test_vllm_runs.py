@@ -26,7 +26,7 @@ VLLM = [
     "trainer.jepo.val_check_interval=0",
     "trainer.jepo.log_rollouts=99",
 ]
-DEMO_UPDATES = 15
+DEMO_UPDATES = 20
 
 
 @pytest.fixture(autouse=True)
@@ -41,9 +41,9 @@ def nothing_is_left_behind() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def warm_start(tmp_path_factory) -> Path:
-    """The demo's model after a shorter warm-up: it writes chains of thought, half of them wrong."""
+    """The demo's model after its warm-up: it writes chains of thought, most of them wrong."""
     folder = tmp_path_factory.mktemp("demo")
-    demo(folder, "warm", 1, "trainer.jepo.max_steps=1", "warmup.max_steps=400", "trainer.jepo.val_at_start=false")
+    demo(folder, "warm", 1, "trainer.jepo.max_steps=1", "trainer.jepo.val_at_start=false")
     checkpoints = folder / "warm" / "warmup" / "checkpoints"
     return checkpoints / (checkpoints / "latest").read_text()
 
@@ -86,9 +86,9 @@ def embedded_gain(jepo_stage, tmp_path_factory) -> float:
 )
 def test_the_demo_learns_through_vllm_as_it_does_embedded(num_ranks, overrides, jepo_stage, embedded_gain, tmp_path):
     validations = demo(tmp_path, "run", num_ranks, "rollout=vllm", *overrides, *jepo_stage)
-    assert embedded_gain > 0.15
-    # 128 prompts x 4 samples: an accuracy has a standard error of about 0.03, a gain of learning runs about 0.08.
-    assert gain(validations) > 0.12 and abs(gain(validations) - embedded_gain) < 0.25
+    assert embedded_gain > 0.2
+    # 128 prompts x 4 samples give an accuracy to about 0.03; after 20 updates runs differ by about 0.1 among themselves.
+    assert gain(validations) > 0.2 and abs(gain(validations) - embedded_gain) < 0.25
     assert validations[-1]["val_rollouts/proxy_nll"] < validations[0]["val_rollouts/proxy_nll"]
     assert validations[-1]["val_rollouts/logprob_difference"] < 1e-4
 
