@@ -28,10 +28,7 @@ DONE, FAILED, INTERRUPTED = 0, 1, 75
 
 
 def sample(rooms: Rooms, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
-    """The prompts' rollouts on every rank of the replica; its first rank begins those of the next steps as well.
-
-    Those were begun with older weights by the time they are trained on: at most rollout.max_staleness updates older.
-    """
+    """The prompts' rollouts on every rank of the replica; those of the next max_staleness steps are begun as well."""
     config = rooms.config
     for later in range(step, min(step + config.rollout.max_staleness + 1, config.trainer.jepo.max_steps)):
         if rooms.sampler is not None and later not in rooms.begun:

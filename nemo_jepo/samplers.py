@@ -5,11 +5,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
+import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from nemo_jepo.actor.actor import DTYPES
 from nemo_jepo.actor.parallel import Layout
-from nemo_jepo.config import Config
+from nemo_jepo.config import Config, ConfigError
 from nemo_jepo.rollout import GenerationRequest, Sampler
 from nemo_jepo.rollout.embedded import EmbeddedSampler
 from nemo_jepo.rollout.pool import Pool
@@ -49,6 +50,7 @@ class OwnServers:
         if urls is not None:
             self.addresses = urls, read_key(config.rollout.vllm.api_key_file)
             return
+        check_gpus(config)
         if layout.rank == 0:
             model_folder, key = self.folder / "model", secrets.token_urlsafe(32)
             hf_config.save_pretrained(model_folder)
@@ -83,6 +85,16 @@ class OwnServers:
     ) -> None:
         if self._started is not None:
             self._started.close()
+
+
+def check_gpus(config: Config) -> None:
+    """Raise ConfigError unless the node's GPUs suffice for the trainer and the servers beside it."""
+    vllm = config.rollout.vllm
+    needed = config.trainer.devices + vllm.num_servers * vllm.tensor_parallel_size
+    if torch.cuda.is_available() and torch.cuda.device_count() < needed:
+        key = "trainer.devices + rollout.vllm.num_servers * rollout.vllm.tensor_parallel_size"
+        rule = f"rollout.servers=auto has {torch.cuda.device_count()} GPUs on this node"
+        raise ConfigError(key, needed, rule, "Lower one of them, or start servers on other nodes")
 
 
 def open_sampler(

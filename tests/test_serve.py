@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -221,6 +222,11 @@ time.sleep(600)
         wait_until(lambda: named(holder.pid, "api_server"))
         wait_until(lambda: serve.health_of(url) == "good" or not answering)
         family = descendants(holder.pid)
+        if answering:  # what a terminal or Slurm sends to the whole group must not take the servers from a run
+            for number in (signal.SIGINT, signal.SIGTERM):
+                named(holder.pid, "nemo_jepo.cli")[0].send_signal(number)
+            time.sleep(2)
+            assert serve.health_of(url) == "good"
         holder.kill()
     wait_until(lambda: not alive(family), seconds=60)
 

@@ -87,7 +87,7 @@ def embedded_gain(jepo_stage, tmp_path_factory) -> float:
 def test_the_demo_learns_through_vllm_as_it_does_embedded(num_ranks, overrides, jepo_stage, embedded_gain, tmp_path):
     validations = demo(tmp_path, "run", num_ranks, "rollout=vllm", *overrides, *jepo_stage)
     assert embedded_gain > 0.2
-    # 128 prompts x 4 samples give an accuracy to about 0.03; after 20 updates runs differ by about 0.1 among themselves.
+    # 128 prompts x 4 samples give an accuracy to about 0.03; after 20 updates runs differ by about 0.1.
     assert gain(validations) > 0.2 and abs(gain(validations) - embedded_gain) < 0.25
     assert validations[-1]["val_rollouts/proxy_nll"] < validations[0]["val_rollouts/proxy_nll"]
     assert validations[-1]["val_rollouts/logprob_difference"] < 1e-4
