@@ -8,10 +8,10 @@ path of one of your own; key=value goes to every run. Run it again to go on wher
     --commands   print the command of every run and end, for machines where something else starts them
 
 Every (arm, seed) is a `nemo-jepo train` process of its own. Where the config has a warm-up, that of a seed is trained
-once and every arm starts from its weights.
+once and every arm starts from its weights. What another set has run with the same settings is not run again.
 
     <exp_dir>/warmup/<config>_seed_1/    also serves other sets over the same config
-    <exp_dir>/<NAME>/<arm>/seed_1/       a run folder, with the run's output in train.log
+    <exp_dir>/<NAME>/<arm>/seed_1/       a run folder, with the run's output in train.log; or a link to such a folder
     <exp_dir>/<NAME>/results.parquet     experiment, regime, arm, seed, step, metric, value; of all finished runs
 
 Exit code 0 done, 75 interrupted and saved, 2 a setting to change, 1 a run that failed.
@@ -30,6 +30,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -41,6 +42,8 @@ from nemo_jepo.processes import die_with_parent
 
 FAILED, INTERRUPTED = 1, 75
 WARMUP = "warmup"
+FINISHED, SETTINGS = "finished.json", "settings.json"
+"""What a run folder holds beside the run's own files."""
 ABOUT_THE_MACHINE = ("timers/", "throughput/", "memory/")
 """Metrics that are left out of results.parquet."""
 
@@ -86,7 +89,7 @@ class Run:
     @property
     def seconds(self) -> float | None:
         """How long the run took since it was last started; None where it is not finished."""
-        note = self.folder / "finished.json"
+        note = self.folder / FINISHED
         return json.loads(note.read_text())["seconds"] if note.exists() else None
 
     def command(self) -> list[str]:
@@ -97,16 +100,45 @@ class Run:
         options = ["--config-name", self.config_name, *self.overrides, *self.start]
         return [*python, "-m", "nemo_jepo.cli", "train", *options]
 
+    def settings(self) -> dict[str, Any]:
+        """dotted key -> value, of all that the run's figures follow from: of everything but its name and place."""
+        tree = json.loads(json.dumps(OmegaConf.to_container(OmegaConf.structured(self.config))))
+        del tree["exp_manager"]
+        return dict(settings.flatten(tree))
+
     def require_same_settings(self) -> None:
-        """Note the settings in the run's folder; raise ConfigError if it was begun with others."""
-        note = self.folder / "overrides.json"
-        overrides = [override for override in self.overrides if not override.startswith("exp_manager.exp_dir=")]
-        if not note.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _write(note, json.dumps(overrides))
-        elif others := set(json.loads(note.read_text())) ^ set(overrides):
-            rule = f"{self.folder} was begun with other settings ({', '.join(sorted(others))})"
+        """Raise ConfigError if the folder was begun with other settings."""
+        begun, wanted = _read_settings(self.folder), self.settings()
+        if begun is not None and (others := sorted(key for key in wanted if begun.get(key) != wanted[key])):
+            rule = f"{self.folder} was begun with other settings ({', '.join(others)})"
             raise ConfigError("exp_manager.exp_dir", self.config.exp_manager.exp_dir, rule, "Choose another folder")
+
+    def begin(self) -> Path | None:
+        """Make the folder, as a link to that of a finished run with the same settings if another set has one.
+
+        Returns:
+            That folder.
+        """
+        twin = None if self.folder.exists() else self._twin()
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        if self.folder.is_symlink():
+            self.folder.unlink()  # leads nowhere: the other set was removed
+        if twin:
+            self.folder.symlink_to(os.path.relpath(twin, self.folder.parent))
+        elif not self.folder.exists():
+            self.folder.mkdir()
+            _write(self.folder / SETTINGS, json.dumps(self.settings()))
+        return twin
+
+    def _twin(self) -> Path | None:
+        here, wanted = Path(self.config.exp_manager.exp_dir), self.settings()
+        finished = sorted(note.parent for note in here.glob(f"*/*/seed_{self.seed}/{FINISHED}"))
+        return next((it for it in finished if not it.is_symlink() and _read_settings(it) == wanted), None)
+
+
+def _read_settings(folder: Path) -> dict[str, Any] | None:
+    note = folder / SETTINGS
+    return json.loads(note.read_text()) if note.exists() else None
 
 
 # ---- what to run ----------------------------------------------------------------------------------------------
@@ -202,6 +234,9 @@ def run_all(runs: Sequence[Run]) -> int:
     for number, run in enumerate(runs, start=1):
         if run.seconds is not None:
             continue
+        if twin := run.begin():
+            _say(f"[{number}/{len(runs)}] {run}: the settings are those of {twin}, and so are the figures")
+            continue
         _say(f"[{number}/{len(runs)}] {run}{_time_left(runs)}")
         began = time.monotonic()
         code = _train(run)
@@ -212,7 +247,7 @@ def run_all(runs: Sequence[Run]) -> int:
             _say("\n".join([f"{run} ended with exit code {code} (all of it in {run.log}):", *tail]))
         if code:
             return code
-        _write(run.folder / "finished.json", json.dumps({"seconds": round(time.monotonic() - began, 1)}))
+        _write(run.folder / FINISHED, json.dumps({"seconds": round(time.monotonic() - began, 1)}))
     return 0
 
 

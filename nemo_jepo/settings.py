@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from difflib import SequenceMatcher
@@ -210,6 +210,15 @@ def _log_to_stderr() -> None:
 def to_yaml(config: Config) -> str:
     """Every setting with its value: a conf file that `--config-path FOLDER --config-name config` reads again."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of nested settings; lists and empty mappings are values."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def model_shape(config: Config) -> dict[str, Any] | None:

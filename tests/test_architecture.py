@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "metrics": SHARED,
     "plan": {"config", "layouts", "settings"},
     "experiments": {"config", "settings", "processes"},
-    "report": SHARED,
+    "report": SHARED | {"settings"},
 }
 JOIN_ROOMS = {
     "__init__",

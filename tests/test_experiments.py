@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -243,9 +244,49 @@ def test_a_run_that_does_not_end_well_ends_the_set(code, tmp_path, trained, monk
 def test_a_folder_begun_with_other_settings_is_refused(tmp_path, trained):
     arguments = [small_file(tmp_path), f"exp_manager.exp_dir={tmp_path}"]
     assert main(arguments) == 0
-    with pytest.raises(ConfigError, match="was begun with other settings.*model.optim.lr=1"):
+    with pytest.raises(ConfigError, match=r"was begun with other settings \(model.optim.lr\)"):
         main([*arguments, "model.optim.lr=1"])
     assert trained == ALL
+
+
+TWIN = """
+config: jepo_tiny
+regime: verifiable
+seeds: [4]
+overrides: [trainer.jepo.max_steps=2]
+arms:
+  rloo_too: [objective=rloo]
+  jepo_2: [trainer.jepo.num_generations_per_prompt=2]
+"""
+
+
+def test_what_another_set_has_run_with_the_same_settings_is_not_run_again(tmp_path, trained, capsys):
+    where = f"exp_manager.exp_dir={tmp_path / 'runs'}"
+    assert main([small_file(tmp_path), where]) == 0
+    trained.clear()
+    (tmp_path / "twin.yaml").write_text(TWIN)
+    assert main([str(tmp_path / "twin.yaml"), where]) == 0
+    assert trained == ["jepo_2, seed 4"]
+    link = tmp_path / "runs" / "twin" / "rloo_too" / "seed_4"
+    assert os.readlink(link) == "../../small/rloo/seed_4", "the folder of all runs can be moved"
+    assert "rloo_too, seed 4: the settings are those of" in capsys.readouterr().err
+    found = pyarrow.parquet.read_table(tmp_path / "runs" / "twin" / "results.parquet").to_pylist()
+    assert {row["arm"] for row in found} == {"rloo_too", "jepo_2"}
+
+    shutil.rmtree(tmp_path / "runs" / "small")
+    assert main([str(tmp_path / "twin.yaml"), where]) == 0
+    assert trained == ["jepo_2, seed 4", "rloo_too, seed 4"], "a link that leads nowhere is run"
+    assert not link.is_symlink()
+
+
+def test_an_unfinished_twin_is_no_twin(tmp_path, trained):
+    where = f"exp_manager.exp_dir={tmp_path / 'runs'}"
+    assert main([small_file(tmp_path), where]) == 0
+    (tmp_path / "runs" / "small" / "rloo" / "seed_4" / "finished.json").unlink()
+    trained.clear()
+    (tmp_path / "twin.yaml").write_text(TWIN)
+    assert main([str(tmp_path / "twin.yaml"), where, "--arms", "rloo_too"]) == 0
+    assert trained == ["rloo_too, seed 4"]
 
 
 def test_time_left_counts_every_unfinished_run_as_long_as_its_own_arm_took(tmp_path):

@@ -13,6 +13,8 @@ from nemo_jepo.report.results import Comparison, key_and_number
 LABELS = {
     "oracle_accuracy": "held-out accuracy (oracle)",
     "accuracy": "held-out accuracy (exact match)",
+    "oracle_accuracy_verifiable": "held-out accuracy (oracle)",
+    "oracle_accuracy_unverifiable": "held-out accuracy (oracle)",
     "kl": "KL to the reference policy (nats)",
     "bound": "bound (nats an answer)",
     "proxy_nll": "held-out proxy NLL (nats an answer)",
@@ -24,6 +26,11 @@ LABELS = {
 """What an axis says; another name stands for itself."""
 REWARDS = ("oracle_accuracy", "accuracy")
 """What the figures call reward: the first of these that was measured."""
+PARTS = {
+    "oracle_accuracy_verifiable": "where a program can grade the answers",
+    "oracle_accuracy_unverifiable": "where no program can grade the answers",
+}
+"""Of regimes that have both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +65,11 @@ def plots_of(results: Sequence[Comparison]) -> list[Plot]:
     reward = next((name for name in REWARDS if name in metrics), REWARDS[-1])
     pace, equal = ("epoch", "at equal epochs") if "epoch" in metrics else ("step", "at equal updates")
     main = [comparison for comparison in results if comparison.ablated is None]
+    mixed = [comparison for comparison in main if any(set(PARTS) <= set(arm) for arm in comparison.arms.values())]
     plots = [
         Plot("reward_against_kl", "Reward against KL", main, "kl", reward, "path"),
         Plot("accuracy", "Held-out accuracy over training", main, "step", reward),
+        *(Plot(part, f"Held-out accuracy {what}", mixed, "step", part) for part, what in PARTS.items()),
         Plot("bound_against_reward", "Bound against reward", main, reward, "bound", "path"),
         Plot("proxy_nll", f"Held-out proxy NLL {equal}", main, pace, "proxy_nll"),
         Plot("chain_of_thought", "Length of the chain of thought", main, "step", "cot_tokens_mean"),

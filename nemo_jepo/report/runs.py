@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import yaml
 
 from nemo_jepo.config import DataError
+from nemo_jepo.settings import flatten
 
 Item = TypeVar("Item")
 Sample = dict[str, Any]
@@ -92,15 +93,6 @@ def _read_settings(file: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise DataError(f"{file}: holds no settings. Give the folder of a whole run.")
     return dict(flatten(settings))
-
-
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of nested settings; lists and empty mappings are values."""
-    for key, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 # ---- metrics --------------------------------------------------------------------------------------------------
