@@ -22,7 +22,9 @@ def _parser() -> argparse.ArgumentParser:
         "--results", type=Path, nargs="+", default=[], metavar="FILE", help="results.parquet of experiments, as figures"
     )
     parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="default report.html")
-    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="write the figures there as PNG as well")
+    parser.add_argument(
+        "--figures", type=Path, metavar="FOLDER", help="write figures (PNG) and tables (tables.md) there as well"
+    )
     parser.add_argument(
         "--rollout-steps",
         type=int,
@@ -60,14 +62,19 @@ def write(options: argparse.Namespace) -> None:
     from nemo_jepo.report.page import write_page
     from nemo_jepo.report.results import read_results
     from nemo_jepo.report.runs import read_runs
+    from nemo_jepo.report.tables import markdown, tables_of
 
     runs = read_runs(options.runs, options.rollout_steps)
     results = [comparison for file in options.results for comparison in read_results(file)]
     drawings = draw_all(results) if results else []
+    tables = tables_of(results)
     if options.figures:
         options.figures.mkdir(parents=True, exist_ok=True)
-    for drawing in drawings if options.figures else []:
-        partial = options.figures / f".{drawing.name}.png.partial"
-        partial.write_bytes(drawing.light)
-        os.replace(partial, options.figures / f"{drawing.name}.png")
-    write_page(options.out, runs, drawings)
+        files = {f"{drawing.name}.png": drawing.light for drawing in drawings} | {
+            "tables.md": markdown(tables).encode()
+        }
+        for name, content in files.items():
+            partial = options.figures / f".{name}.partial"
+            partial.write_bytes(content)
+            os.replace(partial, options.figures / name)
+    write_page(options.out, runs, drawings, tables)

@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from nemo_jepo.report.figures import Drawing
 from nemo_jepo.report.runs import Run
+from nemo_jepo.report.tables import Table
 
 HERE = Path(__file__).parent
 SCRIPTS = ("elements.js", "charts.js", "rollouts.js")
@@ -64,15 +65,15 @@ OUTCOMES = (
 """What the table of runs shows, first and last value."""
 
 
-def write_page(path: Path, runs: Sequence[Run], drawings: Sequence[Drawing]) -> None:
+def write_page(path: Path, runs: Sequence[Run], drawings: Sequence[Drawing], tables: Sequence[Table] = ()) -> None:
     """Write the page, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(render(runs, drawings), encoding="utf-8", errors="replace")  # lone surrogates
+    partial.write_text(render(runs, drawings, tables), encoding="utf-8", errors="replace")  # lone surrogates
     os.replace(partial, path)
 
 
-def render(runs: Sequence[Run], drawings: Sequence[Drawing]) -> str:
+def render(runs: Sequence[Run], drawings: Sequence[Drawing], tables: Sequence[Table] = ()) -> str:
     """The page as HTML."""
     style, script = (HERE / "page.css").read_text(), "\n".join((HERE / name).read_text() for name in SCRIPTS)
     environment = Environment(
@@ -91,6 +92,7 @@ def render(runs: Sequence[Run], drawings: Sequence[Drawing]) -> str:
         phase_seconds=[phase_seconds(run) for run in runs],
         differences=differences(runs),
         drawings=drawings,
+        tables=tables,
         data={"charts": [asdict(chart) for chart in CHARTS], "runs": [_data(run) for run in runs]},
     )
 

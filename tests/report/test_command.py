@@ -4,6 +4,8 @@ import subprocess
 import sys
 
 from nemo_jepo.report import main
+from nemo_jepo.report.results import read_results
+from nemo_jepo.report.tables import markdown, tables_of
 from tests.command_line import ENVIRONMENT
 from tests.report.folders import write_run
 from tests.report.test_figures import rows, written
@@ -22,11 +24,12 @@ def test_figures_go_into_the_page_and_into_their_folder(tmp_path, capsys):
     other = written(tmp_path / "other.parquet", rows(("n_1", "n_2"), "n", regimes=("verifiable",)))
     out, folder = tmp_path / "page.html", tmp_path / "figures"
     assert main(["--results", str(one), str(other), "--out", str(out), "--figures", str(folder)]) == 0
-    names = sorted(path.stem for path in folder.iterdir())
+    names = sorted(path.stem for path in folder.glob("*.png"))
     main_figures = ["accuracy", "bound_against_reward", "chain_of_thought", "proxy_nll", "reward_against_kl"]
     assert names == ["ablation_n_accuracy", "ablation_n_proxy_nll", *main_figures]
     assert all(f'id="figure-{name}"' in out.read_text() for name in names)
-    assert {path.suffix for path in folder.iterdir()} == {".png"}
+    assert {path.name for path in folder.iterdir()} == {"tables.md", *(f"{name}.png" for name in names)}
+    assert (folder / "tables.md").read_text() == markdown(tables_of([*read_results(one), *read_results(other)]))
 
 
 def test_a_mistake_is_one_line_and_writes_nothing(tmp_path, capsys):

@@ -100,6 +100,17 @@ def test_an_ablation_has_its_last_values_in_the_order_of_its_numbers(results):
     assert "after the last update" in plot.title and "Dots: single seeds" in caption(plot)
 
 
+def test_both_parts_of_mixed_answers_have_a_figure_and_regimes_of_one_kind_none(results):
+    parts = ("oracle_accuracy", "oracle_accuracy_verifiable", "oracle_accuracy_unverifiable")
+    mixed = [(*row[:5], f"val_rollouts/{part}", row[6]) for row in rows(("jepo",), "mixed") for part in parts]
+    alone = [(*row[:5], "val_rollouts/oracle_accuracy_unverifiable", row[6]) for row in rows(("jepo",), "alone")]
+    for part in parts[1:]:
+        plot, _ = figure(results(mixed + alone), part)
+        assert {comparison.experiment for comparison in plot.comparisons} == {"mixed"}
+        assert ("no program" in plot.title) == (part == parts[2])
+    assert not {plot.name for plot in plots_of(results(alone))} & set(parts)
+
+
 def test_ablations_stay_out_of_the_main_figures(results):
     found = results(rows() + rows(("beta_sup_0", "beta_sup_0.01"), "beta_sup"))
     _, drawn = figure(found, "proxy_nll")
