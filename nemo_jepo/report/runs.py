@@ -5,6 +5,7 @@ line that names file, line and rule.
 """
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -60,13 +61,11 @@ def read_runs(folders: Sequence[Path], max_rollout_steps: int) -> list[Run]:
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
-    """The last parts of every path, as few as tell them apart."""
-    paths = [folder.resolve().parts for folder in folders]
-    for count in range(1, max(map(len, paths), default=1) + 1):
-        names = ["/".join(parts[-count:]) for parts in paths]
-        if len(set(names)) == len(names):
-            return names
-    raise DataError(f"{', '.join(map(str, folders))}: a run is given twice. Give each once.")
+    """The path of every run below the folder that holds them all."""
+    paths = [Path(os.path.abspath(folder)) for folder in folders]
+    if len(set(paths)) < len(paths):
+        raise DataError(f"{', '.join(map(str, folders))}: a run is given twice. Give each once.")
+    return [str(path.relative_to(os.path.commonpath([it.parent for it in paths]))) for path in paths]
 
 
 def read_run(folder: Path, name: str, max_rollout_steps: int) -> Run:

@@ -141,9 +141,15 @@ def test_a_value_that_was_not_finite_is_none(folder):
     json.dumps(sample, allow_nan=False)
 
 
-def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
-    folders = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
-    assert names_of(folders) == ["a/run", "b/run"]
-    assert names_of([tmp_path / "a" / "one", tmp_path / "b" / "two"]) == ["one", "two"]
+@pytest.mark.parametrize(
+    "names",
+    [[], ["run"], ["one", "two"], ["a/run", "b/run"], ["jepo/seed_1", "rloo/seed_2"], ["run", "run/warmup"]],
+)
+def test_a_run_is_called_by_its_path_below_what_holds_them_all(names, tmp_path):
+    assert names_of([tmp_path / name for name in names]) == names
+    assert names_of([tmp_path / "deeper" / name / "" for name in names]) == names
+
+
+def test_a_run_that_is_given_twice_is_refused(tmp_path):
     with pytest.raises(DataError, match="given twice"):
         names_of([tmp_path / "a", tmp_path / "b" / ".." / "a"])
