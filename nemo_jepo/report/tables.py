@@ -47,16 +47,19 @@ def markdown(tables: Sequence[Table]) -> str:
 
 def _table(comparison: Comparison) -> Table | None:
     logged = {metric: [_band(comparison, arm, metric) for arm in comparison.arms] for metric in COLUMNS}
-    same = {other for metric, others in REPEATS.items() for other in others if logged[other] == logged[metric]}
-    columns = {metric: column for metric, column in logged.items() if any(column) and metric not in same}
-    bands = [band for column in columns.values() for band in column if band]
+    bands = [band for column in logged.values() for band in column if band]
     if not bands:
         return None
-    cells = {metric: [_cell(metric, band, -1) for band in column] for metric, column in columns.items()}
-    rows = list(zip(comparison.arms, map(list, zip(*cells.values(), strict=True)), strict=True))
-    starts = [_start(metric, column) for metric, column in columns.items()]
-    if None not in starts:
-        rows.insert(0, (START, [start or "" for start in starts]))
+    cells = {
+        metric: [_start(metric, column), *(_cell(metric, band, -1) for band in column)]
+        for metric, column in logged.items()
+        if any(column)
+    }
+    same = {other for metric, others in REPEATS.items() for other in others if cells.get(other) == cells.get(metric)}
+    columns = {metric: column for metric, column in cells.items() if metric not in same}
+    rows = list(zip([START, *comparison.arms], map(list, zip(*columns.values(), strict=True)), strict=True))
+    if None in rows[0][1]:
+        del rows[0]
     seeds = " to ".join(str(count) for count in sorted({len(band.seeds) for band in bands}))
     title = f"{comparison.experiment} ({comparison.regime}, {seeds} seed{'s' * (seeds != '1')})"
     caption = f"After update {max(band.steps[-1] for band in bands)}, held out: mean over seeds (smallest to largest)."
