@@ -109,7 +109,8 @@ class Run:
     def require_same_settings(self) -> None:
         """Raise ConfigError if the folder was begun with other settings."""
         begun, wanted = _read_settings(self.folder), self.settings()
-        if begun is not None and (others := sorted(key for key in wanted if begun.get(key) != wanted[key])):
+        if begun is not None and begun != wanted:
+            others = sorted(key for key in begun | wanted if begun.get(key) != wanted.get(key))
             rule = f"{self.folder} was begun with other settings ({', '.join(others)})"
             raise ConfigError("exp_manager.exp_dir", self.config.exp_manager.exp_dir, rule, "Choose another folder")
 
@@ -125,8 +126,8 @@ class Run:
             self.folder.unlink()  # leads nowhere: the other set was removed
         if twin:
             self.folder.symlink_to(os.path.relpath(twin, self.folder.parent))
-        elif not self.folder.exists():
-            self.folder.mkdir()
+        elif not (self.folder / SETTINGS).exists():
+            self.folder.mkdir(exist_ok=True)
             _write(self.folder / SETTINGS, json.dumps(self.settings()))
         return twin
 
