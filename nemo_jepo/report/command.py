@@ -60,12 +60,12 @@ def write(options: argparse.Namespace) -> None:
     """Read everything, then write figures and page."""
     from nemo_jepo.report.figures import draw_all
     from nemo_jepo.report.page import write_page
-    from nemo_jepo.report.results import read_results
+    from nemo_jepo.report.results import read_all
     from nemo_jepo.report.runs import read_runs
     from nemo_jepo.report.tables import markdown, tables_of
 
     runs = read_runs(options.runs, options.rollout_steps)
-    results = [comparison for file in options.results for comparison in read_results(file)]
+    results = read_all(options.results)
     drawings = draw_all(results) if results else []
     tables = tables_of(results)
     if options.figures:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 INK = {"light": ("#1b1f24", "#57606a", "#d8dee4", "#ffffff"), "dark": ("#e6eaef", "#9ba5b1", "#303841", "#0f1317")}
 """Text, ticks, rules, page."""
 PALETTE = {
-    "light": ("#0072b2", "#d55e00", "#009e73", "#b5578f", "#a97900", "#2f8fc4", "#1b1f24", "#7a5fb8"),
-    "dark": ("#4aa8e8", "#f07f2f", "#2fc795", "#e08fc0", "#e6b422", "#8fd0f5", "#e6eaef", "#b49cf0"),
+    "light": ("#0072b2", "#d55e00", "#009e73", "#b5578f", "#a97900", "#7a5fb8", "#1b1f24", "#2f8fc4"),
+    "dark": ("#4aa8e8", "#f07f2f", "#2fc795", "#e08fc0", "#e6b422", "#b49cf0", "#e6eaef", "#8fd0f5"),
 }
 """After Okabe and Ito: told apart with every common kind of colour vision."""
 DASHES = ("-", (0, (6, 2)), (0, (1.5, 1.5)), (0, (7, 2, 1.5, 2)))
@@ -66,7 +66,8 @@ def draw(plot: Plot, places: Mapping[str, int], theme: str) -> "Figure":
     shown = [comparison for comparison in plot.comparisons if panel_lines(plot, comparison)]
     columns = min(len(shown), 3)
     rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(1.0 + 4.0 * columns, 3.5 * rows), layout="constrained", facecolor=INK[theme][3])
+    figure = Figure(figsize=(1.0 + 4.0 * columns, 3.5 * rows), facecolor=INK[theme][3])
+    figure.set_layout_engine("constrained", w_pad=0.1)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[len(shown) :]:
         axes.set_visible(False)

@@ -14,6 +14,8 @@ from pathlib import Path
 from nemo_jepo.config import DataError
 
 COLUMNS = ("experiment", "regime", "arm", "seed", "step", "metric", "value")
+REGIMES = ("verifiable", "semi-verifiable", "unverifiable")
+"""In the order of the paper; others come after them."""
 Seeds = dict[int, dict[int, float]]
 """seed -> step -> value."""
 Arm = dict[str, Seeds]
@@ -69,6 +71,16 @@ def key_and_number(arm: str) -> tuple[str, float] | None:
     """("beta_sup", 0.01) of beta_sup_0.01 and of beta_sup=0.01, None of a name of another form."""
     match = re.fullmatch(r"([A-Za-z][\w.]*?)[_=]([-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?)", arm)
     return (match[1], float(match[2])) if match else None
+
+
+def read_all(files: Sequence[Path]) -> list[Comparison]:
+    """Those of every file, regime by regime.
+
+    Raises:
+        DataError: see `read_results`.
+    """
+    found = [comparison for file in files for comparison in read_results(file)]
+    return sorted(found, key=lambda it: REGIMES.index(it.regime) if it.regime in REGIMES else len(REGIMES))
 
 
 def read_results(file: Path) -> list[Comparison]:

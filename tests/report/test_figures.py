@@ -13,7 +13,7 @@ from matplotlib.collections import PolyCollection
 from nemo_jepo.config import DataError
 from nemo_jepo.report.figures import draw, draw_all, spread
 from nemo_jepo.report.plots import caption, plots_of
-from nemo_jepo.report.results import COLUMNS, key_and_number, read_results
+from nemo_jepo.report.results import COLUMNS, key_and_number, read_all, read_results
 
 REGIMES, ARMS, SEEDS, STEPS = ("verifiable", "unverifiable"), ("jepo", "rloo", "sft"), (1, 2, 3), (0, 10, 20, 30)
 METRICS = ("accuracy", "proxy_nll", "bound", "kl", "cot_tokens_mean")
@@ -98,6 +98,15 @@ def test_an_ablation_has_its_last_values_in_the_order_of_its_numbers(results):
     (dots,) = [line for line in axes.lines if line.get_label() == "_seed"]
     assert len(dots.get_xdata()) == 9 and axes.get_xlabel() == "n (generations a prompt)"
     assert "after the last update" in plot.title and "Dots: single seeds" in caption(plot)
+
+
+def test_regimes_come_in_the_order_of_the_paper(tmp_path):
+    regimes = ("other", "unverifiable", "semi-verifiable", "verifiable")
+    files = [
+        written(tmp_path / f"{number}.parquet", [(*row[:1], regime, *row[2:]) for row in rows(regimes=REGIMES[:1])])
+        for number, regime in enumerate(regimes)
+    ]
+    assert [found.regime for found in read_all(files)] == ["verifiable", "semi-verifiable", "unverifiable", "other"]
 
 
 def test_both_parts_of_mixed_answers_have_a_figure_and_regimes_of_one_kind_none(results):
