@@ -68,12 +68,10 @@ def write(options: argparse.Namespace) -> None:
     results = read_all(options.results)
     drawings = draw_all(results) if results else []
     tables = tables_of(results)
-    if options.figures:
+    if options.figures and results:
         options.figures.mkdir(parents=True, exist_ok=True)
-        files = {f"{drawing.name}.png": drawing.light for drawing in drawings} | {
-            "tables.md": markdown(tables).encode()
-        }
-        for name, content in files.items():
+        files = {f"{drawing.name}.png": drawing.light for drawing in drawings}
+        for name, content in (files | {"tables.md": markdown(tables).encode()}).items():
             partial = options.figures / f".{name}.partial"
             partial.write_bytes(content)
             os.replace(partial, options.figures / name)

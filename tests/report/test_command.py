@@ -32,6 +32,13 @@ def test_figures_go_into_the_page_and_into_their_folder(tmp_path, capsys):
     assert (folder / "tables.md").read_text() == markdown(tables_of([*read_results(one), *read_results(other)]))
 
 
+def test_without_results_there_are_no_figures_to_write(tmp_path):
+    folder = tmp_path / "figures"
+    run = write_run(tmp_path / "mine")
+    assert main([str(run), "--out", str(tmp_path / "page.html"), "--figures", str(folder)]) == 0
+    assert not folder.exists()
+
+
 def test_a_mistake_is_one_line_and_writes_nothing(tmp_path, capsys):
     out = tmp_path / "page.html"
     folder = write_run(tmp_path / "mine")
