@@ -6,6 +6,7 @@ script only ever makes text nodes of it (the policy's trusted types forbid it an
 
 import base64
 import hashlib
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -115,7 +116,7 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 def _shown(value: Any) -> str:
     """As YAML spells it."""
-    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if value.__hash__ else str(value)
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def first_and_last(run: Run, metric: str) -> tuple[float, float] | None:

@@ -105,9 +105,11 @@ def test_hostile_names_settings_and_rollouts_stay_text(tmp_path):
 
 
 def test_only_settings_that_differ_are_listed(tmp_path):
-    other = {"objective": {"name": "rloo"}, "trainer": {"jepo": {"max_steps": 3}}, "kl": {"beta": None, "on": True}}
+    jepo = {"max_steps": 3}
+    other = {"objective": {"name": "rloo"}, "trainer": {"jepo": jepo}, "kl": {"beta": None, "on": True, "at": 1}}
     runs = read_runs([write_run(tmp_path / "a"), write_run(tmp_path / "b", settings=other)], 40)
     assert differences(runs) == [
+        ("kl.at", ["(not set)", "1"]),  # which Python takes for true
         ("kl.beta", ["0.001", "null"]),
         ("kl.on", ["(not set)", "true"]),
         ("objective.name", ["jepo", "rloo"]),
