@@ -255,7 +255,7 @@ def run_all(runs: Sequence[Run]) -> int:
 def _train(run: Run) -> int:
     """The exit code of the run's process. Signals that ask this process to end are passed on to it."""
     asked: list[int] = []
-    environment = {"OMP_NUM_THREADS": str(os.cpu_count())} | os.environ
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ  # small models are slower with more (docs/log.md)
     with open(run.log, "ab") as log:
         process = subprocess.Popen(
             run.command(),
