@@ -74,7 +74,9 @@ class FakeVLLM(LoopbackServer):
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         try:
-            await asyncio.sleep(3600 if self.hangs else self.generate_s)
+            await asyncio.sleep(self.generate_s)
+            while self.hangs:
+                await asyncio.sleep(0.01)
         finally:
             self.running -= 1
         answer = self.answer(body)
