@@ -14,7 +14,7 @@ import pytest
 
 from nemo_jepo import settings
 from nemo_jepo.data import PromptStream, load_prompts, load_tokenizer
-from tests.command_line import ENVIRONMENT, ROOT, command, metrics
+from tests.command_line import ENVIRONMENT, ROOT, command, metrics, run
 from tests.vllm_processes import SHAPE, alive, descendants, named, needs_vllm, orphaned_memory, wait_until
 
 pytestmark = [needs_vllm, pytest.mark.timeout(600)]
@@ -104,6 +104,20 @@ def test_a_trainer_of_two_pipeline_stages_feeds_its_server(tmp_path):
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines] == [1, 2, 3] and lines[-1]["train_optim/grad_norm"] > 0
     assert all(line["train_rollouts/logprob_difference"] < 1e-4 for line in lines)
+
+
+def test_the_servers_of_an_evaluation_judge_its_answers(tmp_path):
+    """A random model, held to a grammar: all it can reply is that an answer is right which the rule calls wrong."""
+    template = tmp_path / "chat.jinja"
+    template.write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
+    servers = [f"+rollout.vllm.engine_args.{name}" for name in (f"chat_template={template}", "max_model_len=200")]
+    votes = ["correct=Right", "wrong=Wrong", "prompt='{reference_answer} or {answer}?'", "max_tokens=8"]
+    judge = [f"evaluation.judge.{setting}" for setting in ("url=rollout", *votes)]
+    judge.append("+evaluation.judge.extra_body.structured_outputs.choice=[Right]")
+    found = json.loads(run("evaluate", tmp_path, *VLLM, *servers, *judge).stdout)
+    assert found["judge_asked_rate"] > 0 and found["accuracy"] == found["judge_faults"] == 0
+    assert found["judge_correct_rate"] == 1 and found["combined_accuracy"] == found["judge_asked_rate"]
+    assert not list(tmp_path.rglob("judge_verdicts.jsonl"))
 
 
 # ---- Deaths and interruptions.
