@@ -119,7 +119,7 @@ def test_the_step_benchmark_writes_every_figure(tmp_path):
 @pytest.mark.timeout(600)
 def test_the_rollout_benchmark_writes_every_figure(tmp_path):
     out = tmp_path / "rollout.json"
-    options = "--num-prompts 2 --max-tokens 24 --width 128 --num-steps 5 --repetitions 1"
+    options = "--num-prompts 2 --max-tokens 24 --width 128 --num-steps 4 --repetitions 1"
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.rollout", *options.split(), "--out", str(out)],
         cwd=ROOT,
