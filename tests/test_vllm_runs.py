@@ -114,9 +114,10 @@ def test_the_servers_of_an_evaluation_judge_its_answers(tmp_path):
     votes = ["correct=Right", "wrong=Wrong", "prompt='{reference_answer} or {answer}?'", "max_tokens=8"]
     judge = [f"evaluation.judge.{setting}" for setting in ("url=rollout", *votes)]
     judge.append("+evaluation.judge.extra_body.structured_outputs.choice=[Right]")
-    found = json.loads(run("evaluate", tmp_path, *VLLM, *servers, *judge).stdout)
-    assert found["judge_asked_rate"] > 0 and found["accuracy"] == found["judge_faults"] == 0
-    assert found["judge_correct_rate"] == 1 and found["combined_accuracy"] == found["judge_asked_rate"]
+    prompts = ["data.arithmetic.num_validation=24", "data.num_validation_prompts=24"]
+    found = json.loads(run("evaluate", tmp_path, *VLLM, *servers, *prompts, *judge).stdout)
+    assert found["judge_asked_rate"] > 0 and found["judge_faults"] == 0 and found["judge_correct_rate"] == 1
+    assert found["combined_accuracy"] == pytest.approx(found["accuracy"] + found["judge_asked_rate"])
     assert not list(tmp_path.rglob("judge_verdicts.jsonl"))
 
 
