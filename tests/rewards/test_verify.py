@@ -67,11 +67,14 @@ def test_folded_text_needs_no_worker(own_workers):
         assert own_workers() == set()
 
 
-def test_an_endless_answer_is_a_fault_and_its_neighbours_are_judged(verifier):
-    verifier.verify([("1", "2")])
-    start = time.monotonic()
-    assert verifier.verify([("7", "7.0"), (ENDLESS, "7"), ("7.5", "15/2"), ("8", "7")]) == [True, None, True, False]
-    assert time.monotonic() - start >= TIMEOUT_S
+def test_an_endless_answer_is_a_fault_and_its_neighbours_are_judged(own_workers):
+    with Verifier(TIMEOUT_S) as verifier:
+        verifier.verify([("1", "2")])
+        (stuck,) = own_workers()
+        start = time.monotonic()
+        assert verifier.verify([("7", "7.0"), (ENDLESS, "7"), ("7.5", "15/2"), ("8", "7")]) == [True, None, True, False]
+        assert time.monotonic() - start >= TIMEOUT_S
+        assert stuck not in own_workers() and len(own_workers()) == 1
 
 
 HOSTILE = {
