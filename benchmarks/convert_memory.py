@@ -64,8 +64,8 @@ class Size:
 
 def write_model(size: Size, folder: Path) -> None:
     """A folder of random bf16 weights in shards of one bucket; holds one tensor at a time."""
-    from nemo_jepo.weights.export import export_hf
-    from nemo_jepo.weights.load import hf_shapes
+    from nemo_jepo.actor.weights.load import hf_shapes
+    from nemo_jepo.checkpoint.hf.export import export_hf
 
     config, companions = size.config(), folder.with_name("companions")
     config.save_pretrained(companions)

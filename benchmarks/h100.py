@@ -39,11 +39,12 @@ from nemo_jepo.actor import parallel
 from nemo_jepo.actor.actor import MegatronJEPOActor
 from nemo_jepo.actor.fp8_guard import Reading, squared_error, squared_spread
 from nemo_jepo.actor.model import head_size, load_hf_config
-from nemo_jepo.actor.update import group_scores
-from nemo_jepo.config import ConfigError, ModelConfig, OptimConfig
-from nemo_jepo.packing import pack
+from nemo_jepo.actor.weights.load import load_stage, open_source
+from nemo_jepo.config.errors import ConfigError
+from nemo_jepo.config.schema import ModelConfig, OptimConfig
+from nemo_jepo.data.packing import pack
+from nemo_jepo.objective.tables import group_scores
 from nemo_jepo.types import PackedRow, Spliced
-from nemo_jepo.weights.load import load_stage, open_source
 
 Start = Callable[..., Any]
 """Calls a function with arguments in another process."""

@@ -13,10 +13,10 @@ from matplotlib import pyplot  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
 from nemo_jepo import settings  # noqa: E402
-from nemo_jepo.plan.estimate import Plan  # noqa: E402
-from nemo_jepo.plan.hardware import GPUS  # noqa: E402
-from nemo_jepo.plan.search import best_plan  # noqa: E402
-from nemo_jepo.plan.workload import MeanLengths  # noqa: E402
+from nemo_jepo.tools.plan.estimate import Plan  # noqa: E402
+from nemo_jepo.tools.plan.hardware import GPUS  # noqa: E402
+from nemo_jepo.tools.plan.search import best_plan  # noqa: E402
+from nemo_jepo.tools.plan.workload import MeanLengths  # noqa: E402
 
 NODES = (2, 4, 8, 16, 32, 64, 128)
 BATCHES = {"the paper's batch: 64 prompts x 4 samples": (64, 4), "512 prompts x 8 samples": (512, 8)}

@@ -30,15 +30,15 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks import report
-from nemo_jepo.config import AnswerConfig, RolloutConfig, VLLMConfig
+from nemo_jepo.config.schema import AnswerConfig, RolloutConfig, VLLMConfig
 from nemo_jepo.data import load_tokenizer, train_tokenizer
-from nemo_jepo.rollout import GenerationRequest
-from nemo_jepo.rollout.client import stop_strings
+from nemo_jepo.data.splice import Splicer
 from nemo_jepo.rollout.embedded import EmbeddedSampler
-from nemo_jepo.rollout.pool import Pool
-from nemo_jepo.rollout.transfer import WeightTransfer
-from nemo_jepo.serve import LocalServers, health_of
-from nemo_jepo.splice import Splicer
+from nemo_jepo.rollout.sampler import GenerationRequest
+from nemo_jepo.rollout.vllm.client import stop_strings
+from nemo_jepo.rollout.vllm.pool import Pool
+from nemo_jepo.rollout.vllm.push import WeightTransfer
+from nemo_jepo.rollout.vllm.server import LocalServers, health_of
 from nemo_jepo.types import Prompt, Rollout
 
 ROOT = Path(__file__).parents[1]

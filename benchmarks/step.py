@@ -27,13 +27,13 @@ from benchmarks import report
 from nemo_jepo.actor import parallel
 from nemo_jepo.actor.actor import MegatronJEPOActor
 from nemo_jepo.actor.model import load_hf_config
-from nemo_jepo.actor.update import group_scores, weigh_tokens
-from nemo_jepo.config import AnswerConfig, Config, DataConfig, ModelConfig, OptimConfig
+from nemo_jepo.config.schema import AnswerConfig, Config, DataConfig, ModelConfig, OptimConfig
 from nemo_jepo.data import load_prompts, train_tokenizer, training_texts
+from nemo_jepo.data.packing import pack, padded_rows
+from nemo_jepo.data.splice import Splicer
+from nemo_jepo.objective.tables import group_scores, weigh_tokens
 from nemo_jepo.objective.update import sample_credits
-from nemo_jepo.packing import pack, padded_rows
-from nemo_jepo.rooms import load_initial_weights, update_rule
-from nemo_jepo.splice import Splicer
+from nemo_jepo.setup import load_initial_weights, update_rule
 from nemo_jepo.types import PackedRow, Spliced
 
 VOCAB = 2048

@@ -39,12 +39,15 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from nemo_jepo import plan, serve, settings
-from nemo_jepo.checkpoints import checkpoint_command
-from nemo_jepo.config import Config, ConfigError, DataError, PretrainedConfig
+from nemo_jepo.checkpoint.format import checkpoint_command
+from nemo_jepo.config import compose
+from nemo_jepo.config.errors import ConfigError, DataError
+from nemo_jepo.config.schema import Config, PretrainedConfig
+from nemo_jepo.rollout.vllm import server
+from nemo_jepo.tools import plan
 
 if TYPE_CHECKING:
-    from nemo_jepo.samplers import OwnServers
+    from nemo_jepo.rollout.build import OwnServers
 
 USAGE = __doc__
 FAILED, INTERRUPTED = 1, 75
@@ -98,7 +101,7 @@ def warmup_config(config: Config) -> Config:
 
 def after_warmup(config: Config, folder: Path) -> Config:
     """The main run, started from the warm-up's last checkpoint."""
-    from nemo_jepo.checkpoint import latest_checkpoint
+    from nemo_jepo.checkpoint.format import latest_checkpoint
 
     path = latest_checkpoint(folder / "warmup" / "checkpoints")
     assert path is not None, "a warm-up that ended has saved"
@@ -122,7 +125,7 @@ def run_folder(config: Config) -> Path:
 def train(config: Config) -> int:
     """The warm-up if one is asked for, then the main run; both resume where they were."""
     _start_machines(config)
-    from nemo_jepo.samplers import OwnServers
+    from nemo_jepo.rollout.build import OwnServers
 
     interrupt, folder = Interrupt(), run_folder(config)
     with OwnServers(folder) as servers:
@@ -138,10 +141,10 @@ def evaluate(config: Config) -> int:
     """Figures of the run's newest checkpoint, else of the model that the config starts from."""
     _start_machines(config)
     from nemo_jepo.actor.parallel import Layout
-    from nemo_jepo.checkpoint import latest_checkpoint
-    from nemo_jepo.evaluation import evaluate as evaluate_rooms
-    from nemo_jepo.rooms import build_rooms
-    from nemo_jepo.samplers import OwnServers
+    from nemo_jepo.checkpoint.format import latest_checkpoint
+    from nemo_jepo.evaluate import evaluate as evaluate_rooms
+    from nemo_jepo.rollout.build import OwnServers
+    from nemo_jepo.setup import build_rooms
 
     folder, layout = run_folder(config), Layout()
     newest = latest_checkpoint(folder / "checkpoints") or latest_checkpoint(folder / "warmup" / "checkpoints")
@@ -169,10 +172,10 @@ def _start_machines(config: Config) -> None:
 
 def _fit(config: Config, folder: Path, servers: "OwnServers", interrupt: Callable[[], bool]) -> int:
     from nemo_jepo.actor.parallel import Layout
-    from nemo_jepo.checkpoint import latest_checkpoint, step_of
-    from nemo_jepo.loop import fit
-    from nemo_jepo.rooms import build_rooms
+    from nemo_jepo.checkpoint.format import latest_checkpoint, step_of
+    from nemo_jepo.setup import build_rooms
     from nemo_jepo.tracking import SilentTracker, Tracker
+    from nemo_jepo.train import fit
 
     layout, steps = Layout(), config.trainer.jepo.max_steps
     newest = latest_checkpoint(folder / "checkpoints")
@@ -186,13 +189,13 @@ def _fit(config: Config, folder: Path, servers: "OwnServers", interrupt: Callabl
     rooms = build_rooms(config, folder, layout, servers)
     tracker = Tracker(folder, config.exp_manager, steps, done + 1) if layout.rank == 0 else SilentTracker()
     with closing(rooms), tracker:
-        tracker.save_config(settings.to_yaml(config))
+        tracker.save_config(compose.to_yaml(config))
         return fit(rooms, folder, tracker, interrupt)
 
 
 def convert(command: str, source: str, target: str, *overrides: str) -> int:
     """import or export between Hugging Face folders and checkpoints."""
-    from nemo_jepo.convert import export_hf_folder, import_hf
+    from nemo_jepo.checkpoint.convert import export_hf_folder, import_hf
 
     return (import_hf if command == "import" else export_hf_folder)(Path(source), Path(target), overrides)
 
@@ -200,7 +203,7 @@ def convert(command: str, source: str, target: str, *overrides: str) -> int:
 COMMANDS: dict[str, Callable[[Config], int]] = {"train": train, "evaluate": evaluate}
 
 
-def _hydra_runner() -> settings.Runner | None:
+def _hydra_runner() -> compose.Runner | None:
     """NeMo's on rank 0; the other ranks are spared its seconds and its 400 MB."""
     if os.environ.get("RANK", "0") != "0":
         return None
@@ -216,26 +219,26 @@ def main() -> int:
     for library in ("megatron", "torch", "nemo", "lightning", "transformers"):
         warnings.filterwarnings("ignore", module=rf"{library}\b")  # of the libraries about their own code
     if sys.argv[1:2] == ["serve"]:
-        return _in_one_line(partial(serve.main, sys.argv[2:]))
+        return _in_one_line(partial(server.main, sys.argv[2:]))
     if sys.argv[1:2] == ["plan"]:
         return plan.main(sys.argv[2:])
     if sys.argv[1:2] == ["doctor"]:
-        from nemo_jepo.doctor.command import main as doctor
+        from nemo_jepo.tools.doctor.command import main as doctor
 
         return doctor(sys.argv[2:])
     if sys.argv[1:2] == ["experiment"]:
-        from nemo_jepo import experiments
+        from nemo_jepo.tools import experiments
 
         return _in_one_line(partial(experiments.main, sys.argv[2:]))
     if sys.argv[1:2] == ["report"]:
-        from nemo_jepo.report.command import main as report
+        from nemo_jepo.tools.report.command import main as report
 
         return report(sys.argv[2:])
     if sys.argv[1:2] == ["checkpoint"]:
         return checkpoint_command(sys.argv[2:])
     if sys.argv[1:2] == ["data"]:
-        from nemo_jepo.data.preparation.command import main as data
         from nemo_jepo.rewards.verifiable import verifiable_answers
+        from nemo_jepo.tools.prepare.command import main as data
 
         return data(sys.argv[2:], verifiable_answers)
     if len(sys.argv) >= 4 and sys.argv[1] in ("import", "export"):
@@ -245,14 +248,14 @@ def main() -> int:
         print(USAGE, file=sys.stdout if wanted else sys.stderr)
         return 0 if wanted else 2
     command = COMMANDS[sys.argv[1]]
-    return settings.run(lambda config: _in_one_line(partial(command, config)), sys.argv[2:], _hydra_runner)
+    return compose.run(lambda config: _in_one_line(partial(command, config)), sys.argv[2:], _hydra_runner)
 
 
 def _in_one_line(command: Callable[[], int]) -> int:
     """The command's exit code; a mistake of the user's is one line on stderr and 2."""
     from torch.distributed.checkpoint.api import CheckpointException
 
-    from nemo_jepo.rollout import SamplerMismatch
+    from nemo_jepo.rollout.sampler import SamplerMismatch
 
     try:
         return command()
@@ -266,7 +269,7 @@ def _in_one_line(command: Callable[[], int]) -> int:
         return FAILED
     except (ConfigError, DataError) as error:
         print(error, file=sys.stderr)
-        return settings.BAD_SETTINGS
+        return compose.BAD_SETTINGS
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 from tqdm import tqdm
 
-from nemo_jepo.config import ExpManagerConfig
+from nemo_jepo.config.schema import ExpManagerConfig
 
 CONSOLE = {
     "train_optim/loss": "loss",

@@ -13,13 +13,13 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from nemo_jepo.actor.forward import TokenHead, idle_row, num_micro_batches, run_rows, score_rows, scores_of, to_rows
 from nemo_jepo.actor.model import HiddenStateGPTModel, build_chunks, unwrap
 from nemo_jepo.actor.optimizer import build_optimizer, wrap_data_parallel
 from nemo_jepo.actor.parallel import Layout
 from nemo_jepo.actor.precision import check_fp8, without_fp8
-from nemo_jepo.actor.reference import ReferencePolicy
-from nemo_jepo.actor.scoring import TokenHead, idle_row, num_micro_batches, run_rows, score_rows, scores_of, to_rows
-from nemo_jepo.config import ModelConfig, OptimConfig
+from nemo_jepo.actor.reference_policy import ReferencePolicy
+from nemo_jepo.config.schema import ModelConfig, OptimConfig
 from nemo_jepo.types import PackedRow, Scores
 
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from nemo_jepo.actor.actor import MegatronJEPOActor
-from nemo_jepo.actor.update import group_scores
 from nemo_jepo.objective.records import GroupScores
+from nemo_jepo.objective.tables import group_scores
 from nemo_jepo.types import PackedRow, Spliced
 
 

@@ -25,7 +25,8 @@ from transformers import AutoConfig, PretrainedConfig
 
 from nemo_jepo.actor.attention import PackedAttention
 from nemo_jepo.actor.precision import assert_fp8_is_used, fp8_options
-from nemo_jepo.config import ConfigError, ModelConfig
+from nemo_jepo.config.errors import ConfigError
+from nemo_jepo.config.schema import ModelConfig
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,8 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_model_config
 
-from nemo_jepo.config import ConfigError, OptimConfig
+from nemo_jepo.config.errors import ConfigError
+from nemo_jepo.config.schema import OptimConfig
 
 
 def wrap_data_parallel(chunks: Sequence[torch.nn.Module], distributed_optimizer: bool) -> list[DistributedDataParallel]:

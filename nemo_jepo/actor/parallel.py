@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_jepo.actor import cpu
-from nemo_jepo.config import ModelConfig
+from nemo_jepo.config.schema import ModelConfig
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 _replica_group: dist.ProcessGroup | None = None

@@ -12,7 +12,8 @@ import torch
 from megatron.core.utils import get_te_version
 from torch import nn
 
-from nemo_jepo.config import ConfigError, ModelConfig
+from nemo_jepo.config.errors import ConfigError
+from nemo_jepo.config.schema import ModelConfig
 
 TOKEN_MULTIPLE = 16
 """FP8 matrix products need both sides of a token matrix divisible by it (fp8_utils.get_fp8_align_size)."""

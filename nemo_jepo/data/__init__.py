@@ -1,6 +1,6 @@
 """Dataset rows -> Prompt, and the order in which a run reads them."""
 
-from nemo_jepo.config import DataError
+from nemo_jepo.config.errors import DataError
 from nemo_jepo.data.dataset import Dataset, load_prompts, training_texts
 from nemo_jepo.data.files import BadRow
 from nemo_jepo.data.stream import PromptStream

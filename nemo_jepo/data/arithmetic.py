@@ -7,16 +7,17 @@ learned that the answer follows a right chain but not a wrong one:
     log pi(a*|x, right chain)  >>  log pi(a*|x, wrong chain)
 
 That difference is all that JEPO is given to improve the chains with; no reward and no verifier.
-How problems and answers are written (`data.arithmetic.answers`) is in `nemo_jepo.data.wording`.
+How problems and answers are written (`data.arithmetic.answers`) is in `nemo_jepo.data.arithmetic_text`.
 """
 
 import random
 from typing import Literal
 
-from nemo_jepo.config import ArithmeticConfig, ConfigError
-from nemo_jepo.data import wording
+from nemo_jepo.config.errors import ConfigError
+from nemo_jepo.config.schema import ArithmeticConfig
+from nemo_jepo.data import arithmetic_text
+from nemo_jepo.data.arithmetic_text import Expression
 from nemo_jepo.data.files import Row
-from nemo_jepo.data.wording import Expression
 
 OPERATORS = "+-*"
 MODULUS = 10
@@ -79,9 +80,9 @@ def _rows(
     for line, (expression, kind, words) in enumerate(zip(expressions, kinds, in_words, strict=True), start=1):
         right = _results(expression)
         shown = _corrupted(expression, rng) if kind == "corrupted" else right
-        chain = None if kind == "absent" else wording.chain(expression, shown, words)
-        answer = wording.answer(expression, right, config.answers, words, style)
-        question = wording.question(expression, words)
+        chain = None if kind == "absent" else arithmetic_text.chain(expression, shown, words)
+        answer = arithmetic_text.answer(expression, right, config.answers, words, style)
+        question = arithmetic_text.question(expression, words)
         verifiable = not words and config.answers != "derivation"
         rows.append(Row("arithmetic", line, question, answer, chain, verifiable))
     return rows

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from nemo_jepo.config import ConfigError, DataConfig, DataError
+from nemo_jepo.config.errors import ConfigError, DataError
+from nemo_jepo.config.schema import DataConfig
 from nemo_jepo.data.arithmetic import arithmetic_rows
 from nemo_jepo.data.files import BadRow, Keys, Row, read_rows
 from nemo_jepo.data.gsm8k import split_solution

@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
-from nemo_jepo.config import DataError
+from nemo_jepo.config.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)

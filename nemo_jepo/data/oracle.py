@@ -6,7 +6,7 @@ reads the question's text and shares nothing with the generator but the words fo
 
 import re
 
-from nemo_jepo.data.wording import NUMBERS, OPERATORS
+from nemo_jepo.data.arithmetic_text import NUMBERS, OPERATORS
 
 _SIGNS = {name: str(number) for number, name in enumerate(NUMBERS)} | {name: sign for sign, name in OPERATORS.items()}
 _WORD = re.compile(rf"\b({'|'.join(_SIGNS)})\b", re.IGNORECASE)

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from nemo_jepo.config import ConfigError, DataConfig
+from nemo_jepo.config.errors import ConfigError
+from nemo_jepo.config.schema import DataConfig
 from nemo_jepo.data.files import BadRow, Row
 from nemo_jepo.types import Prompt
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from nemo_jepo.config import ConfigError
+from nemo_jepo.config.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

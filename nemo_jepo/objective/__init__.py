@@ -6,7 +6,7 @@ derivation.
 
 from nemo_jepo.objective.metrics import update_metrics
 from nemo_jepo.objective.records import GroupScores, SampleCredits, SequenceLogprobs, UpdateRule
-from nemo_jepo.objective.terms import uses_verifiable_reward
+from nemo_jepo.objective.registry import uses_verifiable_reward
 from nemo_jepo.objective.update import sample_credits, supervised_credits, token_weights
 
 __all__ = [

@@ -9,7 +9,7 @@ from torch import Tensor
 from nemo_jepo.objective.bounds import effective_sample_size, multi_sample_bound, single_sample_bound
 from nemo_jepo.objective.groups import masked
 from nemo_jepo.objective.records import GroupScores, SampleCredits, UpdateRule
-from nemo_jepo.objective.terms import uses_verifiable_reward
+from nemo_jepo.objective.registry import uses_verifiable_reward
 
 Pair = tuple[float, float]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nemo_jepo.objective.importance import IMPORTANCE_RATIOS
 from nemo_jepo.objective.kl import KL_GRADIENTS
-from nemo_jepo.objective.terms import OBJECTIVE_TERMS
+from nemo_jepo.objective.registry import OBJECTIVE_TERMS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

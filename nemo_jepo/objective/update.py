@@ -26,7 +26,7 @@ from nemo_jepo.objective.groups import masked, share
 from nemo_jepo.objective.importance import IMPORTANCE_RATIOS
 from nemo_jepo.objective.kl import KL_GRADIENTS
 from nemo_jepo.objective.records import GroupScores, SampleCredits, SequenceLogprobs, UpdateRule
-from nemo_jepo.objective.terms import OBJECTIVE_TERMS, uses_verifiable_reward
+from nemo_jepo.objective.registry import OBJECTIVE_TERMS, uses_verifiable_reward
 
 Reduce = Callable[[Tensor], Tensor]
 """A tensor of this rank -> its sum (or maximum) over data-parallel ranks."""

@@ -16,10 +16,10 @@ from typing import Any
 
 import aiohttp
 
-from nemo_jepo.config import JudgeConfig
-from nemo_jepo.json_server import JSONServer, RequestRefused, ServerFault, backoff_s
-from nemo_jepo.rewards.ballot import Ballot, Case, NoVote, ballot
+from nemo_jepo.config.judge import JudgeConfig
+from nemo_jepo.rewards.judge_prompt import Ballot, Case, NoVote, ballot
 from nemo_jepo.rewards.verdict_cache import VerdictCache
+from nemo_jepo.utils.http import JSONServer, RequestRefused, ServerFault, backoff_s
 
 MAX_LOST_IN_A_ROW = 4
 """An endpoint that does not answer about so many cases, one after the other, is asked no more."""

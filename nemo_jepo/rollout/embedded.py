@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
 
-from nemo_jepo.config import RolloutConfig
-from nemo_jepo.rollout import GenerationRequest
+from nemo_jepo.config.schema import RolloutConfig
+from nemo_jepo.rollout.sampler import GenerationRequest
 from nemo_jepo.types import FinishReason, Prompt, Rollout
 
 
@@ -81,7 +81,7 @@ class _Batch:
 
 
 class EmbeddedSampler:
-    """Samples with a transformers model in this process; see `nemo_jepo.rollout.Sampler`.
+    """Samples with a transformers model in this process; see `nemo_jepo.rollout.sampler.Sampler`.
 
     Args:
         hf_config: the model's shape; the weights come by `load_weights`.

@@ -20,11 +20,11 @@ from nemo_jepo.actor.actor import MegatronJEPOActor, _inner_optimizers  # noqa: 
 from nemo_jepo.actor.fp8_guard import guard_fp8  # noqa: E402
 from nemo_jepo.actor.model import load_hf_config  # noqa: E402
 from nemo_jepo.actor.precision import assert_fp8_is_used  # noqa: E402
-from nemo_jepo.actor.update import group_scores  # noqa: E402
-from nemo_jepo.config import ModelConfig, OptimConfig  # noqa: E402
-from nemo_jepo.packing import pack, padded_rows  # noqa: E402
+from nemo_jepo.actor.weights.load import load_stage, open_source  # noqa: E402
+from nemo_jepo.config.schema import ModelConfig, OptimConfig  # noqa: E402
+from nemo_jepo.data.packing import pack, padded_rows  # noqa: E402
+from nemo_jepo.objective.tables import group_scores  # noqa: E402
 from nemo_jepo.types import PackedRow  # noqa: E402
-from nemo_jepo.weights.load import load_stage, open_source  # noqa: E402
 
 SHAPE = {  # every side a multiple of 128, as block scaling wants it
     "model_type": "llama",

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import logprob_memory
 from tests.gpu.marks import needs_hopper, needs_transformer_engine
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 RECIPES = ("tensorwise", "blockwise", "delayed")
 

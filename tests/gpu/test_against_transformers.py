@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.actor.hf_models import random_model, save
-from tests.actor.test_against_transformers import SEQUENCES, Values, by_transformers, token_weights
-from tests.ranks import ROOT, run_ranks
+from tests.distributed.test_against_transformers import SEQUENCES, Values, by_transformers, token_weights
+from tests.support.hf_models import random_model, save
+from tests.support.ranks import ROOT, run_ranks
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 
@@ -28,7 +28,7 @@ def by_actor(tmp_path_factory) -> dict[str, Values]:
         for family in FAMILIES
     }
     (root / "jobs.json").write_text(json.dumps(jobs))
-    run_ranks(1, [str(ROOT / "tests/actor/scoring_worker.py"), str(root / "jobs.json")])
+    run_ranks(1, [str(ROOT / "tests/distributed/scoring_worker.py"), str(root / "jobs.json")])
     return {Path(file).stem: load_file(file) for file in jobs}
 
 

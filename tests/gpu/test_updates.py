@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from tests.actor.test_layouts import EXPERT_SHAPES, SHAPES, Update, assert_same_update, of_shapes, run_updates
+from tests.distributed.test_layouts import EXPERT_SHAPES, SHAPES, Update, assert_same_update, of_shapes, run_updates
 from tests.gpu.marks import needs_transformer_engine
-from tests.ranks import WITHOUT_GPU
+from tests.support.ranks import WITHOUT_GPU
 
 ALL_SHAPES = SHAPES | EXPERT_SHAPES
 

@@ -1,6 +1,6 @@
 """Weights go from a trainer on a GPU to a vLLM server on one, and the server then has the trainer's log-probs.
 
-Every run compares them after every push (`nemo_jepo.sync.check_parity`) and ends where they differ.
+Every run compares them after every push (`nemo_jepo.weight_sync.check_parity`) and ends where they differ.
 """
 
 from collections.abc import Iterator
@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from nemo_jepo.serve import KEY_VARIABLE
-from tests.command_line import ENVIRONMENT, metrics, run
+from nemo_jepo.rollout.vllm.server import KEY_VARIABLE
 from tests.gpu.marks import needs_two_gpus
-from tests.serving import KEY, running_server, tiny_model
-from tests.vllm_processes import SHAPE, needs_vllm
+from tests.support.command_line import ENVIRONMENT, metrics, run
+from tests.support.serving import KEY, running_server, tiny_model
+from tests.support.vllm_processes import SHAPE, needs_vllm
 
 pytestmark = [needs_vllm, pytest.mark.timeout(900)]
 

@@ -1,0 +1,1 @@
+"""What a run saves, and Hugging Face folders in both directions."""

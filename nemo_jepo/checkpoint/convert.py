@@ -1,0 +1,188 @@
+"""A Hugging Face folder becomes a checkpoint that any parallel layout loads, and a checkpoint becomes such a folder.
+
+Started as one process or under torchrun in any layout (model.* settings); a rank holds its own share of the weights
+and one tensor more, whichever way they go.
+"""
+
+import ctypes
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.tensor_parallel import layers
+from transformers import PretrainedConfig
+
+from nemo_jepo.actor import parallel
+from nemo_jepo.actor.actor import DTYPES, MegatronJEPOActor
+from nemo_jepo.actor.model import load_hf_config
+from nemo_jepo.actor.weights.families import FAMILIES
+from nemo_jepo.actor.weights.hf_folder import SafetensorsFolder
+from nemo_jepo.actor.weights.load import hf_shapes, load_stage
+from nemo_jepo.actor.weights.stream import weight_stream
+from nemo_jepo.checkpoint.format import require_whole
+from nemo_jepo.checkpoint.hf.export import copy_companions, export_hf
+from nemo_jepo.checkpoint.hf.torch_dist import SerialSave, load_in_place
+from nemo_jepo.checkpoint.writer import save_with
+from nemo_jepo.config import compose
+from nemo_jepo.config.errors import ConfigError
+from nemo_jepo.config.layouts import check_layout
+from nemo_jepo.config.schema import ModelConfig
+
+MMAP_THRESHOLD = (-3, 128 * 1024)
+"""glibc's M_MMAP_THRESHOLD and its first value."""
+
+
+def import_hf(hf_folder: Path, checkpoint: Path, overrides: Sequence[str] = ()) -> int:
+    """Write the weights of a Hugging Face folder as a new checkpoint of step 0, beside them what names the model.
+
+    Args:
+        overrides: model.* settings, the layout to load in; any other layout reads the checkpoint all the same.
+    Raises:
+        ConfigError: what is wrong with the folder or the settings, before anything is written; or the disk is full.
+    """
+    model = _model_settings(overrides)
+    _require_new("CHECKPOINT", checkpoint)
+    hf_config = _read_config("HF_DIR", hf_folder)
+    source = SafetensorsFolder(hf_folder)
+    source.check(hf_shapes(hf_config))
+    actor = _build_actor(hf_config, model, source.dtype)
+    load_stage(actor.chunks, hf_config, source, actor.layout)
+    staging = checkpoint.with_name(f".{checkpoint.name}.partial")
+    with _on_disk("CHECKPOINT", staging, actor.layout):
+        weights = {"model": actor.sharded_weights()}
+        written = save_with(SerialSave(), staging, 0, weights, partial(copy_companions, hf_folder))
+        if actor.layout.rank == 0:
+            os.rename(written, checkpoint)
+            shutil.rmtree(staging)
+    actor.layout.barrier()
+    return 0
+
+
+def export_hf_folder(checkpoint: Path, hf_folder: Path, overrides: Sequence[str] = ()) -> int:
+    """Write a checkpoint of any layout as a new Hugging Face folder, which appears when it is whole.
+
+    Args:
+        overrides: model.* settings, the layout to read it in.
+    Raises:
+        ConfigError: the checkpoint is not whole, the folder exists, the disk is full.
+    """
+    model = _model_settings(overrides)
+    require_whole(checkpoint)
+    _require_new("HF_DIR", hf_folder)
+    hf_config = _read_config("CHECKPOINT", checkpoint)
+    held = dist_checkpointing.load_tensors_metadata(str(checkpoint))["decoder.final_layernorm.weight"].dtype
+    actor = _build_actor(hf_config, model, held)
+    load_in_place(checkpoint, actor.sharded_weights())
+    dtype = torch.float16 if hf_config.dtype == torch.float16 else held  # fp16 is held as fp32
+    stream = _in_dtype(weight_stream(actor.chunks, hf_config, actor.layout), dtype)
+    if actor.layout.rank == 0:
+        export_hf(stream, hf_shapes(hf_config), dtype, hf_folder, checkpoint)
+    else:
+        for _ in stream:
+            pass
+    return 0
+
+
+def _model_settings(overrides: Sequence[str]) -> ModelConfig:
+    """The model node of a command line."""
+    for override in overrides:
+        if not override.startswith("model."):
+            raise ConfigError("setting", override, "import and export take model.* settings only", "Leave it out")
+    return compose.resolve(compose.compose(compose.DEFAULT_CONFIG, overrides)).model
+
+
+def _require_new(argument: str, folder: Path) -> None:
+    if folder.exists():
+        raise ConfigError(argument, str(folder), "exists, and only new folders are written", "Choose another name")
+
+
+def _read_config(argument: str, folder: Path) -> PretrainedConfig:
+    """A folder's config.json, of a supported architecture.
+
+    Raises:
+        ConfigError: there is none, or none of that kind.
+    """
+    file = folder / "config.json"
+    try:
+        family = json.loads(file.read_text()).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(argument, str(file), f"cannot be read ({error})", "Name the model's folder") from error
+    if family not in FAMILIES:
+        rule = f"model_type {family!r} is not supported; {', '.join(FAMILIES)} are"
+        raise ConfigError(argument, str(file), rule, "Use a model of these families")
+    try:
+        return load_hf_config(str(folder))
+    except ConfigError:
+        raise
+    except Exception as error:  # transformers checks a config in many places, with many exceptions
+        rule = f"transformers refuses it ({str(error).strip().splitlines()[-1].strip()})"
+        raise ConfigError(argument, str(file), rule, "Copy the file again, or correct it") from error
+
+
+def _in_dtype(stream: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in stream:
+        tensor = tensor.to(dtype)
+        yield name, tensor
+        del tensor  # before the stream makes the next one
+
+
+def _build_actor(hf_config: PretrainedConfig, model: ModelConfig, dtype: torch.dtype) -> MegatronJEPOActor:
+    """The model in the layout of the processes that were started, weights unset."""
+    _give_back_freed_memory()
+    model.data_parallel_size(int(os.environ.get("WORLD_SIZE", "1")))
+    check_layout(model, hf_config.to_dict())
+    parallel.init_distributed()
+    parallel.init_model_parallel(model)
+    precision = next(name for name, known in DTYPES.items() if known == dtype)
+    with _without_initialisation():
+        return MegatronJEPOActor(hf_config, model, precision, parallel.Layout())
+
+
+def _give_back_freed_memory() -> None:
+    """Every freed tensor goes back to the system at once.
+
+    glibc raises the threshold with what is freed, and then keeps tensors in heaps of the thread that made them; gloo
+    joins shards in threads of its own, whose heaps grow to the size of the model.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # another libc has other habits
+        libc.mallopt(*MMAP_THRESHOLD)
+
+
+@contextmanager
+def _without_initialisation() -> Iterator[None]:
+    """On a CPU Megatron's layers draw every matrix as a whole, in fp32, on every rank, before they cut it."""
+    names = ("_initialize_affine_weight_cpu", "_initialize_affine_weight_gpu")
+    originals = {name: getattr(layers, name) for name in names}
+    try:
+        for name in names:
+            setattr(layers, name, lambda *_, **__: None)
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(layers, name, original)
+
+
+@contextmanager
+def _on_disk(argument: str, folder: Path, layout: parallel.Layout) -> Iterator[None]:
+    """What is written in this block goes when it fails; a disk that is full is the user's to change.
+
+    Raises:
+        ConfigError: for an OSError.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if layout.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        # torch.save tells of a disk in a RuntimeError of its own
+        if isinstance(error, OSError) or "PytorchStreamWriter" in str(error):
+            rule = f"cannot be written ({str(error).splitlines()[0]})"
+            raise ConfigError(argument, str(folder), rule, "Make room on that disk, or use another one") from error
+        raise

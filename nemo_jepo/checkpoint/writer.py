@@ -1,0 +1,219 @@
+"""Save and load checkpoints: Megatron's torch_dist format plus the loop's own few numbers.
+
+    <run>/checkpoints/step_000040/   .metadata, __0_0.distcp, ..., common.pt   dist_checkpointing, any parallel layout
+                                     config.json, tokenizer.json, ...   what another run needs to start from it
+                                     loop.json        data position and the like
+                                     complete.json    name, size and checksum of every file; written last
+    <run>/checkpoints/latest         the name of the newest whole checkpoint
+
+A checkpoint is written under a hidden name and renamed when complete, so a killed save is never taken for a whole one.
+Every function that says "all ranks" is collective over the world.
+"""
+
+import json
+import os
+import secrets
+import shutil
+import signal
+from collections.abc import Callable
+from functools import partial
+from multiprocessing import get_context, resource_tracker
+from multiprocessing.managers import SyncManager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+
+from nemo_jepo.checkpoint.format import (
+    is_checkpoint,
+    latest_checkpoint,
+    mark_complete,
+    note_checksums,
+    require_whole,
+    step_of,
+    whole_checkpoints,
+    write_durably,
+)
+from nemo_jepo.utils.processes import die_with_parent
+
+__all__ = [
+    "CheckpointWriter",
+    "is_checkpoint",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "read_loop_state",
+    "require_whole",
+    "save_with",
+    "step_of",
+    "whole_checkpoints",
+]
+
+LOOP_STATE = "loop.json"
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints, one at a time. Every method: all ranks.
+
+    A background save copies the state at once (GPU: to host memory; CPU: by forking) and writes it in processes of
+    their own. It becomes a checkpoint in the first later call that finds it written on every rank.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        """A writer of no checkpoint yet.
+
+        Args:
+            folder: the run's checkpoints folder.
+            keep: whole checkpoints that stay, the newest included; older ones are deleted.
+        """
+        self._folder = folder
+        self._keep = keep
+        self._background = AsyncCallsQueue()
+
+    @property
+    def pending(self) -> bool:
+        """True while a background save is not a checkpoint yet; the same on every rank."""
+        return self._background.get_num_unfinalized_calls() > 0
+
+    def save(
+        self,
+        step: int,
+        sharded_state: dict[str, Any],
+        loop_state: dict[str, Any],
+        write_model_files: Callable[[Path], None],
+        in_background: bool = False,
+    ) -> Path:
+        """Write one checkpoint, after the one before it is finished.
+
+        Args:
+            sharded_state: weights, optimizer, schedule as dist_checkpointing shards.
+            loop_state: plain JSON data, the same on every rank.
+            write_model_files: puts config.json and the tokeniser beside the weights; called on rank 0.
+            in_background: return as soon as the state is copied.
+        Returns:
+            The folder that the checkpoint has, or will have.
+        Raises:
+            CheckpointException: on every rank, where any could not write its share (Megatron's; also in the two below).
+        """
+        self.wait()
+        staging, final = self._new_folder(step), self._folder / f"step_{step:06d}"
+        _start_results_queue()
+        request = dist_checkpointing.save(sharded_state, str(staging), async_sharded_save=True)
+        _write_small_files(staging, loop_state, write_model_files)
+        request.add_finalize_fn(partial(self._complete, staging, final))
+        if request.async_fn is not None:  # this rank has something to write
+            write = partial(_write_and_note_checksums, request.async_fn, staging, dist.get_rank())
+            request = request._replace(async_fn=write)
+        if in_background:
+            self._background.schedule_async_request(request)
+        else:
+            request.execute_sync()
+        return final
+
+    def complete_if_written(self) -> None:
+        """Make a checkpoint of the background save if every rank has written its share."""
+        if self.pending:
+            self._background.maybe_finalize_async_calls()
+
+    def wait(self) -> None:
+        """Return when the background save, if there is one, is a checkpoint."""
+        self._background.maybe_finalize_async_calls(blocking=True)
+
+    def _new_folder(self, step: int) -> Path:
+        """An empty hidden folder. Its name is new, for writers of a killed run may still be at work in an old one."""
+        box = [self._folder / f".step_{step:06d}.{secrets.token_hex(4)}.partial"]
+        if dist.get_rank() == 0:
+            for leftover in self._folder.glob(".step_*.partial"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            box[0].mkdir(parents=True)
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def _complete(self, staging: Path, final: Path) -> None:
+        """Rename a folder that is written on every rank, and delete checkpoints that are no longer kept."""
+        if dist.get_rank() == 0:
+            mark_complete(staging, step_of(final))
+            shutil.rmtree(final, ignore_errors=True)  # not whole, or nobody would save this step again
+            os.rename(staging, final)
+            write_durably(self._folder / "latest.partial", final.name)
+            os.replace(self._folder / "latest.partial", self._folder / "latest")
+            for old in whole_checkpoints(self._folder)[: -self._keep]:
+                shutil.rmtree(old)
+        dist.barrier()
+
+
+def save_with(
+    strategy: SaveShardedStrategy,
+    folder: Path,
+    step: int,
+    sharded_state: dict[str, Any],
+    write_model_files: Callable[[Path], None],
+) -> Path:
+    """Write a folder's only checkpoint by another of Megatron's strategies; returns it when it is whole. All ranks.
+
+    The other arguments are those of CheckpointWriter.save; there is no loop to resume.
+    """
+    writer, rank = CheckpointWriter(folder, keep=1), dist.get_rank()
+    staging, final = writer._new_folder(step), folder / f"step_{step:06d}"
+    dist_checkpointing.save(sharded_state, str(staging), sharded_strategy=strategy)
+    note_checksums(staging, rank, staging.glob(f"__{rank}_*.distcp"))
+    _write_small_files(staging, {}, write_model_files)
+    dist.barrier()  # every rank's checksums are there
+    writer._complete(staging, final)
+    return final
+
+
+def load_checkpoint(path: Path, sharded_state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read a checkpoint in the current layout, whatever layout wrote it. All ranks.
+
+    Args:
+        path: one checkpoint folder.
+        sharded_state: shards of the state to fill; parts of a checkpoint that it leaves out are not read.
+    Returns:
+        (state with tensors filled in, loop state).
+    Raises:
+        ConfigError: the checkpoint is not whole; says which file.
+    """
+    require_whole(path)
+    state = dist_checkpointing.load(sharded_state, str(path))
+    return state, read_loop_state(path)
+
+
+def read_loop_state(path: Path) -> dict[str, Any]:
+    """The loop's own numbers in a checkpoint."""
+    return json.loads((path / LOOP_STATE).read_text())
+
+
+def _write_small_files(staging: Path, loop_state: dict[str, Any], write_model_files: Callable[[Path], None]) -> None:
+    """What stands beside the weights, from rank 0."""
+    if dist.get_rank() == 0:
+        write_model_files(staging)
+        write_durably(staging / LOOP_STATE, json.dumps(loop_state, indent=1))
+
+
+def _start_results_queue() -> None:
+    """Start the process in which Megatron collects its writers' results; it ends with this one, and only then.
+
+    Megatron's own would outlive a killed run, and die of the signals that end one: Slurm and terminals send those to
+    the whole process group, and the run still has to save.
+    """
+    if filesystem_async._results_queue is not None:
+        return
+    manager = SyncManager(ctx=get_context("spawn"))
+    resource_tracker.ensure_running()  # starting it would unblock the signals
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)  # children inherit it
+    try:
+        manager.start(initializer=die_with_parent)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    filesystem_async._results_queue = manager.Queue()
+
+
+def _write_and_note_checksums(write: Callable[..., None], folder: Path, rank: int, *shards: Any) -> None:
+    """Megatron's writer of this rank's files, then their checksums: both in the background of a background save."""
+    write(*shards)
+    note_checksums(folder, rank, folder.glob(f"__{rank}_*.distcp"))

@@ -1,0 +1,1 @@
+"""Settings: every one declared once, composed by Hydra, checked before a model is built."""

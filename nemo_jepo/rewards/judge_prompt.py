@@ -1,0 +1,85 @@
+"""One case as a judge sees it, and the only reply that counts as a vote. The answer is untrusted text.
+
+A model that is trained may learn to write for its judge. Three walls stand against it:
+
+    code      every ballot has a word that none of its texts contains; the lines between texts and the verdict carry
+              it, so no answer can close its own text, and a reply that repeats an answer does not vote
+    defusing  a space breaks what a judge's chat template would read as the end of a turn, <|im_end|> or [/INST]
+    reading   the reply's last line must be a verdict line, whole, and no other line the opposite one
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+
+from nemo_jepo.config.judge import JudgeConfig
+
+CONTROL_TOKEN = re.compile(r"<(?=[|\uff5c/A-Za-z_])|\[(?=/?[A-Z]{2})")
+"""Where <|im_end|>, </s>, <start_of_turn> or [/INST] begins; in x<y the space does no harm."""
+
+
+class NoVote(ValueError):
+    """A reply that is no vote, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What is to be judged."""
+
+    question: str
+    reference_answer: str
+    own_answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ballot:
+    """A filled prompt with its two verdict lines."""
+
+    prompt: str
+    correct: str
+    wrong: str
+
+    def read(self, reply: str) -> bool:
+        """The vote that a reply casts: correct or not.
+
+        Raises:
+            NoVote: its last line is no verdict, or another line is the opposite one.
+        """
+        lines = [_folded(line) for line in reply.splitlines() if line.strip()]
+        verdicts = {_folded(self.correct): True, _folded(self.wrong): False}
+        if not lines or lines[-1] not in verdicts:
+            raise NoVote("the reply does not end with a verdict line")
+        if len({verdicts[line] for line in lines if line in verdicts}) > 1:
+            raise NoVote("the reply holds both verdicts")
+        return verdicts[lines[-1]]
+
+
+def ballot(case: Case, settings: JudgeConfig) -> Ballot:
+    """The case in the judge's prompt."""
+    texts = [_defused(text) for text in (case.question, case.reference_answer, case.own_answer)]
+    code = code_outside(texts)
+    correct, wrong = (line.replace("{code}", code) for line in (settings.correct, settings.wrong))
+    names = ("question", "reference_answer", "answer")
+    fields = dict(zip(names, texts, strict=True)) | {"code": code, "correct": correct, "wrong": wrong}
+    prompt = re.sub(r"\{(\w+)\}", lambda match: fields.get(match[1], match[0]), settings.prompt)  # one pass
+    return Ballot(prompt, correct, wrong)
+
+
+def code_outside(texts: list[str]) -> str:
+    """Eight digits that no text contains, the same for the same texts: a text would have to know its own hash."""
+    seed = json.dumps(texts).encode()
+    while True:
+        code = hashlib.sha256(seed).hexdigest()[:8]
+        if not any(code in text.lower() for text in texts):
+            return code
+        seed += b"+"
+
+
+def _defused(text: str) -> str:
+    return CONTROL_TOKEN.sub(r"\g<0> ", text)
+
+
+def _folded(line: str) -> str:
+    """A line without case, and without the white space, stars and full stop that models add to it."""
+    return " ".join(line.casefold().strip().strip("*`").rstrip(".").strip("*` ").split())

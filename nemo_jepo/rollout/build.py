@@ -1,0 +1,142 @@
+"""Which sampler a run uses, and the vLLM servers that it starts for itself."""
+
+import secrets
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from nemo_jepo.actor.actor import DTYPES
+from nemo_jepo.actor.parallel import Layout
+from nemo_jepo.actor.weights.load import hf_shapes
+from nemo_jepo.config.errors import ConfigError
+from nemo_jepo.config.schema import Config
+from nemo_jepo.rollout.embedded import EmbeddedSampler
+from nemo_jepo.rollout.sampler import GenerationRequest, Sampler
+from nemo_jepo.rollout.vllm.pool import Pool
+from nemo_jepo.rollout.vllm.push import WeightTransfer
+from nemo_jepo.rollout.vllm.sampler import VLLMSampler
+from nemo_jepo.rollout.vllm.server import LocalServers, read_key, vllm_distribution
+
+
+class OwnServers:
+    """The vLLM servers of a run; with rollout.servers=auto it starts them, and this context manager stops them.
+
+    They serve a warm-up and the run after it.
+
+    Args:
+        folder: of the run; logs and the model's description go to <folder>/servers.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "servers"
+        self.addresses: tuple[tuple[str, ...], str] | None = None
+        """URLs and key; None before `start`, and with another sampler."""
+        self._started: LocalServers | None = None
+
+    def start(
+        self, config: Config, layout: Layout, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """Know the servers' addresses on every rank; with auto, rank 0 starts them, and nobody waits until they answer.
+
+        Raises:
+            ConfigError: vLLM is not installed, or the servers' key cannot be read.
+        """
+        if config.rollout.name != "vllm" or self.addresses is not None:
+            return
+        vllm_distribution()
+        urls = config.rollout.server_urls()
+        if urls is not None:
+            self.addresses = urls, read_key(config.rollout.vllm.api_key_file)
+            return
+        check_gpus(config)
+        if layout.rank == 0:
+            model_folder, key = self.folder / "model", secrets.token_urlsafe(32)
+            hf_config.save_pretrained(model_folder)
+            tokenizer.save_pretrained(model_folder)
+            self._started = LocalServers(
+                model_folder,
+                config.rollout,
+                key=key,
+                folder=self.folder,
+                dtype={"fp32": "float32", "bf16": "bfloat16"}[config.trainer.precision],
+                max_model_len=min(longest_generation(config), hf_config.max_position_embeddings),
+                first_gpu=config.trainer.devices,
+            )
+            self._started.start()
+            self.addresses = tuple(self._started.urls), key
+        self.addresses = layout.share_over_world(self.addresses)
+
+    def ended(self) -> dict[str, str]:
+        """Those that are not running, and why. Only rank 0 has any."""
+        return self._started.ended() if self._started else {}
+
+    def restart_dead(self) -> None:
+        """Start those again; they join at a later weight sync."""
+        if self._started is not None:
+            self._started.restart_dead()
+
+    def __enter__(self) -> "OwnServers":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._started is not None:
+            self._started.close()
+
+
+def check_gpus(config: Config) -> None:
+    """Raise ConfigError unless the node's GPUs suffice for the trainer and the servers beside it."""
+    vllm = config.rollout.vllm
+    needed = config.trainer.devices + vllm.num_servers * vllm.tensor_parallel_size
+    if torch.cuda.is_available() and torch.cuda.device_count() < needed:
+        key = "trainer.devices + rollout.vllm.num_servers * rollout.vllm.tensor_parallel_size"
+        rule = f"rollout.servers=auto has {torch.cuda.device_count()} GPUs on this node"
+        raise ConfigError(key, needed, rule, "Lower one of them, or start servers on other nodes")
+
+
+def open_sampler(
+    config: Config,
+    layout: Layout,
+    hf_config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_after: Callable[[Sequence[int]], bool],
+    servers: OwnServers,
+) -> Sampler:
+    """The sampler of a replica's first rank.
+
+    Every replica draws from all vLLM servers; server i gets its weights from replica i modulo their number.
+    """
+    dtype = DTYPES[config.trainer.precision]
+    if servers.addresses is None:
+        eos = tokenizer.eos_token_id
+        return EmbeddedSampler(hf_config, config.rollout, eos, stop_after, layout.device, dtype)
+    urls, key = servers.addresses
+    pool = Pool(urls, config.rollout.vllm, key, hf_config.vocab_size)
+    shapes = list(hf_shapes(hf_config).items())
+    transfer = WeightTransfer(pool.control, config.rollout.vllm, shapes, dtype, servers.folder / "weights")
+    own = urls[layout.data_parallel_rank :: layout.data_parallel_size]
+    return VLLMSampler(pool, transfer, own, config, servers)
+
+
+def training_request(config: Config, step: int) -> GenerationRequest:
+    """What a training step asks its sampler for."""
+    rollout = config.rollout
+    return GenerationRequest(
+        num_generations_per_prompt=config.trainer.jepo.num_generations_per_prompt,
+        max_tokens=rollout.max_tokens,
+        stop_at_marker=rollout.stop_at_marker,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        seed=config.data.seed + 1 + step,
+    )
+
+
+def longest_generation(config: Config) -> int:
+    """Tokens of the longest prompt with the longest completion."""
+    generated = max(config.rollout.max_tokens, config.evaluation.max_tokens or 0)
+    return config.data.max_prompt_tokens + generated

@@ -1,0 +1,1 @@
+"""Sampling from vLLM servers: start, ask, feed with weights, survive."""

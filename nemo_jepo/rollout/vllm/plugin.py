@@ -1,0 +1,137 @@
+"""What runs inside vLLM's processes: the receiving end of a weight push over gloo, and their end with their parent.
+
+vLLM calls `register` in each of its processes (entry point nemo_jepo of vllm.general_plugins, chosen by VLLM_PLUGINS).
+Over NCCL vLLM receives weights by itself; this adds its backend "gloo" for servers without a GPU.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+from nemo_jepo.rollout.vllm.gloo import Meeting, TransferGroup, join_store
+from nemo_jepo.utils.processes import die_with_parent
+
+STOPS_WITH_PARENT = "NEMO_JEPO_VLLM_STOPS_WITH_PARENT"
+"""Set in the environment of servers that `nemo-jepo serve` starts."""
+
+
+def register() -> None:
+    """vLLM's entry point; may be called more than once in a process."""
+    if STOPS_WITH_PARENT in os.environ:
+        die_with_parent()
+    if "gloo" not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine("gloo", GlooReceiver)
+
+
+@dataclass(kw_only=True)
+class GlooInit(WeightTransferInitInfo):
+    """Fields of `nemo_jepo.rollout.vllm.gloo.Meeting`, as they come over HTTP."""
+
+    address: str
+    port: int
+    world_size: int
+    timeout_s: float
+
+
+@dataclass
+class GlooUpdate(WeightTransferUpdateInfo):
+    """What the trainer sends, in order."""
+
+    names: list[str]
+    dtype_names: list[str]
+    shapes: list[list[int]]
+
+
+class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
+    """vLLM's receiving engine of the backend "gloo": whole tensors, one broadcast each, in checkpoint format."""
+
+    init_info_cls = GlooInit
+    update_info_cls = GlooUpdate
+    _group: TransferGroup | None = None
+
+    def init_transfer_engine(self, init_info: GlooInit) -> None:
+        """Join the trainer's group; the one from before, of a trainer that is gone, is dropped."""
+        parallel = self.parallel_config
+        rank = 1 + parallel.data_parallel_index * parallel.world_size + parallel.rank
+        meeting = Meeting(init_info.address, init_info.port, init_info.world_size, init_info.timeout_s)
+        self._group = None
+        self._group = TransferGroup(meeting, rank, join_store(meeting))
+
+    def start_weight_update(self) -> None:
+        """See vLLM's NCCLWeightTransferEngine, whose lifecycle this is."""
+        begin_reload(self.model)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Receive; vLLM's own method then waits for an accelerator, which is not here."""
+        self.receive_weights(self.parse_update_info(update_info))
+
+    def receive_weights(self, update_info: GlooUpdate) -> None:
+        """One tensor after the other from the trainer into the model."""
+        if self._group is None:
+            raise RuntimeError("weights are sent before a group was opened")
+        self._group.note_received(0)
+        described = zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True)
+        for count, (name, dtype_name, shape) in enumerate(described, start=1):
+            weight = torch.empty(shape, dtype=getattr(torch, dtype_name))
+            self._group.broadcast(weight)
+            self.model.load_weights([(name, weight)])
+            self._group.note_received(count)
+
+    def finish_weight_update(self) -> None:
+        """Make the received weights those of the model."""
+        end_reload(self.model, self.model_config)
+
+    def shutdown(self) -> None:
+        """Leave the group."""
+        self._group = None
+
+
+def begin_reload(model: nn.Module) -> None:
+    """Prepare a model for weights in checkpoint format."""
+    from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+    initialize_layerwise_reload(model)
+
+
+def end_reload(model: nn.Module, model_config: Any) -> None:
+    """Process what was loaded, then what vLLM 0.32's CPU build forgets.
+
+    It keeps a packed copy of an output head that is the embedding as well, and a reload does not renew it: the head
+    would stay old.
+    """
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+    finalize_layerwise_reload(model, model_config)
+    for module in model.modules():
+        if isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear"):
+            dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+
+
+class WorkerExtension:
+    """Methods that `/collective_rpc` reaches in every worker (--worker-extension-cls)."""
+
+    def load_files(self, folder: str) -> None:
+        """Take the weights from a folder of safetensors.
+
+        vLLM's own reload_weights refuses a server that started with random weights (--load-format dummy).
+        """
+        model = self.get_model()  # type: ignore[attr-defined]
+        begin_reload(model)
+        for file in sorted(Path(folder).glob("*.safetensors")):
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():
+                    model.load_weights([(name, tensors.get_tensor(name))])
+        end_reload(model, self.vllm_config.model_config)  # type: ignore[attr-defined]

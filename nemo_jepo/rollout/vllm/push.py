@@ -1,0 +1,201 @@
+"""The trainer's end of a weight push: one pass over the weight stream, to every server at the same time.
+
+    pause (requests in flight wait) -> tensors -> new version -> prefix cache dropped -> resume
+
+Each server has a lane, a thread with a connection of its own. One that stands still holds up the stream until its
+deadline, and then no more; those that wait meanwhile get that time back.
+Requests in flight go on afterwards: their prefix is computed again by the new weights.
+"""
+
+import queue
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from nemo_jepo.config.schema import VLLMConfig
+from nemo_jepo.rollout.vllm.channels import (
+    Channel,
+    Control,
+    FileChannel,
+    GlooChannel,
+    NamedTensor,
+    NCCLChannel,
+    Shapes,
+    write_files,
+)
+
+TENSORS_IN_LANE = 2
+"""How many tensors a server may lag behind the stream."""
+
+
+class WeightTransfer:
+    """Pushes weights to servers and keeps the connections between pushes.
+
+    Args:
+        control: calls a server's routes.
+        settings: weight_transfer and sync_timeout_s are read.
+        shapes: names and shapes of the stream's tensors, in order.
+        dtype: of all of them.
+        folder: where weight_transfer=file puts its files; the servers must see it under the same path.
+    """
+
+    def __init__(
+        self, control: Control, settings: VLLMConfig, shapes: Shapes, dtype: torch.dtype, folder: Path
+    ) -> None:
+        self._control, self._settings, self._shapes, self._dtype = control, settings, shapes, dtype
+        self._folder = folder.absolute()
+        self._channels: dict[str, Channel] = {}
+        self._backend = settings.weight_transfer
+        self._cuda_device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        if self._backend == "auto":
+            self._backend = "nccl" if torch.cuda.is_available() else "gloo"
+
+    def push(self, urls: Sequence[str], named_tensors: Iterable[NamedTensor], version: int) -> dict[str, str | None]:
+        """Bring servers to a version of the weights.
+
+        Args:
+            urls: servers that answer.
+            named_tensors: read to its end, whatever happens to the servers.
+            version: optimizer steps in these weights.
+        Returns:
+            For each server None, or in one line why it does not have them; it must not be sampled from then.
+        """
+        deadline = time.monotonic() + self._settings.sync_timeout_s
+        if self._backend == "file":
+            write_files(named_tensors, self._folder)
+            named_tensors = ()
+        lanes = [_Lane(url, len(self._shapes), deadline) for url in urls]
+        for lane in lanes:
+            lane.start(partial(self._update, lane, version))
+        try:
+            for item in named_tensors:
+                for lane in lanes:
+                    lane.put(item, lanes)
+        finally:  # without the whole stream no lane comes to its end by itself
+            for lane in lanes:
+                lane.put(None, lanes)
+        faults = {lane.url: lane.fault() for lane in lanes}
+        for url in [url for url, fault in faults.items() if fault]:
+            self._channels.pop(url, None)
+        return faults
+
+    def _update(self, lane: "_Lane", version: int) -> None:
+        """The whole exchange with one server, in its lane's thread."""
+        url = lane.url
+        if url not in self._channels:
+            self._channels[url] = self._open(url)
+        lane.channel = self._channels[url]
+        self._control(url, "POST", "/pause", params={"mode": "keep"}, timeout_s=lane.remaining_s())
+        try:
+            lane.channel.send(lane, version)
+            reset = {"reset_running_requests": "true"}
+            answer = self._control(url, "POST", "/reset_prefix_cache", params=reset, timeout_s=lane.remaining_s())
+            if answer.get("success") is not True:
+                raise RuntimeError(f"{url}/reset_prefix_cache: {answer}: the cache of the old weights is still used")
+        except Exception:
+            with suppress(Exception):  # the first error is the one to report
+                self._control(url, "POST", "/resume", timeout_s=5.0)
+            raise
+        self._control(url, "POST", "/resume", timeout_s=lane.remaining_s())
+
+    def _open(self, url: str) -> Channel:
+        timeout_s = 2 * self._settings.sync_timeout_s  # a lane may have to wait as long as another one's deadline
+        if self._backend == "file":
+            return FileChannel(self._control, url, self._folder, timeout_s)
+        if self._backend == "gloo":
+            return GlooChannel(self._control, url, self._shapes, self._dtype, timeout_s)
+        torch.cuda.set_device(self._cuda_device)  # of this thread
+        return NCCLChannel(self._control, url, self._shapes, self._dtype, timeout_s)
+
+    def close(self) -> None:
+        """Leave every group; files of a push go."""
+        self._channels.clear()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class _Lane:
+    """The way to one server during one push: an iterator of tensors for its thread, with a deadline for both sides."""
+
+    def __init__(self, url: str, num_tensors: int, deadline: float) -> None:
+        self.url = url
+        self.channel: Channel | None = None
+        self._num_tensors, self._deadline = num_tensors, deadline
+        self._waiting: queue.Queue[NamedTensor | None] = queue.Queue(TENSORS_IN_LANE)
+        self._ended = threading.Event()
+        self._fault: str | None = None
+        self._num_sent, self._last = 0, "none"
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Run the exchange."""
+
+        def run() -> None:
+            try:
+                work()
+            except Exception as error:
+                self._fault = self._fault or f"{type(error).__name__}: {error}. {self._whereabouts()}"
+            finally:
+                self._ended.set()
+
+        threading.Thread(target=run, name=f"weights to {self.url}", daemon=True).start()
+
+    def put(self, item: NamedTensor | None, lanes: "Sequence[_Lane]") -> None:
+        """Hand the next tensor over, None after the last one; dropped once the lane has failed.
+
+        Args:
+            lanes: all of the push; those that have nothing to do meanwhile lose no time.
+        """
+        while not self._ended.is_set() and self._fault is None:
+            began = time.monotonic()
+            try:
+                return self._waiting.put(item, timeout=0.05)
+            except queue.Full:
+                self._check_time()
+                for lane in lanes:
+                    lane.give_back(time.monotonic() - began)
+
+    def give_back(self, seconds: float) -> None:
+        """Put off the deadline if the lane has sent all that it got."""
+        if self._waiting.empty():
+            self._deadline += seconds
+
+    def __iter__(self) -> Iterator[NamedTensor]:
+        """The tensors, for the lane's thread; ends early, with an error, when the time is over."""
+        while True:
+            try:
+                item = self._waiting.get(timeout=0.05)
+            except queue.Empty:
+                if self._fault is not None:
+                    raise RuntimeError(self._fault) from None
+                continue
+            if item is None:
+                if self._num_sent != self._num_tensors:
+                    raise RuntimeError(f"the stream ended after {self._num_sent} of {self._num_tensors} tensors")
+                return
+            self._num_sent, self._last = self._num_sent + 1, item[0]
+            yield item
+
+    def remaining_s(self) -> float:
+        """Seconds until the deadline, and a moment for a last word after it."""
+        return max(1.0, self._deadline - time.monotonic())
+
+    def fault(self) -> str | None:
+        """Wait for the end; None if the server has the weights, else why not."""
+        while not self._ended.wait(0.05) and self._fault is None:
+            self._check_time()
+        return self._fault
+
+    def _check_time(self) -> None:
+        if time.monotonic() > self._deadline:
+            self._fault = f"no weight sync within rollout.vllm.sync_timeout_s. {self._whereabouts()}"
+
+    def _whereabouts(self) -> str:
+        if self.channel is None:
+            return "No connection for weights was opened"
+        where = f"Sent {self._num_sent} of {self._num_tensors} tensors, the last {self._last}"
+        return f"{where}; {self.channel.missing(self._num_sent)}"

@@ -1,0 +1,142 @@
+"""The sampler over a pool of vLLM servers: requests out, rollouts in, weights across after every update.
+
+    load_weights   one pass over the weight stream to the own servers; those that have it all are admitted
+    submit         every sample to an admitted server; one that fails moves to another
+
+Each replica's first rank holds one. All of them draw from every server; each feeds its own share of the servers.
+"""
+
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from typing import Protocol
+
+from torch import Tensor
+
+from nemo_jepo.config.schema import Config
+from nemo_jepo.rollout.sampler import GenerationRequest
+from nemo_jepo.rollout.vllm.client import stop_strings
+from nemo_jepo.rollout.vllm.pool import Pool
+from nemo_jepo.rollout.vllm.push import WeightTransfer
+from nemo_jepo.types import Prompt, Rollout
+from nemo_jepo.utils.http import ServerFault
+
+
+class StartedServers(Protocol):
+    """Servers that this program started itself; there may be none."""
+
+    def ended(self) -> dict[str, str]:
+        """Those that are not running, and why."""
+
+    def restart_dead(self) -> None:
+        """Start them again."""
+
+
+class VLLMSampler:
+    """Samples from vLLM servers; see `nemo_jepo.rollout.sampler.Sampler`.
+
+    Args:
+        pool: every server of the run.
+        transfer: brings weights to servers.
+        own_servers: those of the pool that this sampler feeds; another replica's sampler feeds the others.
+        config: of the run; the marker and rollout.vllm are read.
+        started: watched while the run waits for servers, and started again when they die.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        transfer: WeightTransfer,
+        own_servers: Sequence[str],
+        config: Config,
+        started: StartedServers,
+    ) -> None:
+        self._pool = pool
+        self._transfer = transfer
+        self._own_servers = tuple(own_servers)
+        self._stop_strings = stop_strings(config.answer.marker)
+        self._start_timeout_s = config.rollout.vllm.start_timeout_s
+        self._started = started
+        self._policy_version: int | None = None
+
+    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
+        """Push the weights to the own servers; one that could not take them is out of the pool. See `Sampler`."""
+        if self._policy_version is None:
+            self._wait_for_servers()
+        else:
+            self._started.restart_dead()
+        answering = self._pool.answering(self._own_servers)
+        for url, fault in self._transfer.push(answering, named_tensors, policy_version).items():
+            if fault is None:
+                self._pool.admit(url, policy_version)
+            else:
+                self._pool.take_out(url, fault)
+        for url in set(self._own_servers) - set(answering):
+            self._pool.take_out(url, self._started.ended().get(url, "/health does not answer"))
+        self._policy_version = policy_version
+
+    def submit(self, prompts: Sequence[Prompt], request: GenerationRequest) -> "Future[list[Rollout]]":
+        """Begin every sample. See `Sampler`.
+
+        Raises:
+            RuntimeError: no weights were loaded.
+        """
+        self._admit_fed_by_others()
+        return self._pool.submit(prompts, request, self._stop_strings if request.stop_at_marker else ())
+
+    def probe(self, prompts: Sequence[Prompt], request: GenerationRequest) -> dict[str, list[Rollout]]:
+        """The same completions by every own server that has the weights; one that fails is out. See `Sampler`."""
+        self._admit_fed_by_others()
+        begun = {
+            url: self._pool.submit(prompts, request, (), only=url)
+            for url in self._own_servers
+            if url in self._pool.ready()
+        }
+        drawn = {}
+        for url, future in begun.items():
+            try:
+                drawn[url] = future.result()
+            except ServerFault as fault:
+                self._pool.take_out(url, str(fault))
+        return drawn
+
+    def counts(self) -> dict[str, float]:
+        """What went wrong so far, for the metrics: retried attempts, failed samples; and the servers in use."""
+        return {
+            "retried_attempts": self._pool.num_retried,
+            "failed_samples": self._pool.num_failed,
+            "servers": len(self._pool.ready()),
+        }
+
+    def close(self) -> None:
+        """End requests and connections; the servers go on."""
+        self._pool.close()
+        self._transfer.close()
+
+    def _wait_for_servers(self) -> None:
+        """Until every own server answers or has ended, or rollout.vllm.start_timeout_s has passed."""
+        deadline = time.monotonic() + self._start_timeout_s
+        waiting = list(self._own_servers)
+        while waiting and time.monotonic() < deadline:
+            gone = {*self._pool.answering(waiting), *self._started.ended()}
+            waiting = [url for url in waiting if url not in gone]
+            if waiting:
+                time.sleep(0.5)
+
+    def _admit_fed_by_others(self) -> None:
+        """Servers that another replica gave the current weights, by what they say themselves."""
+        if self._policy_version is None:
+            raise RuntimeError("load_weights must be called before completions are asked for")
+        fed_by_others = {**self._pool.ready(), **dict.fromkeys(self._pool.out(), -1)}
+        for url, version in fed_by_others.items():
+            if url in self._own_servers or version == self._policy_version:
+                continue
+            try:
+                label = self._pool.control(url, "GET", "/weight_info", timeout_s=5.0)["weight_version"]
+            except ServerFault as fault:
+                self._pool.take_out(url, str(fault))
+                continue
+            if label == str(self._policy_version):
+                self._pool.admit(url, self._policy_version)
+            else:
+                self._pool.take_out(url, f"has the weights {label!r}, not those of step {self._policy_version}")

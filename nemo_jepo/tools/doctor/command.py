@@ -1,0 +1,105 @@
+"""nemo-jepo doctor [--json] [--config-name NAME] [key=value ...]
+
+Looks at this machine and at a run's settings, prints what it found, and exits with 2 if a run would not work. Started
+once a rank (srun, torchrun), it also times the process groups and says which node has which fault.
+"""
+
+import os
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+from hydra._internal.utils import get_args_parser
+from rich.console import Console
+
+from nemo_jepo.config import compose
+from nemo_jepo.config.errors import ConfigError
+from nemo_jepo.config.schema import Config
+from nemo_jepo.tools.doctor.findings import Finding, is_blocked, locate, show, to_json
+from nemo_jepo.tools.doctor.groups import check_groups, check_shared_folder
+from nemo_jepo.tools.doctor.machine import check_disk, check_file_system, check_gpus, check_memory, check_ports
+from nemo_jepo.tools.doctor.run import blocker, check_data, check_settings, count_parameters
+from nemo_jepo.tools.doctor.versions import check_versions
+
+HEALTHY, BLOCKED = 0, 2
+MEETING_TIMEOUT = timedelta(minutes=3)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit code of `nemo-jepo doctor ARGUMENTS`."""
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return HEALTHY
+    as_json = "--json" in arguments
+    config, findings = read_settings([argument for argument in arguments if argument != "--json"])
+    findings += list(check_versions())
+    if config is not None:
+        findings += look(config)
+    node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+    by_rank = [(node, findings)]
+    if "RANK" in os.environ and config is not None:
+        try:
+            by_rank = meet(config, node, findings)
+        except (RuntimeError, ConfigError) as error:
+            fault = Finding("blocker", "rendezvous", f"{node}: {str(error).splitlines()[0]}", "Look at the other nodes")
+            by_rank = [(node, [*findings, fault])]
+    located = locate(by_rank)
+    if os.environ.get("RANK", "0") == "0" or len(by_rank) == 1:
+        if as_json:
+            print(to_json(located))
+        else:
+            show(located, Console(file=sys.stdout))
+    return BLOCKED if is_blocked(located) else HEALTHY
+
+
+def read_settings(arguments: Sequence[str]) -> tuple[Config | None, list[Finding]]:
+    """The settings of a Hydra command line; None, and why, where one is wrong by itself."""
+    parsed = get_args_parser().parse_args(list(arguments))
+    path = parsed.config_path or parsed.config_dir
+    try:
+        return compose.resolve(
+            compose.compose(parsed.config_name or compose.DEFAULT_CONFIG, parsed.overrides, path)
+        ), []
+    except ConfigError as error:
+        return None, [blocker("settings", error)]
+
+
+def look(config: Config) -> list[Finding]:
+    """What one rank can see for itself; only the first rank reads the data."""
+    world_size, folder = int(os.environ.get("WORLD_SIZE", "1")), Path(config.exp_manager.exp_dir)
+
+    def everything() -> Iterator[Finding]:
+        yield from check_settings(config, world_size)
+        yield from check_gpus(config.trainer.devices)
+        num_parameters, about_model = count_parameters(config)
+        yield from about_model
+        yield from check_memory(config)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            yield from check_disk(folder, num_parameters, config)
+            yield from check_file_system(folder)
+        yield from check_ports(config)
+        if os.environ.get("RANK", "0") == "0":
+            yield from check_data(config, world_size)
+
+    return list(everything())
+
+
+def meet(config: Config, node: str, findings: list[Finding]) -> list[tuple[str, list[Finding]]]:
+    """(node, findings) of every rank, on every rank; process groups are looked at where nothing stops them."""
+    from nemo_jepo.actor import parallel
+
+    parallel.init_distributed(MEETING_TIMEOUT)
+    by_rank: list[tuple[str, list[Finding]]] = [("", [])] * dist.get_world_size()
+    dist.all_gather_object(by_rank, (node, findings))
+    together: list[Finding] = []
+    if not is_blocked(locate(by_rank)):
+        parallel.init_model_parallel(config.model)
+        together += check_groups(parallel.Layout())
+        together += check_shared_folder(Path(config.exp_manager.exp_dir))
+    everything: list[tuple[str, list[Finding]]] = [("", [])] * dist.get_world_size()
+    dist.all_gather_object(everything, (node, findings + together))
+    dist.destroy_process_group()
+    return everything

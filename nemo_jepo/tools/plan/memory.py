@@ -1,0 +1,247 @@
+"""Bytes on one trainer rank and on one rollout GPU, phase by phase.
+
+For a rank with P parameters, d data-parallel replicas (context-parallel ranks counted among them):
+
+    bf16   weights 2 P   gradients 4 P   optimizer 12 P / d   (fp32 main weights and two moments)
+    fp32   weights 4 P   gradients 4 P   optimizer  8 P / d
+
+without the distributed optimizer d = 1. FP8 layers on Hopper keep each weight twice in FP8 (as it is and transposed):
+2 bytes a parameter, beside the bf16 weight, or instead of it with model.fp8_param.
+Source: Megatron Core user guide, "Distributed Optimizer", table of bytes a parameter (18; 6 + 12/d; 16; 8 + 8/d).
+
+Activations of a layer, elements a token, with flash attention, no dropout, t tensor-parallel ranks, s = t with sequence
+parallelism and 1 without:
+
+    4 h / s                     inputs and outputs of the two norms
+    (2 q + 2 k) / t             query, key, value and the output of attention
+    3 f / t                     input and output of SwiGLU (experts: A (3 f + 2 h), dispatched tokens included)
+
+in 2 bytes; FP8 keeps the inputs of matrix products in 1 byte. Full recompute keeps h / s of each layer and all of one.
+A pipeline's first stage holds p micro-batches, with v interleaved chunks 1 + (p - 1) / (p v) times the whole model's
+layers. Source: Korthikanti et al., arXiv 2205.05198, sections 4 and 5, for LayerNorm and GELU; counted anew for
+RMSNorm, SwiGLU and grouped queries.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from nemo_jepo.config.layouts import stage_layers
+from nemo_jepo.config.schema import ModelConfig
+from nemo_jepo.tools.plan.hardware import GIB
+from nemo_jepo.tools.plan.shape import ModelShape
+
+RESERVED = 4 * GIB
+"""CUDA context, NCCL buffers, cuBLAS workspaces, allocator fragmentation. An assumption, not a measurement."""
+SAMPLER_RESERVED = 4 * GIB
+"""What vLLM takes beside weights and cache: profiled activations, CUDA graphs, CUDA context. An assumption."""
+DEFAULT_UTILIZATION = 0.9
+"""vLLM's gpu_memory_utilization where rollout.vllm.engine_args does not set it; vLLM's documented default."""
+
+Parts = Mapping[str, float]
+"""What takes how many bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """Bytes on one GPU while something happens."""
+
+    name: str
+    parts: Parts
+    capacity: float
+
+    @property
+    def total(self) -> float:
+        """Bytes."""
+        return sum(self.parts.values())
+
+    @property
+    def short(self) -> float:
+        """Bytes that are missing; 0 where it fits."""
+        return max(0.0, self.total - self.capacity)
+
+
+@dataclass(frozen=True, slots=True)
+class StageParameters:
+    """Parameters on one rank of a pipeline stage."""
+
+    dense: float
+    """Embedding, attention, norms, dense feed-forward: sharded over tensor-parallel ranks, replicated over the rest."""
+    experts: float
+    matrices: float
+    """Those of both that FP8 keeps."""
+    num_layers: int
+
+    @property
+    def total(self) -> float:
+        """Both."""
+        return self.dense + self.experts
+
+
+def stage_parameters(shape: ModelShape, model: ModelConfig) -> list[StageParameters]:
+    """Parameters of one rank of every pipeline stage; a tied output matrix on another stage is a copy."""
+    counts = stage_layers(model, shape.num_layers)
+    tensor, last = model.tensor_model_parallel_size, len(counts) - 1
+    stages = []
+    for stage, num_layers in enumerate(counts):
+        matrices = num_layers * shape.dense_matrices / tensor
+        dense = matrices + num_layers * shape.layer_vectors
+        dense += shape.embedding / tensor if stage == 0 else 0
+        dense += shape.hidden if stage == last else 0
+        dense += shape.embedding / tensor if stage == last and not (shape.tied and stage == 0) else 0
+        experts = num_layers * shape.num_experts * shape.expert_matrices / model.expert_model_parallel_size
+        stages.append(StageParameters(dense, experts, matrices + experts, num_layers))
+    return stages
+
+
+def layer_activations(shape: ModelShape, model: ModelConfig, dtype_bytes: int) -> float:
+    """Bytes that one layer keeps of one token of a row for the backward pass, on one rank, without recompute."""
+    tensor = model.tensor_model_parallel_size
+    sequence = tensor if model.sequence_parallel else 1
+    norms = 4 * shape.hidden / sequence
+    attention = (2 * shape.query_width + 2 * shape.key_value_width) / tensor
+    if shape.num_experts:
+        feed_forward = shape.experts_per_token * (3 * shape.feed_forward + 2 * shape.hidden) / sequence
+    else:
+        feed_forward = 3 * shape.feed_forward / tensor
+    in_fp8 = 2 * shape.hidden / sequence + feed_forward / 3 - shape.query_width / tensor
+    return dtype_bytes * (norms + attention + feed_forward) - (in_fp8 if model.fp8 else 0)
+
+
+def layers_in_flight(model: ModelConfig, num_layers: int, num_micro_batches: int) -> float:
+    """Layers times micro-batches whose activations the first pipeline stage holds at one time.
+
+    1F1B: min(m, p) micro-batches of L / p layers; interleaved, v chunks: L (1 + (p - 1) / (p v)).
+    """
+    stages, chunks = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size
+    first = stage_layers(model, num_layers)[0]
+    if chunks is None:
+        return first * min(num_micro_batches, stages)
+    return first * min(num_micro_batches, stages + (stages - 1) / chunks)
+
+
+def activations(shape: ModelShape, model: ModelConfig, num_micro_batches: int, dtype_bytes: int) -> float:
+    """Bytes of activations on a rank of the first stage, which holds most of them."""
+    tokens = model.tokens_per_micro_batch / model.context_parallel_size
+    in_flight = layers_in_flight(model, shape.num_layers, num_micro_batches)
+    whole = layer_activations(shape, model, dtype_bytes)
+    if model.activations_checkpoint_granularity != "full":  # selective recomputes what flash attention never keeps
+        return tokens * in_flight * whole
+    kept = dtype_bytes * shape.hidden / (model.tensor_model_parallel_size if model.sequence_parallel else 1)
+    return tokens * (in_flight * kept + whole)
+
+
+def output_head(shape: ModelShape, model: ModelConfig, dtype_bytes: int, training: bool) -> float:
+    """Bytes of scoring on the last stage, as nemo_jepo.actor.logprobs does it.
+
+    A chunk's logits in fp32 and in the model's precision; the row's hidden states, gathered; for training also their
+    gradient and one of the output matrix.
+    """
+    columns = shape.vocab / model.tensor_model_parallel_size
+    chunk = min(model.logprob_chunk_tokens, model.tokens_per_micro_batch) * columns * (4 + dtype_bytes)
+    states = model.tokens_per_micro_batch / model.context_parallel_size * shape.hidden * dtype_bytes
+    return chunk + states * (2 if training else 1) + (columns * shape.hidden * dtype_bytes if training else 0)
+
+
+def weight_bytes(stage: StageParameters, model: ModelConfig, dtype_bytes: int) -> float:
+    """Bytes of a rank's weights, FP8 copies included."""
+    if not model.fp8:
+        return dtype_bytes * stage.total
+    copies = 2 * stage.matrices
+    return copies + (dtype_bytes * (stage.total - stage.matrices) if model.fp8_param else dtype_bytes * stage.total)
+
+
+def optimizer_bytes(stage: StageParameters, model: ModelConfig, world_size: int, precision: str) -> float:
+    """Bytes of a rank's optimizer state."""
+    each = 12 if precision == "bf16" else 8
+    if not model.optim.distributed:
+        return each * stage.total
+    per_stage = world_size / model.pipeline_model_parallel_size
+    replicas = per_stage / model.tensor_model_parallel_size
+    return each * (stage.dense / replicas + stage.experts / (per_stage / model.expert_model_parallel_size))
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerMemory:
+    """What decides the trainer's memory beside shape and layout."""
+
+    world_size: int
+    precision: str
+    num_micro_batches: int
+    keeps_reference: bool
+    sampler: float = 0.0
+    """Bytes of an embedded sampler's weights on the rank, between steps as well."""
+    sampler_cache: float = 0.0
+    """Bytes of its key-value cache while it samples."""
+
+
+def trainer_phases(shape: ModelShape, model: ModelConfig, run: TrainerMemory, capacity: float) -> list[Phase]:
+    """Bytes on the fullest trainer rank in each phase.
+
+    The first stage has most activations, the last the output head: with an equal share of layers one rank is charged
+    with both, which is at most the output head too much.
+    """
+    size = 2 if run.precision == "bf16" else 4
+    stage = max(stage_parameters(shape, model), key=lambda stage: stage.total)
+    fixed = {
+        "weights": weight_bytes(stage, model, size),
+        "gradients": 4 * stage.total,
+        "optimizer": optimizer_bytes(stage, model, run.world_size, run.precision),
+        "embedded sampler": run.sampler,
+        "reserved": RESERVED,
+    }
+    if run.keeps_reference and model.reference_policy == "gpu":
+        fixed["reference policy"] = size * stage.total
+    tokens = model.tokens_per_micro_batch / model.context_parallel_size
+    passing = {"activations": 2 * tokens * layer_activations(shape, model, size)}  # a layer's, and what it is made of
+    passing["output head"] = output_head(shape, model, size, training=False)
+    training = {
+        "activations": activations(shape, model, run.num_micro_batches, size),
+        "output head": output_head(shape, model, size, training=True),
+    }
+    largest = max(shape.embedding, shape.expert_matrices) * size
+    swap = {"swapped weight": max(shape.embedding, shape.expert_matrices) / model.tensor_model_parallel_size * size}
+    phases: dict[str, dict[str, float]] = {
+        "log-probs": passing,
+        "reference log-probs": passing | swap if run.keeps_reference else {},
+        "training": training,
+        "weight sync": {"gathered weight": 2 * largest},  # its shards, and the tensor that they become
+        "generation": {"key-value cache": run.sampler_cache} if run.sampler_cache else {},
+    }
+    return [Phase(name, _positive(fixed | parts), capacity) for name, parts in phases.items() if parts]
+
+
+def _positive(parts: Parts) -> Parts:
+    return {name: value for name, value in parts.items() if value > 0}
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerMemory:
+    """Memory of one rollout GPU and how many tokens its server can keep."""
+
+    phase: Phase
+    cached_tokens: float
+    """Tokens of key-value cache of the whole server."""
+
+
+def sampler_memory(
+    shape: ModelShape, tensor_parallel_size: int, utilization: float, longest: int, memory: float, dtype_bytes: int
+) -> SamplerMemory:
+    """Weights and key-value cache of one vLLM GPU; the cache gets what is left, and needs one longest sequence.
+
+        cache = utilization * memory - weights / t - reserved,   a token takes 2 L k 2 bytes / t
+
+    Source: vLLM's documentation of gpu_memory_utilization; Kwon et al., arXiv 2309.06180, for the bytes of a token.
+
+    Args:
+        tensor_parallel_size: t; key-value heads are copied where there are fewer.
+        longest: tokens of the longest prompt with its generation.
+        memory: bytes of the GPU.
+    """
+    weights = shape.num_parameters * dtype_bytes / tensor_parallel_size
+    shards = min(tensor_parallel_size, shape.num_key_value_heads)
+    token = shape.key_value_bytes(dtype_bytes) / shards
+    left = utilization * memory - weights - SAMPLER_RESERVED
+    cache = max(left, longest * token)
+    parts = {"weights": weights, "key-value cache": cache, "reserved": SAMPLER_RESERVED}
+    return SamplerMemory(Phase("generation", parts, utilization * memory), math.floor(cache / token))

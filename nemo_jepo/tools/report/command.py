@@ -1,0 +1,78 @@
+"""The command line of `nemo-jepo report`."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from nemo_jepo.config.errors import DataError
+
+DONE, WRONG = 0, 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nemo-jepo report",
+        description="Runs and results of experiments as one HTML page that needs no network: curves, settings that "
+        "differ, rollouts token by token, the figures of experiments. Exit code 0: written, 2: an input to change.",
+    )
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="a run folder, <exp_dir>/<name>")
+    parser.add_argument(
+        "--results", type=Path, nargs="+", default=[], metavar="FILE", help="results.parquet of experiments, as figures"
+    )
+    parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="default report.html")
+    parser.add_argument(
+        "--figures", type=Path, metavar="FOLDER", help="write figures (PNG) and tables (tables.md) there as well"
+    )
+    parser.add_argument(
+        "--rollout-steps",
+        type=int,
+        default=40,
+        metavar="N",
+        help="show the rollouts of so many steps of a run, evenly spaced, training and validation each; default 40",
+    )
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the page; the command's exit code."""
+    parser = _parser()
+    try:
+        options = parser.parse_args(list(arguments))
+        if not options.runs and not options.results:
+            parser.error("give a RUN, or --results FILE")
+    except SystemExit as ended:
+        return WRONG if ended.code else DONE
+    try:
+        write(options)
+    except DataError as error:
+        print(error, file=sys.stderr)
+        return WRONG
+    except OSError as error:
+        print(f"{error.filename}: {error.strerror}. Choose another --out or --figures.", file=sys.stderr)
+        return WRONG
+    print(options.out)
+    return DONE
+
+
+def write(options: argparse.Namespace) -> None:
+    """Read everything, then write figures and page."""
+    from nemo_jepo.tools.report.figures import draw_all
+    from nemo_jepo.tools.report.page import write_page
+    from nemo_jepo.tools.report.results import read_all
+    from nemo_jepo.tools.report.runs import read_runs
+    from nemo_jepo.tools.report.tables import markdown, tables_of
+
+    runs = read_runs(options.runs, options.rollout_steps)
+    results = read_all(options.results)
+    drawings = draw_all(results) if results else []
+    tables = tables_of(results)
+    if options.figures and results:
+        options.figures.mkdir(parents=True, exist_ok=True)
+        files = {f"{drawing.name}.png": drawing.light for drawing in drawings}
+        for name, content in (files | {"tables.md": markdown(tables).encode()}).items():
+            partial = options.figures / f".{name}.partial"
+            partial.write_bytes(content)
+            os.replace(partial, options.figures / name)
+    write_page(options.out, runs, drawings, tables)

@@ -1,0 +1,1 @@
+"""What any part may use and none owns: files, HTTP, processes."""

@@ -1,0 +1,88 @@
+"""The FP8 guard over stand-in FP8 in any layout. Run by test_fp8_guard.
+
+python -m tests.distributed.fp8_guard_worker jobs.json OUT     (once a rank; jobs: name -> job; rank r writes OUT.r)
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_jepo.actor import parallel
+
+parallel.init_distributed()
+
+from tests.actor import fp8_stand_in  # noqa: E402
+
+from nemo_jepo.actor.actor import MegatronJEPOActor  # noqa: E402
+from nemo_jepo.actor.fp8_guard import guard_fp8  # noqa: E402
+from nemo_jepo.actor.model import load_hf_config  # noqa: E402
+from nemo_jepo.actor.weights.load import load_stage, open_source  # noqa: E402
+from nemo_jepo.config.schema import ModelConfig, OptimConfig  # noqa: E402
+from nemo_jepo.data.packing import pack  # noqa: E402
+from nemo_jepo.objective.tables import group_scores  # noqa: E402
+from tests.distributed.batch import GROUP_SIZE, sequences  # noqa: E402
+
+INTERVAL, STEPS = 2, 5
+
+
+def build(job: dict[str, Any], layout: parallel.Layout, **fp8: Any) -> MegatronJEPOActor:
+    hf_config = load_hf_config(job["shape"])
+    model = ModelConfig(tokens_per_micro_batch=32, fp8_guard_interval=INTERVAL, **job["model"], **fp8)
+    actor = MegatronJEPOActor(hf_config, model, "fp32", layout)
+    load_stage(actor.chunks, hf_config, open_source(hf_config, None, seed=7), layout)
+    actor.start_training(OptimConfig(), 1.0, 10)
+    return actor
+
+
+def facts(job: dict[str, Any]) -> dict[str, Any]:
+    parallel.init_model_parallel(ModelConfig(**job["model"]))
+    layout = parallel.Layout()
+    first, count = sum(job["split"][: layout.data_parallel_rank]), job["split"][layout.data_parallel_rank]
+    mine = [s for s in sequences() if first <= s.group < first + count]
+    fp8 = {"fp8": "hybrid", "fp8_recipe": job["recipe"]}
+    actor = build(job, layout, **fp8, fp8_guard_ratio=0.0, fp8_guard_action="bf16")
+    bf16_actor = build(job, layout)
+    quiet = build(job, layout, **fp8, fp8_guard_ratio=1e9)
+    rows = pack(mine, 32, actor.model_config.segment_multiple)
+
+    def answer_logprobs(of: MegatronJEPOActor) -> list[float]:
+        scores = of.get_inference_log_probs(rows, len(mine))
+        return group_scores(mine, scores, None, None, GROUP_SIZE).answer_logprob.flatten().tolist()
+
+    def loss(of: MegatronJEPOActor) -> float:
+        weights = [torch.ones(s.chain_length + s.answer_length) for s in mine]
+        return of.get_loss_and_metrics(rows, weights, forward_only=True)[0]
+
+    found: dict[str, Any] = {"fp8": answer_logprobs(actor), "bf16": answer_logprobs(bf16_actor)}
+    with actor.in_bf16():
+        found["switched off"] = answer_logprobs(actor)
+    try:
+        with actor.in_bf16():
+            raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        found["after an exception"] = answer_logprobs(actor)
+    found["valid"] = [s.valid and not s.failed for s in mine]
+    found["rows"] = [row.sequence_index[row.scored_mask].unique().tolist() for row in rows]
+    found["losses"] = [loss(actor), loss(bf16_actor)]
+
+    groups = group_scores(mine, actor.get_inference_log_probs(rows, len(mine)), None, None, GROUP_SIZE)
+    said: dict[str, list[str]] = {"quiet": [], "bf16": []}
+    found["quiet"] = [guard_fp8(quiet, mine, rows, groups, step, said["quiet"].append) for step in range(STEPS)]
+    found["guarded"] = [guard_fp8(actor, mine, rows, groups, step, said["bf16"].append) for step in range(STEPS)]
+    found["without fp8"] = [guard_fp8(bf16_actor, mine, rows, groups, step, said["bf16"].append) for step in range(2)]
+    found["said"], found["then"] = said, answer_logprobs(actor)
+    found["losses"].append(loss(actor))
+    return found
+
+
+def main(jobs: str, out: str) -> None:
+    fp8_stand_in.install()
+    found = {name: facts(job) for name, job in json.loads(Path(jobs).read_text()).items()}
+    Path(f"{out}.{torch.distributed.get_rank()}").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,166 @@
+"""Hugging Face -> checkpoint -> Hugging Face, bit for bit: in every layout, from any layout in any other."""
+
+import json
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.support.command_line import TINY
+from tests.support.hf_models import SHAPES, random_model
+from tests.support.ranks import run_ranks
+from tests.support.serving import KEY, logprobs, running_server, tiny_model
+from tests.support.small_tokenizers import small_tokenizer
+from tests.support.vllm_processes import needs_vllm
+
+pytestmark = pytest.mark.timeout(900)
+
+SP = "model.sequence_parallel=true"
+TP2, PP2 = ["model.tensor_model_parallel_size=2", SP], ["model.pipeline_model_parallel_size=2"]
+LAYOUTS: dict[str, tuple[int, list[str]]] = {
+    "TP2xPP2": (4, TP2 + PP2),
+    "TP2": (2, TP2),
+    "PP2": (2, PP2),
+    "EP2": (2, ["model.expert_model_parallel_size=2"]),
+    "one process": (1, []),
+}
+WAYS = {  # imported in, exported in; the processes start once for each count, the most first
+    "TP2xPP2": ["TP2xPP2", "one process"],
+    "TP2": ["PP2", "one process"],
+    "PP2": ["TP2"],
+    "EP2": ["EP2", "one process"],
+    "one process": ["one process"],
+}
+FAMILIES = ("llama3", "qwen2", "qwen3", "qwen3_moe", "mixtral")  # the other shapes differ in numbers only
+MODELS = {f"{family} {head}": torch.float32 for family in FAMILIES for head in ("tied", "untied")}
+MODELS |= {"llama tied": torch.bfloat16, "llama untied": torch.float16}
+CASES = [
+    (model, written, read)
+    for written, reads in WAYS.items()
+    for read in reads
+    for model in MODELS
+    if "num_local_experts" in SHAPES[model] or "EP2" not in (written, read)
+]
+
+
+def name_of(*parts: str) -> str:
+    return "-".join(parts).replace(" ", "_")
+
+
+def write_model(name: str, folder: Path) -> None:
+    """In several files, with everything beside the weights that a real folder has."""
+    model = random_model(name).to(MODELS[name])
+    model.save_pretrained(folder, max_shard_size=60_000)
+    small_tokenizer("byte_level").save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text("{{ messages }}\n")
+    assert len(list(folder.glob("*.safetensors"))) > 1 and (folder / "generation_config.json").exists()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("convert")
+    for name in MODELS:
+        write_model(name, root / name_of(name))
+    for ranks in (4, 2, 1):
+        imports: list[list[str]] = []
+        exports: list[list[str]] = []
+        for name, written, read in CASES:
+            checkpoint = root / name_of(name, written)
+            command = ["import", str(root / name_of(name)), str(checkpoint), *LAYOUTS[written][1]]
+            if LAYOUTS[written][0] == ranks and command not in imports:
+                imports.append(command)
+            if LAYOUTS[read][0] == ranks:
+                exports.append(["export", str(checkpoint), str(root / name_of(name, written, read)), *LAYOUTS[read][1]])
+        (root / "jobs.json").write_text(json.dumps(imports + exports))
+        run_ranks(ranks, ["-m", "tests.distributed.convert_worker", str(root / "jobs.json")], timeout=600)
+    return root
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize(("model", "written", "read"), CASES)
+def test_an_exported_folder_is_the_imported_one_bit_for_bit(model, written, read, root):
+    source, back = root / name_of(model), root / name_of(model, written, read)
+    expected, found = tensors(source), tensors(back)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype == MODELS[model]
+        assert torch.equal(found[name], tensor), name
+    beside = {file.name: file.read_bytes() for file in source.iterdir() if "safetensors" not in file.name}
+    assert {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"} <= set(beside)
+    assert {file.name: file.read_bytes() for file in back.iterdir() if "safetensors" not in file.name} == beside
+
+
+def test_every_layout_imports_and_exports():
+    assert {written for _, written, _ in CASES} == {read for *_, read in CASES} == set(LAYOUTS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers_computes_the_same_with_the_exported_folder(name, root):
+    read = [root / name_of(name), root / name_of(name, "TP2xPP2", "one process")]
+    source, back = (AutoModelForCausalLM.from_pretrained(folder, dtype=MODELS[name]) for folder in read)
+    ids = torch.randint(101, (2, 50), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(back(ids).logits, source(ids).logits)
+
+
+# ---- what the folders and checkpoints are for ----------------------------------------------------------------------
+
+TRAIN = [setting for setting in TINY if not setting.startswith(("model.hf_config", "tokenizer."))]
+TRAIN += ["trainer.jepo.max_steps=1", "trainer.jepo.save_interval=0", "trainer.jepo.val_check_interval=0"]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory) -> dict[str, Any]:
+    """A model that vLLM takes, its checkpoint and what that was exported to, all through the command line."""
+    folder = tmp_path_factory.mktemp("served")
+    model = tiny_model(folder / "source", "qwen3", tied=True, seed=3)
+    run_ranks(1, ["-m", "nemo_jepo.cli", "import", str(folder / "source"), str(folder / "checkpoint")])
+    tp2 = "model.tensor_model_parallel_size=2"
+    run_ranks(2, ["-m", "nemo_jepo.cli", "export", str(folder / "checkpoint"), str(folder / "back"), tp2])
+    return {"model": model, "checkpoint": folder / "checkpoint", "back": folder / "back"}
+
+
+@pytest.mark.parametrize("layout", [[], ["trainer.devices=2", *TP2]], ids=["one process", "TP2"])
+def test_a_run_starts_from_an_imported_checkpoint(layout, served, tmp_path):
+    start = ["model.hf_config=null", f"pretrained_checkpoint.restore_from_path={served['checkpoint']}"]
+    where = [f"exp_manager.exp_dir={tmp_path}", "exp_manager.name=run"]
+    command = ["-m", "nemo_jepo.cli", "train", *TRAIN, *start, *where, *layout]
+    run_ranks(2 if layout else 1, command, timeout=400)
+    (line,) = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert line["step"] == 1
+    rollouts = (tmp_path / "run" / "rollouts" / "step_000001.jsonl").read_text().splitlines()
+    for rollout in map(json.loads, rollouts):  # scored before the first update
+        prompt, scored = (tuple(rollout["token_ids"][part]) for part in parts(rollout["prompt_length"]))
+        expected = logprobs(served["model"], prompt, scored)
+        torch.testing.assert_close(torch.tensor(rollout["policy_logprobs"]), expected, rtol=0, atol=1e-4)
+
+
+def parts(length: int) -> tuple[slice, slice]:
+    return slice(length), slice(length, None)
+
+
+def sample(url: str, prompt: tuple[int, ...]) -> tuple[tuple[int, ...], torch.Tensor]:
+    """A completion straight from a server, which holds what it read from the folder: token ids, log-probs."""
+    params = {"max_tokens": 12, "temperature": 1.0, "logprobs": 0, "seed": 0}
+    body = json.dumps({"token_ids": prompt, "sampling_params": params, "return_token_ids": True}).encode()
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url}/inference/v1/generate", body, headers)
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        (choice,) = json.load(answer)["choices"]
+    return tuple(choice["token_ids"]), torch.tensor([entry["logprob"] for entry in choice["logprobs"]["content"]])
+
+
+@needs_vllm
+def test_vllm_samples_from_an_exported_folder_with_the_log_probs_of_the_original(served, tmp_path):
+    with running_server(served["back"], log=tmp_path / "log") as (url, _):
+        for start in range(1, 5):
+            prompt = tuple(range(start, start + 40))
+            token_ids, found = sample(url, prompt)
+            torch.testing.assert_close(found, logprobs(served["model"], prompt, token_ids), rtol=0, atol=1e-4)

@@ -1,0 +1,203 @@
+"""FP8 settings reach Megatron as they are meant, and what could not train in FP8 is refused; bf16 keeps fp32 sums."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from safetensors.torch import load_file
+from torch import nn
+
+from nemo_jepo.actor import precision
+from nemo_jepo.actor.precision import assert_fp8_is_used, check_fp8, fp8_options
+from nemo_jepo.config.errors import ConfigError
+from nemo_jepo.config.schema import ModelConfig, OptimConfig
+from tests.support.ranks import run_ranks
+
+
+def settings(**changes) -> ModelConfig:
+    return ModelConfig(**{"fp8": "hybrid", "tokens_per_micro_batch": 128} | changes)
+
+
+def config_of(model: ModelConfig) -> TransformerConfig:
+    return TransformerConfig(num_layers=4, hidden_size=64, num_attention_heads=4, bf16=True, **fp8_options(model))
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine with a Hopper GPU and a recent Transformer Engine."""
+    monkeypatch.setattr(precision, "transformer_engine_version", lambda: (2, 9))
+    monkeypatch.setattr(precision, "gpu_capability", lambda: (9, 0))
+
+
+def refusal(model: ModelConfig, trainer_precision: str = "bf16") -> str:
+    with pytest.raises(ConfigError) as caught:
+        check_fp8(model, trainer_precision)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---- settings -------------------------------------------------------------------------------------------------
+
+
+def test_without_fp8_no_option_is_given():
+    assert fp8_options(ModelConfig()) == {}
+    check_fp8(ModelConfig(), "fp32")
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise"])
+@pytest.mark.parametrize("format_", ["hybrid", "e4m3"])
+def test_a_transformer_config_carries_format_and_recipe(format_, recipe):
+    config = config_of(settings(fp8=format_, fp8_recipe=recipe))
+    assert (config.fp8, config.fp8_recipe, config.fp8_param) == (format_, recipe, False)
+    assert config.tp_only_amax_red and not config.first_last_layers_bf16
+
+
+def test_delayed_scaling_looks_back_further_than_one_value():
+    config = config_of(settings(fp8_recipe="delayed"))
+    assert (config.fp8_amax_history_len, config.fp8_amax_compute_algo) == (1024, "max")
+
+
+def test_a_transformer_config_carries_bf16_layers_and_fp8_weights():
+    config = config_of(settings(first_last_layers_bf16=True, num_layers_at_end_in_bf16=2, fp8_param=True))
+    assert config.first_last_layers_bf16 and config.fp8_param
+    assert (config.num_layers_at_start_in_bf16, config.num_layers_at_end_in_bf16) == (1, 2)
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise"])
+def test_right_settings_on_a_right_machine_pass(recipe, gpu):
+    check_fp8(settings(fp8_recipe=recipe), "bf16")
+    check_fp8(settings(fp8_recipe=recipe, fp8_param=True), "bf16")
+
+
+def test_fp8_without_transformer_engine_is_refused():
+    line = refusal(settings())
+    assert line.startswith("model.fp8='hybrid': FP8 needs Transformer Engine, which is not installed.")
+
+
+@pytest.mark.parametrize(
+    "recipe, version, passes",
+    [
+        ("tensorwise", (2, 1), False),
+        ("tensorwise", (2, 2), True),
+        ("blockwise", (2, 2), False),
+        ("blockwise", (2, 3), True),
+        ("blockwise", (2, 10), True),
+        ("delayed", (1, 13), True),
+    ],
+)
+def test_a_recipe_needs_its_transformer_engine(recipe, version, passes, gpu, monkeypatch):
+    monkeypatch.setattr(precision, "transformer_engine_version", lambda: version)
+    if passes:
+        check_fp8(settings(fp8_recipe=recipe), "bf16")
+    else:
+        assert f"fp8_recipe='{recipe}': needs Transformer Engine 2." in refusal(settings(fp8_recipe=recipe))
+
+
+@pytest.mark.parametrize("capability, recipe", [(None, "delayed"), ((8, 0), "delayed"), ((8, 9), "blockwise")])
+def test_a_gpu_without_such_products_is_refused(capability, recipe, gpu, monkeypatch):
+    monkeypatch.setattr(precision, "gpu_capability", lambda: capability)
+    assert "needs compute capability" in refusal(settings(fp8_recipe=recipe))
+
+
+def test_fp8_in_an_fp32_run_is_refused(gpu):
+    assert refusal(settings(), "fp32").startswith("trainer.precision='fp32'")
+
+
+def test_bf16_layers_with_delayed_scaling_are_refused(gpu):
+    line = refusal(settings(fp8_recipe="delayed", first_last_layers_bf16=True))
+    assert line.startswith("model.first_last_layers_bf16=True")
+
+
+def test_fp8_weights_without_fp8_or_without_the_distributed_optimizer_are_refused(gpu):
+    assert refusal(ModelConfig(fp8_param=True)).startswith("model.fp8_param=True")
+    assert refusal(settings(fp8_param=True, optim=OptimConfig(distributed=False))).startswith("model.fp8_param=True")
+
+
+@pytest.mark.parametrize(
+    "tokens, layout, needed",
+    [
+        (120, {}, 16),
+        (16, {"context_parallel_size": 2}, 32),
+        (96, {"tensor_model_parallel_size": 4, "sequence_parallel": True}, 64),
+        (64, {"tensor_model_parallel_size": 4, "sequence_parallel": True, "context_parallel_size": 2}, 128),
+    ],
+)
+def test_a_share_of_a_row_that_is_no_multiple_of_16_tokens_is_refused(tokens, layout, needed, gpu):
+    line = refusal(settings(tokens_per_micro_batch=tokens, **layout))
+    assert line.startswith(f"model.tokens_per_micro_batch={tokens}") and f"multiple of {needed}." in line
+    check_fp8(settings(tokens_per_micro_batch=needed, **layout), "bf16")
+
+
+def test_tensor_parallelism_alone_does_not_cut_a_row(gpu):
+    check_fp8(settings(tokens_per_micro_batch=16, tensor_model_parallel_size=4), "bf16")
+
+
+# ---- the trap -------------------------------------------------------------------------------------------------
+
+
+def transformer_engine_linear() -> nn.Module:
+    """A linear layer whose class says that it comes from Transformer Engine."""
+    base = type("Linear", (nn.Linear,), {"__module__": "transformer_engine.pytorch.module.linear"})
+    return type("TEColumnParallelLinear", (base,), {"__module__": "megatron.core.extensions"})(4, 4)
+
+
+class Router(nn.Linear):
+    """Stands for megatron's router, which computes in fp32."""
+
+
+def model_with(linear: nn.Module) -> nn.Module:
+    layer = nn.ModuleDict({"norm": nn.RMSNorm(4), "router": Router(4, 4), "linear_qkv": linear})
+    layers = nn.ModuleDict({"layers": nn.ModuleList([layer])})
+    return nn.ModuleDict({"embedding": nn.Embedding(4, 4), "decoder": layers, "output_layer": nn.Linear(4, 4)})
+
+
+def test_a_model_of_transformer_engine_layers_passes():
+    assert_fp8_is_used(model_with(transformer_engine_linear()))
+
+
+def test_the_first_layer_that_is_not_transformer_engines_is_named():
+    with pytest.raises(ConfigError, match="layer='decoder.layers.0.linear_qkv': is Linear, not Transformer Engine's"):
+        assert_fp8_is_used(model_with(nn.Linear(4, 4)))
+
+
+# ---- real models ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one process", "TP2"])
+def facts(request, tmp_path_factory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("precision")
+    run_ranks(request.param, ["-m", "tests.distributed.precision_worker", str(folder / "out")])
+    return load_file(folder / "out.safetensors") | {"refusal": json.loads((folder / "out.json").read_text())}
+
+
+def test_megatrons_local_layers_are_refused(facts):
+    """They train silently without FP8 when model.fp8 is set."""
+    assert "decoder.layers.0.self_attention.linear_proj': is RowParallelLinear" in facts["refusal"]
+
+
+def test_bf16_weights_have_fp32_main_weights_moments_and_gradients(facts):
+    dtypes = {name: tensor.dtype for name, tensor in facts.items() if name != "refusal"}
+    assert {dtype for name, dtype in dtypes.items() if name.startswith("weight/")} == {torch.bfloat16}
+    for kind in ("main/", "exp_avg/", "exp_avg_sq/", "gradient/"):
+        assert {dtype for name, dtype in dtypes.items() if name.startswith(kind)} == {torch.float32}, kind
+
+
+def test_gradients_of_micro_batches_are_summed_in_fp32(facts):
+    """bf16 has 8 bits: a sum in bf16 would be a bf16 number, and this one is none."""
+    gradient = facts["gradient/of two micro-batches"]
+    assert not torch.equal(gradient, gradient.bfloat16().float())
+    torch.testing.assert_close(
+        gradient, facts["gradient/of the first"] + facts["gradient/of the second"], rtol=0, atol=0
+    )
+
+
+def test_an_update_too_small_for_bf16_is_kept_in_the_main_weights(facts):
+    """A learning rate of 1e-6 leaves most bf16 weights where they were; their fp32 main weights move."""
+    moved = (facts["main/after"] != facts["main/before"]).float().mean()
+    rounded = (facts["main/after"].bfloat16() != facts["main/before"].bfloat16()).float().mean()
+    assert moved > 0.9 and rounded < 0.1

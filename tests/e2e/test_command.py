@@ -1,0 +1,64 @@
+"""nemo-jepo report, as a user runs it."""
+
+import subprocess
+import sys
+
+from nemo_jepo.tools.report import main
+from nemo_jepo.tools.report.results import read_results
+from nemo_jepo.tools.report.tables import markdown, tables_of
+from tests.support.command_line import ENVIRONMENT
+from tests.support.report_folders import write_run
+from tests.unit.report.test_figures import rows, written
+
+
+def test_the_command_writes_a_page_and_prints_where(tmp_path):
+    folder, out = write_run(tmp_path / "mine"), tmp_path / "new" / "page.html"
+    command = [sys.executable, "-m", "nemo_jepo.cli", "report", str(folder), "--out", str(out)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{out}\n", "")
+    assert "<title>nemo_jepo report: mine</title>" in out.read_text()
+
+
+def test_figures_go_into_the_page_and_into_their_folder(tmp_path, capsys):
+    one = written(tmp_path / "one.parquet", rows(arms=("jepo",), regimes=("verifiable",)))
+    other = written(tmp_path / "other.parquet", rows(("n_1", "n_2"), "n", regimes=("verifiable",)))
+    out, folder = tmp_path / "page.html", tmp_path / "figures"
+    assert main(["--results", str(one), str(other), "--out", str(out), "--figures", str(folder)]) == 0
+    names = sorted(path.stem for path in folder.glob("*.png"))
+    main_figures = ["accuracy", "bound_against_reward", "chain_of_thought", "proxy_nll", "reward_against_kl"]
+    assert names == ["ablation_n_accuracy", "ablation_n_proxy_nll", *main_figures]
+    assert all(f'id="figure-{name}"' in out.read_text() for name in names)
+    assert {path.name for path in folder.iterdir()} == {"tables.md", *(f"{name}.png" for name in names)}
+    assert (folder / "tables.md").read_text() == markdown(tables_of([*read_results(one), *read_results(other)]))
+
+
+def test_without_results_there_are_no_figures_to_write(tmp_path):
+    folder = tmp_path / "figures"
+    run = write_run(tmp_path / "mine")
+    assert main([str(run), "--out", str(tmp_path / "page.html"), "--figures", str(folder)]) == 0
+    assert not folder.exists()
+
+
+def test_a_mistake_is_one_line_and_writes_nothing(tmp_path, capsys):
+    out = tmp_path / "page.html"
+    folder = write_run(tmp_path / "mine")
+    (tmp_path / "file").write_text("")
+    capsys.readouterr()
+    for arguments in (
+        [str(tmp_path / "none"), "--out", str(out)],
+        [str(folder), str(folder), "--out", str(out)],
+        ["--results", str(tmp_path / "none.parquet"), "--out", str(out)],
+        [str(folder), "--out", str(tmp_path / "file" / "page.html")],
+        [str(folder), "--out", str(folder)],
+    ):
+        assert main(arguments) == 2
+        printed = capsys.readouterr()
+        assert printed.out == "" and len(printed.err.splitlines()) == 1
+    assert not out.exists()
+
+
+def test_nothing_to_report_on_is_a_usage_error(capsys):
+    assert main([]) == 2
+    assert "give a RUN, or --results FILE" in capsys.readouterr().err
+    assert main(["--help"]) == 0
+    assert "--rollout-steps" in capsys.readouterr().out

@@ -1,0 +1,192 @@
+"""A run that is killed, at any moment, and started again ends as if nothing had happened: bit for bit."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nemo_jepo.checkpoint.format import latest_checkpoint
+from tests.support.command_line import ENVIRONMENT, command, metrics, run
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    run("train", folder)
+    return folder
+
+
+def stop_when(
+    condition: Callable[[], bool], how: signal.Signals, folder: Path, *overrides: str, whole_group: bool = False
+) -> int:
+    """Start the run, send the signal as soon as the condition holds, and return the exit code.
+
+    Args:
+        whole_group: also to the run's helper processes, as Slurm and terminals do.
+    """
+    process = subprocess.Popen(
+        command("train", folder, *overrides),
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 200
+        while not condition():
+            assert process.poll() is None, f"ended with {process.returncode} before the moment to stop it came"
+            assert time.monotonic() < deadline, "the moment to stop it never came"
+            time.sleep(0.001)
+        if whole_group:
+            os.killpg(process.pid, how)
+        else:
+            process.send_signal(how)
+        return process.wait(timeout=200)
+    finally:
+        process.kill()
+
+
+def num_lines(folder: Path) -> int:
+    file = folder / "run" / "metrics.jsonl"
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+def unfinished(checkpoints: Path, step: int) -> list[Path]:
+    return list(checkpoints.glob(f".step_{step:06d}.*.partial"))
+
+
+@pytest.mark.parametrize("background", [False, True], ids=["waiting for saves", "saving in the background"])
+def test_a_run_killed_in_a_step_and_in_a_save_ends_as_if_never_interrupted(background, uninterrupted, tmp_path):
+    checkpoints, setting = tmp_path / "run" / "checkpoints", f"trainer.jepo.async_save={background}"
+    # In the middle of step 4: step 3 is on record, nothing after it.
+    assert stop_when(lambda: num_lines(tmp_path) == 3, signal.SIGKILL, tmp_path, setting) == -signal.SIGKILL
+    assert num_lines(tmp_path) < 6
+    newest = latest_checkpoint(checkpoints)
+    assert newest == checkpoints / "step_000002" or (background and newest is None)  # still being written
+    # In the middle of the save after step 4.
+    assert stop_when(lambda: bool(unfinished(checkpoints, 4)), signal.SIGKILL, tmp_path, setting) == -signal.SIGKILL
+    assert not (checkpoints / "step_000004").exists()
+    assert (checkpoints / "latest").read_text() == "step_000002"
+    run("train", tmp_path, setting)
+    assert metrics(tmp_path) == metrics(uninterrupted)
+    assert {path.name for path in checkpoints.iterdir()} == {"step_000004", "step_000006", "latest"}
+    assert bits(tmp_path) == bits(uninterrupted)
+
+
+def bits(folder: Path) -> dict[str, str]:
+    """Checksums of the last checkpoint's tensors."""
+    marker = json.loads((folder / "run" / "checkpoints" / "step_000006" / "complete.json").read_text())
+    return {name: checksum for name, checksum in marker["sha256"].items() if name.endswith(".distcp")}
+
+
+@pytest.mark.parametrize(
+    "how, setting",
+    [
+        (signal.SIGTERM, "trainer.jepo.async_save=false"),
+        (signal.SIGUSR1, "trainer.jepo.async_save=false"),
+        (signal.SIGTERM, "trainer.jepo.async_save=true"),
+    ],
+)
+def test_a_signal_to_all_processes_saves_exits_75_and_the_next_start_goes_on(how, setting, uninterrupted, tmp_path):
+    assert stop_when(lambda: num_lines(tmp_path) == 3, how, tmp_path, setting, whole_group=True) == 75
+    steps = num_lines(tmp_path)
+    assert 3 < steps < 6
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == f"step_{steps:06d}"
+    run("train", tmp_path)
+    assert metrics(tmp_path) == metrics(uninterrupted)
+
+
+def test_the_uninterrupted_run_really_trained(uninterrupted):
+    lines = metrics(uninterrupted)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert all(line["train_optim/grad_norm"] > 0 for line in lines)
+    assert any(line["train_rollouts/advantage_std"] > 0 for line in lines)
+    assert lines[0]["train_rollouts/kl"] == 0  # the policy is still the reference policy
+    assert lines[5]["train_rollouts/kl"] != 0
+    assert all(line["train_rollouts/logprob_difference"] < 1e-5 for line in lines)
+    assert "val_rollouts/proxy_nll" in lines[2]
+
+
+def test_a_finished_run_is_left_alone(uninterrupted):
+    before = metrics(uninterrupted)
+    marker = uninterrupted / "run" / "checkpoints" / "step_000006" / "complete.json"
+    written = os.stat(marker).st_mtime_ns
+    run("train", uninterrupted)
+    assert metrics(uninterrupted) == before
+    assert os.stat(marker).st_mtime_ns == written
+
+
+def test_a_run_that_may_not_resume_refuses_a_folder_with_a_checkpoint(uninterrupted):
+    before = metrics(uninterrupted)
+    for steps in (6, 9):  # the run is finished, or could go on
+        changes = ["exp_manager.resume_if_exists=false", f"trainer.jepo.max_steps={steps}"]
+        line = run("train", uninterrupted, *changes, expect=2).stderr.strip().splitlines()[-1]
+        assert "exp_manager.name='run'" in line and "step_000006" in line
+    assert metrics(uninterrupted) == before
+
+
+def test_a_run_refuses_the_state_of_another_kind_of_optimizer(uninterrupted):
+    before = metrics(uninterrupted)
+    changes = ["model.optim.distributed=false", "trainer.jepo.max_steps=9"]
+    line = run("train", uninterrupted, *changes, expect=2).stderr.strip().splitlines()[-1]
+    assert line.startswith("model.optim.distributed=False: ") and "step_000006 holds the state of a distributed" in line
+    assert metrics(uninterrupted) == before
+
+
+def test_only_the_newest_checkpoints_are_kept_and_each_knows_its_model(uninterrupted):
+    folders = sorted((uninterrupted / "run" / "checkpoints").glob("step_*"))
+    assert [folder.name for folder in folders] == ["step_000004", "step_000006"]
+    config = json.loads((folders[-1] / "config.json").read_text())
+    assert (config["model_type"], config["hidden_size"]) == ("llama", 32)
+    assert (folders[-1] / "tokenizer.json").exists()
+
+
+def test_an_exported_checkpoint_is_a_hugging_face_model_with_the_same_figures(uninterrupted, tmp_path):
+    checkpoint, folder = uninterrupted / "run" / "checkpoints" / "step_000006", tmp_path / "exported"
+    arguments = [sys.executable, "-m", "nemo_jepo.cli", "export", str(checkpoint), str(folder)]
+    subprocess.run(arguments, env=ENVIRONMENT, check=True, capture_output=True, timeout=200)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.dtype == torch.float32 and AutoTokenizer.from_pretrained(folder).eos_token_id is not None
+    source = [f"pretrained_checkpoint.restore_from_path={folder}", "model.hf_config=null"]
+    figures = json.loads(run("evaluate", tmp_path, *source).stdout)
+    last = metrics(uninterrupted)[-1]
+    for name in ("proxy_nll", "marker_rate", "cot_tokens_mean"):
+        assert figures[name] == pytest.approx(last[f"val_rollouts/{name}"], rel=1e-6)
+    again = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+    assert again.returncode == 2 and "exists" in again.stderr.strip().splitlines()[-1]
+
+
+def test_evaluate_prints_one_json_object_of_the_newest_checkpoint(uninterrupted):
+    figures = json.loads(run("evaluate", uninterrupted).stdout)
+    last = metrics(uninterrupted)[-1]
+    assert figures["model"].endswith("step_000006")
+    for name in ("accuracy", "proxy_nll", "marker_rate", "cot_tokens_mean"):
+        assert figures[name] == pytest.approx(last[f"val_rollouts/{name}"], rel=1e-6)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_disk_that_is_full_ends_the_run_with_one_line_and_the_older_checkpoint_stays(background, tmp_path):
+    """The largest file that the second start may write is too small for weights."""
+    saving = f"trainer.jepo.async_save={background}"
+    run("train", tmp_path, "trainer.jepo.max_steps=2")
+    full = subprocess.run(
+        command("train", tmp_path, saving),
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )
+    assert full.returncode == 1, full.stderr[-3000:]
+    last = full.stderr.strip().splitlines()[-1]
+    assert last.startswith("a checkpoint could not be written (") and "Older checkpoints are whole" in last
+    assert "Traceback" not in full.stderr
+    assert latest_checkpoint(tmp_path / "run" / "checkpoints").name == "step_000002"

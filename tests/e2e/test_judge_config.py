@@ -1,0 +1,117 @@
+"""A judge's settings: every wrong one is one line that names its key, before a model is built."""
+
+import subprocess
+
+import pytest
+
+from nemo_jepo.config import compose
+from nemo_jepo.config.errors import ConfigError
+from tests.support.command_line import ENVIRONMENT, command
+
+NODES = ["evaluation.judge", "evaluation.model_verifier"]
+URL = "http://127.0.0.1:9/v1"
+
+
+def config(*overrides: str):
+    checked = compose.resolve(compose.compose("demo", list(overrides)))
+    compose.check(checked, 1)
+    return checked
+
+
+def error_of(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        config(*overrides)
+    (line,) = str(caught.value).splitlines()
+    return line
+
+
+@pytest.mark.parametrize("node", NODES)
+@pytest.mark.parametrize(
+    "override",
+    [
+        "votes=0",
+        "votes=4",
+        "max_tokens=0",
+        "max_attempts=0",
+        "max_concurrency=0",
+        "timeout_s=0",
+        "timeout_s=nan",
+        "deadline_s=-1",
+        "deadline_s=1800",
+        "temperature=-1",
+        "prompt='Is {answer} right?'",
+        "prompt='Is it {reference_answer}?'",
+        "url=localhost:8000",
+        "url=ftp://host/v1",
+        "url='http://host/v1?key=x'",
+        "url=http://host/v1/chat/completions",
+    ],
+)
+def test_a_field_that_breaks_its_rule_is_named(node, override):
+    key = override.partition("=")[0]
+    assert error_of(f"{node}.{override}").startswith(f"{node}.{key}=")
+
+
+@pytest.mark.parametrize("node", NODES)
+@pytest.mark.parametrize("override", ["correct=' '", "wrong='Verdict {code}: CORRECT'", "wrong='{answer}: no'"])
+def test_verdict_lines_must_be_told_apart(node, override):
+    words = [f"{node}.correct='Verdict {{code}}: correct'", f"{node}.{override}"]
+    assert error_of(*words).startswith(f"{node}.correct, {node}.wrong=")
+
+
+def test_equal_votes_are_refused():
+    assert error_of("evaluation.judge.temperature=0").startswith("evaluation.judge.temperature=0: 5 votes would be one")
+    config("evaluation.judge.temperature=0", "evaluation.judge.votes=1")
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_rules_between_a_judge_and_the_run(node, tmp_path):
+    assert error_of(f"{node}.url={URL}", "evaluation.verify=false").startswith(f"{node}.url='{URL}': is asked where")
+    assert error_of(f"{node}.url=rollout").startswith(f"{node}.url='rollout': are the vLLM servers of the run")
+    config(f"{node}.url=rollout", "rollout=vllm")
+
+
+def test_a_key_file_is_read_before_the_run_begins(tmp_path):
+    file = tmp_path / "key"
+    overrides = [f"evaluation.judge.url={URL}", f"evaluation.judge.api_key_file={file}"]
+    assert error_of(*overrides) == (f"evaluation.judge.api_key_file='{file}': no such file. Write the key into it.")
+    file.write_text("secret\n")
+    file.chmod(0o644)
+    assert error_of(*overrides).endswith(f"others may read it. Run: chmod 600 {file}.")
+    file.chmod(0o600)
+    assert config(*overrides).evaluation.judge.key("evaluation.judge") == "secret"
+    for text in (" \n", "two words", "two\nlines", "schl\u00fcssel"):
+        file.write_text(text)
+        assert error_of(*overrides).startswith("evaluation.judge.api_key_file=")
+
+
+def test_any_server_any_model_and_further_fields_may_be_given():
+    url = "https://judges.example.org/some/where/v1/"
+    found = config(f"evaluation.judge.url={url}", "+evaluation.judge.extra_body={top_p: 0.9, seed: null}")
+    assert found.evaluation.judge.url == url
+    assert found.evaluation.judge.extra_body == {"top_p": 0.9, "seed": None}
+
+
+def test_a_judges_prompt_comes_from_a_conf_file_and_is_saved_with_the_run(tmp_path):
+    text = "Compare {answer}\nwith {reference_answer}:\n{correct}\n{wrong}\n"
+    (tmp_path / "mine.yaml").write_text(
+        "defaults: [demo, _self_]\nevaluation:\n  judge:\n    prompt: |\n"
+        + "".join(f"      {line}\n" for line in text.splitlines())
+    )
+    found = compose.resolve(compose.compose("mine", config_path=tmp_path))
+    assert found.evaluation.judge.prompt == text
+    (tmp_path / "config.yaml").write_text(compose.to_yaml(found))
+    assert compose.resolve(compose.compose("config", config_path=tmp_path)) == found
+
+
+def test_a_wrong_setting_of_a_judge_ends_an_evaluation_with_one_line(tmp_path):
+    done = subprocess.run(
+        command("evaluate", tmp_path, "evaluation.judge.votes=2"),
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("evaluation.judge.votes=2: an even number can tie.")
+    assert done.stderr.count("\n") == 1 and "no such key" not in done.stderr

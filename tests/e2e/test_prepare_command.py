@@ -1,0 +1,115 @@
+"""`nemo-jepo data prepare` as a user runs it: the real verifier, no network, a disk that is full."""
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+
+from nemo_jepo import cli
+from nemo_jepo.tools.prepare import command
+from tests.support.published_rows import MATH, NUMINA_PROOF, numbered, write
+
+ROOT = Path(__file__).parents[2]
+# Where no file may grow beyond 40 kB, which tells of a full disk as a full disk does.
+ON_A_FULL_DISK = """
+import resource
+from nemo_jepo.cli import main
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+raise SystemExit(main())
+"""
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Exit code, stdout, stderr of `nemo-jepo data ...`."""
+
+    def in_process(*arguments):
+        monkeypatch.setattr(sys, "argv", ["nemo-jepo", "data", *map(str, arguments)])
+        try:
+            code = cli.main()
+        except SystemExit as end:  # how argparse ends
+            code = end.code
+        return code, *capfd.readouterr()
+
+    return in_process
+
+
+def run_alone(program, *arguments, **environment):
+    """The same, in a process of its own."""
+    variables = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)} | environment
+    argv = [sys.executable, "-c", program, "data", *map(str, arguments)]
+    done = subprocess.run(argv, capture_output=True, text=True, env=variables, timeout=200)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_command_asks_the_verifier_shows_progress_and_prints_the_files(run, tmp_path):
+    prose = MATH | {"solution": r"\boxed{\text{odd}}"}
+    for split in ("train", "test"):
+        write(tmp_path / "MATH" / f"{split}.jsonl", MATH, prose)
+    code, out, err = run("prepare", "math", "--from", tmp_path / "MATH", "--out", tmp_path / "o", "--workers", "1")
+    assert (code, out.splitlines()) == (
+        0,
+        [f"{tmp_path}/o/math/{split}.parquet  2 rows, 1 verifiable" for split in ("train", "test")],
+    ), err
+    rows = pyarrow.parquet.read_table(tmp_path / "o" / "math" / "train.parquet").to_pylist()
+    assert [(row["answer"], row["verifiable"]) for row in rows] == [(r"\frac{5}{6}", True), (r"\text{odd}", False)]
+    assert "read train" in err and "verifier: 100%" in err
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path):
+    environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "cache")}
+    program = "from nemo_jepo.cli import main; raise SystemExit(main())"
+    code, out, line = run_alone(program, "prepare", "numina", "--out", tmp_path / "out", **environment)
+    assert (code, out, line.count("\n")) == (2, "", 1), line
+    assert line.startswith("hf://datasets/AI-MO/NuminaMath-1.5@1b05109f9e5c1ad06c0663519502416c30b300f8/data/")
+    assert "cannot be read (" in line and line.endswith("or give a local copy with --from PATH.\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(run, tmp_path):
+    proofs = [row | {"solution": secrets.token_hex(1000)} for row in numbered(NUMINA_PROOF, 200)]
+    path = write(tmp_path / "proofs.jsonl", *proofs)
+    arguments = ("prepare", "numina_proof", "--from", path, "--out", tmp_path / "out")
+    code, out, err = run_alone(ON_A_FULL_DISK, *arguments)
+    line = err.splitlines()[-1]
+    assert (code, out) == (2, "") and "Traceback" not in err
+    assert line.startswith(f"{tmp_path}/out/numina_proof: cannot be written (File too large). Make room")
+    assert list((tmp_path / "out").iterdir()) == []
+
+    code, _, err = run(*arguments)
+    assert code == 0, err
+    assert json.loads((tmp_path / "out" / "numina_proof" / "manifest.json").read_text())["paper"]["prepared"] == 200
+
+
+def test_a_wrong_command_line_is_exit_code_2_with_the_usage(run):
+    for arguments in ((), ("prepare",), ("prepare", "math", "--workers", "0"), ("mend", "math")):
+        code, out, err = run(*arguments)
+        assert (code, out) == (2, "") and err.startswith("usage: nemo-jepo data")
+
+
+def test_a_local_copy_has_no_revision(run, tmp_path):
+    code, _, line = run("prepare", "math", "--from", tmp_path, "--revision", "main")
+    assert (code, line) == (2, "--revision='main': a local copy has none. Leave out --revision or --from.\n")
+
+
+def test_an_interruption_is_one_line_and_leaves_nothing(tmp_path, capsys):
+    def interrupted(answers, num_workers):
+        raise KeyboardInterrupt
+
+    for split in ("train", "test"):
+        write(tmp_path / "MATH" / f"{split}.jsonl", MATH)
+    arguments = ["prepare", "math", "--from", str(tmp_path / "MATH"), "--out", str(tmp_path / "out")]
+    assert command.main(arguments, interrupted) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted; nothing was written"
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_names_the_data_sets(run):
+    code, out, _ = run("prepare", "--help")
+    assert code == 0 and "math, numina, numina_proof, gsm8k, proofnet" in out

@@ -1,0 +1,209 @@
+"""Combined accuracy: by hand, through `nemo-jepo evaluate` with a judge on the loopback address; never in a reward."""
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from nemo_jepo.config.judge import JudgeConfig, model_verifier_config
+from nemo_jepo.config.schema import Config, EvaluationConfig
+from nemo_jepo.rewards.judged import combined_accuracies, opinion_figures
+from nemo_jepo.types import Prompt, Rollout
+from nemo_jepo.utils import http
+from tests.support.command_line import metrics, run
+from tests.support.fake_judge import FakeJudge, prompt_of, says, votes
+
+PROMPT = Prompt(0, (1,), "2+2", "4")
+ANSWERS = ["4", "four", "5", None, " ", "slow", "IV"]
+RULE = [1.0, 0.0, 0.0, 0.0, 0.0, None, 0.0]
+"""The rule's verdicts on them: "slow" was a fault; without a marker there is no answer."""
+
+
+def figures(tmp_path, rule=RULE, answers=ANSWERS, **settings: Any) -> dict[str, float]:
+    """What `evaluate` reports: the rule's accuracy and the second opinions, one replica."""
+    config = Config(evaluation=EvaluationConfig(**settings))
+    config.exp_manager.exp_dir = str(tmp_path)
+    rooms = SimpleNamespace(
+        config=config,
+        sampler=object(),
+        servers=None,
+        layout=SimpleNamespace(share_in_replica=lambda value: value, data_parallel_rank=0),
+        splicer=SimpleNamespace(own_answer_text=lambda rollout: (answers[rollout.sample] or "").strip() or None),
+    )
+    rollouts = [Rollout(0, sample, (1,), (0.0,), "stop") for sample in range(len(answers))]
+    pairs = opinion_figures(rooms, [PROMPT], rollouts, rule)
+    known = [verdict for verdict in rule if verdict is not None]
+    pairs["accuracy"] = (sum(known), len(known))
+    means = {name: total / count for name, (total, count) in pairs.items() if count}
+    return means | combined_accuracies(means)
+
+
+@pytest.fixture(autouse=True)
+def short_backoff(monkeypatch):
+    monkeypatch.setattr(http, "FIRST_BACKOFF_S", 0.001)
+
+
+def right(*answers: str):
+    """A judge that calls these answers correct and others wrong."""
+    return lambda body: says(any(line in answers for line in prompt_of(body).splitlines()))(body)
+
+
+def test_the_judge_is_asked_about_answers_that_the_rule_calls_wrong_and_adds_those_it_calls_right(tmp_path):
+    """Right by the rule: 1 of 6. By the judge: four and IV. r = 1, 1, 0, 0, 0, -, 1: 3 of 6."""
+    with FakeJudge(right("four", "IV")) as fake:
+        found = figures(tmp_path, judge=JudgeConfig(url=fake.base))
+        for answer in ("four", "5", "IV"):
+            assert len(fake.about(answer)) == 3
+        assert len(fake.requests) == 9
+    assert found["accuracy"] == pytest.approx(1 / 6)
+    assert found["combined_accuracy"] == pytest.approx(3 / 6)
+    assert found["judge_faults"] == 0
+
+
+def test_an_answer_without_a_verdict_is_neither_right_nor_wrong(tmp_path, caplog):
+    """Of four, 5 and IV the judge never says anything about IV: it stands in as the mean of the other two, 1/2.
+
+    r = (1 + 3 * 1/2) / 6, where wrong would give 2/6, and the mean over samples with a verdict 2/5.
+    """
+    judge = right("four")
+    with FakeJudge(lambda body: "?" if "IV" in prompt_of(body).splitlines() else judge(body)) as fake:
+        found = figures(tmp_path, judge=JudgeConfig(url=fake.base))
+    assert found["combined_accuracy"] == pytest.approx((1 + 3 / 2) / 6)
+    assert found["judge_faults"] == 1
+    (line,) = caplog.messages
+    assert line.startswith("judge: 1 of 3 answers have no verdict, which counts as neither right nor wrong")
+    assert line.endswith("the reply does not end with a verdict line")
+
+
+def test_a_judge_that_is_down_is_reported_and_is_no_accuracy_at_all(tmp_path, caplog):
+    with FakeJudge() as fake:
+        pass
+    found = figures(tmp_path, judge=JudgeConfig(url=fake.base, model="m"))
+    assert "combined_accuracy" not in found
+    assert found["judge_faults"] == 3
+    assert found["accuracy"] == pytest.approx(1 / 6)
+    (line,) = caplog.messages
+    assert "3 of 3 answers have no verdict" in line and "combined_accuracy: it is left out" in line
+    assert f"{fake.base}/chat/completions: ClientConnectorError" in line
+
+
+def test_where_the_rule_calls_nothing_wrong_nobody_is_asked(tmp_path):
+    with FakeJudge() as fake:
+        found = figures(tmp_path, rule=[1.0, 1.0], answers=["4", "4.0"], judge=JudgeConfig(url=fake.base))
+        assert fake.requests == []
+    assert found["combined_accuracy"] == 1.0
+
+
+def test_where_the_rule_has_no_verdict_there_is_no_combined_one(tmp_path):
+    with FakeJudge() as fake:
+        found = figures(tmp_path, rule=[None, None], answers=["4", "5"], judge=JudgeConfig(url=fake.base))
+        assert fake.requests == []
+    assert found == {"judge_faults": 0.0}
+
+
+def test_a_model_verifier_is_a_second_figure_by_one_vote_of_its_own(tmp_path):
+    settings = model_verifier_config()
+    with FakeJudge(right("four")) as judge, FakeJudge(right("four", "IV", "5")) as verifier:
+        settings.url = verifier.base
+        found = figures(tmp_path, judge=JudgeConfig(url=judge.base), model_verifier=settings)
+        assert len(verifier.requests) == 3
+        assert {body["temperature"] for body in verifier.requests} == {0.0}
+    assert found["combined_accuracy"] == pytest.approx(2 / 6)
+    assert found["model_verified_accuracy"] == pytest.approx(4 / 6)
+    assert found["model_verifier_faults"] == 0
+
+
+def test_without_a_url_nothing_is_added(tmp_path):
+    assert figures(tmp_path) == {"accuracy": pytest.approx(1 / 6)}
+
+
+def test_a_key_that_is_gone_since_the_start_is_reported_like_any_fault(tmp_path, caplog):
+    found = figures(tmp_path, judge=JudgeConfig(url="http://127.0.0.1:9/v1", api_key_file=str(tmp_path / "gone")))
+    assert found["judge_faults"] == 3
+    assert "evaluation.judge.api_key_file" in caplog.text and "no such file" in caplog.text
+
+
+def test_ranks_without_a_sampler_are_told_the_opinions():
+    """Two were asked for, of four samples; one has no verdict."""
+    rooms = SimpleNamespace(
+        config=Config(evaluation=EvaluationConfig(judge=JudgeConfig(url="http://127.0.0.1:9/v1"))),
+        sampler=None,
+        layout=SimpleNamespace(share_in_replica=lambda value: (value, [True, None])[1], data_parallel_rank=1),
+    )
+    found = opinion_figures(rooms, [], [], [0.0, 0.0, 1.0, None])
+    assert found == {"judge_asked_rate": (2.0, 3.0), "judge_correct_rate": (1.0, 1.0), "judge_faults": (1.0, 0.0)}
+
+
+def test_the_runs_own_servers_are_asked_with_their_key_and_their_verdicts_are_not_kept(tmp_path):
+    """Their weights change from one evaluation to the next."""
+    config = Config(evaluation=EvaluationConfig(judge=JudgeConfig(url="rollout")))
+    config.exp_manager.exp_dir = str(tmp_path)
+    with FakeJudge(says(True)) as one, FakeJudge(says(True)) as two:
+        one.key = two.key = "servers-key"
+        rooms = SimpleNamespace(
+            config=config,
+            sampler=object(),
+            servers=((one.url, two.url), "servers-key"),
+            layout=SimpleNamespace(share_in_replica=lambda value: value, data_parallel_rank=0),
+            splicer=SimpleNamespace(own_answer_text=lambda rollout: "four"),
+        )
+        found = opinion_figures(rooms, [PROMPT], [Rollout(0, 0, (1,), (0.0,), "stop")], [0.0])
+        assert (len(one.requests), len(two.requests)) == (2, 1)
+    assert found["judge_correct_rate"] == (1.0, 1.0)
+    assert list(tmp_path.iterdir()) == []
+
+
+# Through the command line.
+
+
+def evaluated(folder, *overrides: str) -> tuple[dict[str, Any], str]:
+    done = run("evaluate", folder, *overrides)
+    return json.loads(done.stdout), done.stderr
+
+
+def test_evaluate_reports_the_combined_accuracy_and_what_it_knows_it_never_asks_again(tmp_path):
+    """A random model's answers are wrong by the rule; this judge splits its votes 3 to 2 for every one of them."""
+    key = tmp_path / "key"
+    key.write_text("secret\n")
+    key.chmod(0o600)
+    with FakeJudge(votes(True, False, True, False, True)) as fake:
+        fake.key = "secret"
+        judge = [f"evaluation.judge.url={fake.base}", "evaluation.judge.model=m"]
+        judge.append(f"evaluation.judge.api_key_file={key}")
+        found, said = evaluated(tmp_path, *judge)
+        num_requests = len(fake.requests)
+    assert found["accuracy"] == 0.0
+    assert found["combined_accuracy"] == found["judge_asked_rate"] > 0
+    assert found["judge_correct_rate"] == 1.0
+    assert found["judge_faults"] == 0
+    assert num_requests % 5 == 0 and num_requests > 0
+    assert "no verdict" not in said
+    again, _ = evaluated(tmp_path, *judge)  # nobody listens there any more
+    assert again == found
+
+
+def test_evaluate_with_a_judge_that_is_down_reports_null_and_one_line(tmp_path):
+    with FakeJudge() as fake:
+        pass
+    found, said = evaluated(tmp_path, f"evaluation.judge.url={fake.base}")
+    assert found["combined_accuracy"] is None
+    assert found["judge_faults"] > 0
+    assert found["accuracy"] == 0.0
+    (line,) = [line for line in said.splitlines() if "no verdict" in line]
+    assert f"judge: {found['judge_faults']:.0f} of {found['judge_faults']:.0f} answers have no verdict" in line
+
+
+# Never a reward.
+
+
+def test_a_judge_that_calls_everything_correct_earns_no_reward(tmp_path):
+    """rloo learns from the rule, by which a random model is never right; the judge is asked in the validation alone."""
+    overrides = ["objective=rloo", "rollout.stop_at_marker=false", "trainer.jepo.max_steps=2"]
+    with FakeJudge(says(True)) as fake:
+        run("train", tmp_path, *overrides, f"evaluation.judge.url={fake.base}")
+        num_requests = len(fake.requests)
+    rows = metrics(tmp_path)
+    assert [row["train_rollouts/reward"] for row in rows] == [0.0, 0.0]
+    assert rows[-1]["val_rollouts/combined_accuracy"] > rows[-1]["val_rollouts/accuracy"] == 0.0
+    assert num_requests <= 3 * 6 * 4  # votes * validation prompts * generations, in one validation

@@ -1,0 +1,53 @@
+"""A trained tokeniser writes any text, digit by digit; a folder that is no tokeniser is refused."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nemo_jepo.config.errors import ConfigError
+from nemo_jepo.data import load_tokenizer, train_tokenizer
+from tests.support.small_tokenizers import BUILDERS
+
+
+@given(text=st.text())
+def test_a_trained_tokeniser_writes_any_text(tokenizer, text):
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+
+
+def test_every_digit_is_a_token_of_its_own(tokenizer):
+    assert tokenizer.tokenize("48+42=90") == list("48+42=90")
+    assert [token for token in tokenizer.get_vocab() if sum(map(str.isdigit, token)) and len(token) > 1] == []
+
+
+def test_a_trained_tokeniser_has_padding_an_end_and_at_most_the_size_asked_for(tokenizer):
+    assert (tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token) == ("<|pad|>", "<|endoftext|>", None)
+    assert 258 < len(tokenizer) <= 300
+
+
+def test_a_loaded_tokeniser_is_the_trained_one_and_leaves_no_other_file(tmp_path):
+    trained = train_tokenizer(["the final answer is 42"] * 3, vocab_size=270, folder=tmp_path / "small")
+    loaded = load_tokenizer(tmp_path / "small")
+    assert loaded.get_vocab() == trained.get_vocab()
+    assert loaded.eos_token_id == trained.eos_token_id
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+    with pytest.raises(FileExistsError, match="small exists"):
+        train_tokenizer(["other"], vocab_size=270, folder=tmp_path / "small")
+
+
+def test_a_folder_without_tokeniser_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    with pytest.raises(ConfigError, match="tokenizer.path=.*holds no tokeniser"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(ConfigError, match="holds no tokeniser"):
+        load_tokenizer(tmp_path / "absent")
+
+
+def test_a_tokeniser_without_end_of_text_is_refused(tmp_path):
+    endless = BUILDERS["byte_level"]()
+    endless.eos_token = None
+    endless.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="has no end-of-text token"):
+        load_tokenizer(tmp_path)

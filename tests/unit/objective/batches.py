@@ -1,0 +1,53 @@
+"""Random batches with every kind of sample, and how to compare their credits."""
+
+from dataclasses import fields, replace
+
+import torch
+
+from nemo_jepo.objective import GroupScores, SampleCredits
+from tests.unit.objective.tabular import PLAIN
+
+OBJECTIVES = ("jepo", "jepo_single", "vr_cli", "prob_pg", "rloo", "jepo_rl", "sft")
+PAPER = replace(PLAIN, normalize=True, format_penalty=10.0, kl_beta=1e-3)
+"""App. B.2: scaled, clipped, with format loss and KL."""
+
+
+def batch(seed: int = 0, num_prompts: int = 7, level: float = -20.0) -> GroupScores:
+    """Random groups of 4 with failed, unmarked and misaligned samples.
+
+    Prompt 0 is whole, 1 has one valid sample, 2 none, and of 3 nothing arrived.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform() -> torch.Tensor:
+        return torch.rand(num_prompts, 4, generator=generator, dtype=torch.float64)
+
+    arrived = uniform() < 0.9
+    arrived[0], arrived[2], arrived[3] = True, True, False
+    has_marker = arrived & (uniform() < 0.8)
+    has_marker[0], has_marker[1], has_marker[2] = True, False, False
+    arrived[1, 0] = has_marker[1, 0] = True
+    valid = has_marker & (uniform() < 0.9)
+    valid[0], valid[1, 0] = True, True
+    return GroupScores(
+        answer_logprob=level + 5 * uniform(),
+        valid_mask=valid,
+        arrived_mask=arrived,
+        has_marker=has_marker,
+        chain_length=(uniform() * 9).long() + 1,
+        answer_length=(uniform() * 5).long() + 1,
+        chain_log_ratio=uniform() - 0.4,
+        verifiable_reward=(valid & (uniform() < 0.4)).double(),
+    )
+
+
+def map_tensors(record, function):
+    """A copy of a record with every tensor replaced."""
+    tensors = {f.name: getattr(record, f.name) for f in fields(record)}
+    return replace(record, **{name: function(name, value) for name, value in tensors.items() if value is not None})
+
+
+def credits_equal(left: SampleCredits, right: SampleCredits, tolerance: float = 0.0) -> None:
+    for field in fields(SampleCredits):
+        values = getattr(left, field.name), getattr(right, field.name)
+        torch.testing.assert_close(*values, rtol=tolerance, atol=tolerance, msg=lambda m, f=field: f"{f.name}: {m}")

@@ -1,0 +1,118 @@
+"""What must not change the update: how the batch is split, what stands at masked positions, a shift of every l_i."""
+
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from nemo_jepo.objective import (
+    GroupScores,
+    SampleCredits,
+    SequenceLogprobs,
+    UpdateRule,
+    sample_credits,
+    token_weights,
+)
+from tests.unit.objective.batches import OBJECTIVES, PAPER, batch, credits_equal, map_tensors
+
+
+def on_ranks(rule: UpdateRule, scores: GroupScores, sizes: list[int]) -> SampleCredits:
+    """The batch split over threads that reduce among themselves as data-parallel ranks do; credits joined again."""
+    barrier, slots = threading.Barrier(len(sizes)), [None] * len(sizes)
+
+    def reducer(rank: int, combine):
+        def reduce(tensor: torch.Tensor) -> torch.Tensor:
+            slots[rank] = tensor
+            barrier.wait(timeout=30)
+            result = combine(torch.stack(slots))
+            barrier.wait(timeout=30)
+            return result
+
+        return reduce
+
+    def run(rank: int) -> SampleCredits:
+        begin = sum(sizes[:rank])
+        part = map_tensors(scores, lambda name, value: value[begin : begin + sizes[rank]])
+        return sample_credits(rule, part, reducer(rank, lambda t: t.sum(0)), reducer(rank, lambda t: t.amax(0)))
+
+    with ThreadPoolExecutor(len(sizes)) as pool:
+        parts = list(pool.map(run, range(len(sizes))))
+    joined = {f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(SampleCredits)}
+    return SampleCredits(**(joined | {"advantage_std": parts[0].advantage_std}))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("scope", ["batch", "group"])
+@pytest.mark.parametrize("sizes", [[3, 4], [1, 2, 4], [1] * 7])
+def test_a_batch_split_over_ranks_gets_the_credits_of_the_whole(name, scope, sizes):
+    rule = replace(PAPER, name=name, std_scope=scope, kl_estimator="k1_reward" if scope == "group" else "k2_token")
+    credits_equal(on_ranks(rule, batch(), sizes), sample_credits(rule, batch()), tolerance=1e-12)
+
+
+def test_a_rank_that_kept_its_own_std_would_get_other_credits():
+    """The test above can fail: without the reduction the two halves are scaled apart."""
+    whole = sample_credits(PAPER, batch())
+    half = sample_credits(PAPER, map_tensors(batch(), lambda name, value: value[:3]))
+    assert (half.credit - whole.credit[:3]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("junk", [math.nan, math.inf, -math.inf])
+def test_what_stands_at_an_invalid_position_changes_no_credit(name, junk):
+    rule = replace(PAPER, name=name, kl_estimator="k1_reward")
+    clean = batch()
+    counts = {"answer_logprob": clean.valid_mask, "chain_log_ratio": clean.arrived_mask}
+    dirty = map_tensors(clean, lambda n, value: torch.where(counts[n], value, junk) if n in counts else value)
+    credits_equal(sample_credits(rule, dirty), sample_credits(rule, clean))
+
+
+@pytest.mark.parametrize("name", ["jepo", "jepo_single", "vr_cli", "prob_pg", "jepo_rl"])
+def test_adding_a_constant_to_every_log_prob_changes_no_credit(name):
+    """prob_pg too: scaled by the largest likelihood of the batch, it reads only differences."""
+    rule = replace(PAPER, name=name)
+    moved = sample_credits(rule, batch(level=-1e4))
+    credits_equal(moved, sample_credits(rule, batch(level=-20.0)), tolerance=1e-8)
+    assert moved.credit.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_failed_sample_counts_nowhere(name):
+    """Removing it from the batch changes no other sample's credits."""
+    kept = map_tensors(batch(), lambda n, value: value[:1])
+    failed = map_tensors(kept, lambda n, value: value.clone())
+    for mask in (failed.arrived_mask, failed.valid_mask, failed.has_marker):
+        mask[0, 3] = False
+    without = map_tensors(kept, lambda n, value: value[:, :3])
+    rule = replace(PAPER, name=name)
+    expected, got = sample_credits(rule, without), sample_credits(rule, failed)
+    for field in ("credit", "answer_weight", "kl_weight"):
+        torch.testing.assert_close(getattr(got, field)[:, :3], getattr(expected, field), rtol=1e-12, atol=1e-15)
+        assert getattr(got, field)[0, 3] == 0
+
+
+def test_micro_batches_sum_to_the_gradient_of_the_full_batch():
+    """loss = -sum weight_t log pi(token_t) is additive: one backward over all equals one per sequence."""
+    rule, scores = PAPER, batch()
+    credits = sample_credits(rule, scores)
+    logits = torch.randn(28, 12, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
+    losses = []
+    for n in range(28):
+        p, i = divmod(n, 4)
+        chain, answer = int(scores.chain_length[p, i]), int(scores.answer_length[p, i] * scores.valid_mask[p, i])
+        logprobs = logits[n].log_softmax(-1)[: chain + answer, 0]
+        sequence = SequenceLogprobs(
+            chain_length=chain,
+            answer_length=answer,
+            policy_logprobs=logprobs,
+            reference_logprobs=torch.full_like(logprobs, -1.0),
+        )
+        entries = [getattr(credits, f)[p, i].item() for f in ("credit", "answer_weight", "kl_weight")]
+        losses.append(-(token_weights(rule, sequence, *entries) * logprobs).sum())
+    (full,) = torch.autograd.grad(torch.stack(losses).sum(), logits, retain_graph=True)
+    parts = [torch.stack(losses[begin:end]).sum() for begin, end in ((0, 5), (5, 6), (6, 28))]
+    summed = sum(torch.autograd.grad(part, logits, retain_graph=True)[0] for part in parts)
+    torch.testing.assert_close(summed, full)
+    assert full.abs().max() > 0

