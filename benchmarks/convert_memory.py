@@ -14,7 +14,6 @@ them, and how many there are at a moment says nothing of the program. Linux with
 import argparse
 import json
 import os
-import socket
 import sys
 import tempfile
 import threading
@@ -31,6 +30,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from benchmarks import report
+from nemo_jepo.utils.network import free_ports
 
 BUCKET = 1 << 30
 SAMPLE_S = 0.005
@@ -135,9 +135,7 @@ def convert(rank: int, ranks: int, port: str, command: str, source: str, target:
 
 def measure(command: str, ranks: int, source: Path, target: Path) -> list[report.Figures]:
     """Every rank's figures of one command in fresh processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(*free_ports())
     out = target.with_name(f"{target.name}.figures")
     spawn = get_context("spawn")
     processes = [

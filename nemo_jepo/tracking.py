@@ -24,6 +24,7 @@ import psutil
 from tqdm import tqdm
 
 from nemo_jepo.config.schema import ExpManagerConfig
+from nemo_jepo.utils.files import write_atomically
 
 CONSOLE = {
     "train_optim/loss": "loss",
@@ -128,11 +129,11 @@ class Tracker(SilentTracker):
     def log_rollouts(self, step: int, rows: Sequence[Mapping[str, Any]], name: str = "step") -> None:
         """See SilentTracker."""
         (self._folder / "rollouts").mkdir(exist_ok=True)
-        _write_atomically(self._folder / "rollouts" / f"{name}_{step:06d}.jsonl", "".join(map(_json_line, rows)))
+        write_atomically(self._folder / "rollouts" / f"{name}_{step:06d}.jsonl", "".join(map(_json_line, rows)))
 
     def save_config(self, text: str) -> None:
         """See SilentTracker."""
-        _write_atomically(self._folder / "config.yaml", text)
+        write_atomically(self._folder / "config.yaml", text)
 
     def rewind(self, step: int) -> None:
         """See SilentTracker. A line that a killed run left half-written goes too."""
@@ -140,7 +141,7 @@ class Tracker(SilentTracker):
         if metrics.exists():
             lines = metrics.read_text(encoding="utf-8", errors="replace").split("\n")
             kept = [line for line in lines if 0 <= _step_of(line) <= step]
-            _write_atomically(metrics, "".join(f"{line}\n" for line in kept))
+            write_atomically(metrics, "".join(f"{line}\n" for line in kept))
         for path in self._folder.glob("rollouts/*.jsonl"):
             if int(re.sub(r"\D", "", path.stem)) > step:
                 path.unlink()
@@ -238,13 +239,3 @@ def _step_of(line: str) -> int:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return -1
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    """The file holds all of the text or what it held before, whenever the process is killed."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

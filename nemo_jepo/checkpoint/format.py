@@ -6,9 +6,7 @@
 Exit code 0 when all is whole, 1 when something is not, 2 for a wrong command line.
 """
 
-import hashlib
 import json
-import os
 import re
 import sys
 from collections.abc import Iterable
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_jepo.config.errors import ConfigError
+from nemo_jepo.utils.files import sha256_of, write_atomically
 
 MARKER = "complete.json"
 USAGE = "usage: nemo-jepo checkpoint list RUN_FOLDER\n       nemo-jepo checkpoint verify CHECKPOINT"
@@ -90,16 +89,10 @@ def broken_file(path: Path) -> str | None:
 # ---- how one becomes whole ------------------------------------------------------------------------------------
 
 
-def sha256_of(file: Path) -> str:
-    """Checksum of a file's bytes, in hexadecimal."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def note_checksums(folder: Path, rank: int, files: Iterable[Path]) -> None:
     """Leave the checksums of one rank's files for `mark_complete`, so that no rank reads another's."""
     checksums = {file.name: sha256_of(file) for file in files}
-    write_durably(folder / f"sha256_{rank}.json", json.dumps(checksums))
+    write_atomically(folder / f"sha256_{rank}.json", json.dumps(checksums))
 
 
 def mark_complete(folder: Path, step: int) -> None:
@@ -114,15 +107,7 @@ def mark_complete(folder: Path, step: int) -> None:
         sizes[name] = file.stat().st_size
         if name not in checksums:
             checksums[name] = sha256_of(file)
-    write_durably(folder / MARKER, json.dumps({"step": step, "files": sizes, "sha256": checksums}, indent=1))
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a file and wait until it is on the disk."""
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    write_atomically(folder / MARKER, json.dumps({"step": step, "files": sizes, "sha256": checksums}, indent=1))
 
 
 def _marker(path: Path) -> dict[str, Any]:

@@ -36,8 +36,8 @@ from nemo_jepo.checkpoint.format import (
     require_whole,
     step_of,
     whole_checkpoints,
-    write_durably,
 )
+from nemo_jepo.utils.files import write_atomically
 from nemo_jepo.utils.processes import die_with_parent
 
 __all__ = [
@@ -139,8 +139,7 @@ class CheckpointWriter:
             mark_complete(staging, step_of(final))
             shutil.rmtree(final, ignore_errors=True)  # not whole, or nobody would save this step again
             os.rename(staging, final)
-            write_durably(self._folder / "latest.partial", final.name)
-            os.replace(self._folder / "latest.partial", self._folder / "latest")
+            write_atomically(self._folder / "latest", final.name)
             for old in whole_checkpoints(self._folder)[: -self._keep]:
                 shutil.rmtree(old)
         dist.barrier()
@@ -192,7 +191,7 @@ def _write_small_files(staging: Path, loop_state: dict[str, Any], write_model_fi
     """What stands beside the weights, from rank 0."""
     if dist.get_rank() == 0:
         write_model_files(staging)
-        write_durably(staging / LOOP_STATE, json.dumps(loop_state, indent=1))
+        write_atomically(staging / LOOP_STATE, json.dumps(loop_state, indent=1))
 
 
 def _start_results_queue() -> None:

@@ -39,6 +39,7 @@ from yaml import YAMLError
 from nemo_jepo.config import compose
 from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.schema import Config
+from nemo_jepo.utils.files import write_atomically
 from nemo_jepo.utils.processes import die_with_parent
 
 FAILED, INTERRUPTED = 1, 75
@@ -129,7 +130,7 @@ class Run:
             self.folder.symlink_to(os.path.relpath(twin, self.folder.parent))
         elif not (self.folder / SETTINGS).exists():
             self.folder.mkdir(exist_ok=True)
-            _write(self.folder / SETTINGS, json.dumps(self.settings()))
+            write_atomically(self.folder / SETTINGS, json.dumps(self.settings()))
         return twin
 
     def _twin(self) -> Path | None:
@@ -249,7 +250,7 @@ def run_all(runs: Sequence[Run]) -> int:
             _say("\n".join([f"{run} ended with exit code {code} (all of it in {run.log}):", *tail]))
         if code:
             return code
-        _write(run.folder / FINISHED, json.dumps({"seconds": round(time.monotonic() - began, 1)}))
+        write_atomically(run.folder / FINISHED, json.dumps({"seconds": round(time.monotonic() - began, 1)}))
     return 0
 
 
@@ -320,9 +321,9 @@ def write_results(path: Path, name: str, regime: str, runs: Sequence[Run]) -> in
         for figure in _figures(run.folder / "metrics.jsonl")
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial_file = path.with_name(f".{path.name}.partial")
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), partial_file, compression="zstd")
-    os.replace(partial_file, path)
+    written = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), written, compression="zstd")
+    write_atomically(path, written.getvalue().to_pybytes())
     return len(rows)
 
 
@@ -371,10 +372,3 @@ def main(argv: Sequence[str]) -> int:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _write(path: Path, text: str) -> None:
-    """The file holds all of the text or is not there."""
-    unfinished = path.with_name(f".{path.name}.partial")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)

@@ -1,7 +1,6 @@
 """Start real processes that talk over gloo, and read what rank 0 wrote."""
 
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -9,13 +8,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from nemo_jepo.utils.network import free_ports
+
 ROOT = Path(__file__).parents[2]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": ""}
@@ -29,7 +24,7 @@ def run_ranks(
     Args:
         environment: variables beside those of this process.
     """
-    port = str(free_port())
+    port = str(*free_ports())
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     shared = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
     shared |= environment or {}

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
 
-from nemo_jepo.rollout.vllm.server import KEY_VARIABLE, free_ports, health_of
+from nemo_jepo.rollout.vllm.server import KEY_VARIABLE, health_of
+from nemo_jepo.utils.network import free_ports
 from tests.support.command_line import ENVIRONMENT
 from tests.support.small_tokenizers import small_tokenizer
 from tests.support.vllm_processes import wait_until

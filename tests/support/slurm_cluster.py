@@ -11,13 +11,14 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 
+from nemo_jepo.utils.network import free_ports
 from nemo_jepo.utils.processes import die_with_parent
 
 SYSTEM_PATHS = f"{os.environ['PATH']}:/usr/sbin:/sbin"  # where Debian keeps daemons
@@ -91,12 +92,6 @@ class Cluster:
         return job
 
 
-def _free_ports(count: int) -> Sequence[int]:
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [probe.getsockname()[1] for probe in probes]
-
-
 @contextmanager
 def running_cluster(folder: Path, num_nodes: int) -> Iterator[Cluster]:
     """A cluster of idle nodes with 4 (pretended) cores each, until the block ends.
@@ -105,7 +100,7 @@ def running_cluster(folder: Path, num_nodes: int) -> Iterator[Cluster]:
         folder: for its configuration, state and logs; a short path, for there is a socket in it.
     """
     names = [f"node{index}" for index in range(1, num_nodes + 1)]
-    controller_port, *ports = _free_ports(1 + num_nodes)
+    controller_port, *ports = free_ports(1 + num_nodes)
     host = socket.gethostname().split(".")[0]
     nodes = [
         f"NodeName={name} NodeHostname={host} NodeAddr=127.0.1.{index} Port={port} CPUs=4 State=UNKNOWN"

@@ -18,6 +18,7 @@ import pytest
 from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.schema import RolloutConfig, VLLMConfig
 from nemo_jepo.rollout.vllm import server
+from nemo_jepo.utils.network import free_ports
 from nemo_jepo.utils.processes import SharedMemory
 from tests.support.command_line import ENVIRONMENT, run
 from tests.support.serving import KEY, running_server, tiny_model
@@ -72,7 +73,7 @@ def test_a_taken_port_a_missing_model_and_a_missing_key_are_one_line(model_folde
         line = refusal(str(model_folder), "--port", str(port), NEMO_JEPO_API_KEY="k")
         assert line.startswith(f"--port={port}: 127.0.0.1:{port}: Address already in use")
     assert refusal(str(tmp_path), NEMO_JEPO_API_KEY="k").startswith(f"MODEL_FOLDER='{tmp_path}': has no config.json")
-    (port,) = server.free_ports(1)
+    (port,) = free_ports()
     assert refusal(str(model_folder), "--port", str(port)).startswith(
         "rollout.vllm.api_key_file=None: the servers' key"
     )

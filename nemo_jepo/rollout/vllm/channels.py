@@ -5,7 +5,6 @@ Every channel brings a paused server from its old weights to a numbered version 
 
 import os
 import shutil
-import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_jepo.rollout.vllm import gloo
+from nemo_jepo.utils.network import free_ports
 
 NamedTensor = tuple[str, Tensor]
 Shapes = Sequence[tuple[str, tuple[int, ...]]]
@@ -123,7 +123,7 @@ class NCCLChannel:
         self._source = Source()
         self._num_ranks = control(url, "GET", "/get_world_size")["world_size"]
         address = gloo.own_address(urlsplit(url).hostname or "")
-        meeting = NCCLTrainerInitInfo(address, _free_port(address), 1 + self._num_ranks, rank=0)
+        meeting = NCCLTrainerInitInfo(address, *free_ports(1, address), 1 + self._num_ranks, rank=0)
         self._engine = WeightTransferTrainerFactory.trainer_init(meeting, client=self._client, source=self._source)
 
     def send(self, tensors: Iterable[NamedTensor], version: int) -> None:
@@ -221,9 +221,3 @@ def first_fault(*futures: "Future[Any]") -> list[Any]:
     for future in done:
         future.result()
     return [future.result() for future in futures]
-
-
-def _free_port(address: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((address, 0))
-        return probe.getsockname()[1]

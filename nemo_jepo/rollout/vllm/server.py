@@ -25,6 +25,7 @@ from typing import Any
 
 from nemo_jepo.config.errors import ConfigError, read_private
 from nemo_jepo.config.schema import RolloutConfig
+from nemo_jepo.utils.network import free_ports
 from nemo_jepo.utils.processes import SharedMemory, die_with_parent, end_session
 
 KEY_VARIABLE = "NEMO_JEPO_API_KEY"
@@ -347,12 +348,3 @@ def _vllm_option(name: str, value: object) -> list[str]:
     if isinstance(value, bool):
         return [option if value else f"--no-{option[2:]}"]
     return [option, str(value)]
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of the loopback address that nobody uses now."""
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports

@@ -1,6 +1,5 @@
 """Where the rows come from: the published files at their revision, or a local copy. Both through `datasets`."""
 
-import hashlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,12 +42,6 @@ def local_files(published: Published, path: Path) -> dict[str, list[str]]:
             rule = f"holds no file of the {split} split"
             raise ConfigError("--from", str(path), rule, f"Name it {split}.jsonl or {split}.parquet")
     return found
-
-
-def sha256_of(file: str | Path) -> str:
-    """Checksum of a file's bytes, in hexadecimal."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_split(published: Published, files: list[str], is_local: bool) -> Iterator[Row]:

@@ -17,8 +17,9 @@ import pyarrow.parquet
 from tqdm import tqdm
 
 from nemo_jepo.config.errors import ConfigError, DataError
-from nemo_jepo.tools.prepare.origin import local_files, published_files, read_split, sha256_of
+from nemo_jepo.tools.prepare.origin import local_files, published_files, read_split
 from nemo_jepo.tools.prepare.published import FILTERS, PUBLISHED, Example, Published
+from nemo_jepo.utils.files import sha256_of
 
 Judge = Callable[[Sequence[str]], Sequence[bool | None]]
 """Answers -> whether the verifier can grade each; None after a fault of the verifier."""

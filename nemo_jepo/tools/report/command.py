@@ -1,12 +1,12 @@
 """The command line of `nemo-jepo report`."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_jepo.config.errors import DataError
+from nemo_jepo.utils.files import write_atomically
 
 DONE, WRONG = 0, 2
 
@@ -72,7 +72,5 @@ def write(options: argparse.Namespace) -> None:
         options.figures.mkdir(parents=True, exist_ok=True)
         files = {f"{drawing.name}.png": drawing.light for drawing in drawings}
         for name, content in (files | {"tables.md": markdown(tables).encode()}).items():
-            partial = options.figures / f".{name}.partial"
-            partial.write_bytes(content)
-            os.replace(partial, options.figures / name)
+            write_atomically(options.figures / name, content)
     write_page(options.out, runs, drawings, tables)

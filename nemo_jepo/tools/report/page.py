@@ -7,7 +7,6 @@ script only ever makes text nodes of it (the policy's trusted types forbid it an
 import base64
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from markupsafe import Markup
 from nemo_jepo.tools.report.figures import Drawing
 from nemo_jepo.tools.report.runs import Run
 from nemo_jepo.tools.report.tables import Table
+from nemo_jepo.utils.files import write_atomically
 
 HERE = Path(__file__).parent
 SCRIPTS = ("elements.js", "charts.js", "rollouts.js")
@@ -69,9 +69,7 @@ OUTCOMES = (
 def write_page(path: Path, runs: Sequence[Run], drawings: Sequence[Drawing], tables: Sequence[Table] = ()) -> None:
     """Write the page, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(render(runs, drawings, tables), encoding="utf-8", errors="replace")  # lone surrogates
-    os.replace(partial, path)
+    write_atomically(path, render(runs, drawings, tables).encode(errors="replace"))  # lone surrogates
 
 
 def render(runs: Sequence[Run], drawings: Sequence[Drawing], tables: Sequence[Table] = ()) -> str:

@@ -10,8 +10,8 @@ import pytest
 from nemo_jepo.config.judge import JudgeConfig
 from nemo_jepo.rewards.judge import Judge
 from nemo_jepo.rewards.judge_prompt import Case
-from nemo_jepo.rollout.vllm.server import free_ports
 from nemo_jepo.utils import http
+from nemo_jepo.utils.network import free_ports
 from tests.support.fake_judge import FakeJudge, completion, prompt_of, says, verdict_lines, votes
 
 CASE = Case("What is 2+2?", "4", "four")

@@ -1,0 +1,24 @@
+"""Files that are whole or not there, and what they hold."""
+
+import hashlib
+import os
+from pathlib import Path
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file that holds all of the content or what it held before, whenever the process is killed.
+
+    Text is written as UTF-8. The bytes are on the disk when this returns.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def sha256_of(path: str | Path) -> str:
+    """Checksum of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
