@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, cast, get_type_hints
 
 import hydra
-from hydra._internal.utils import get_args_parser
+from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -34,6 +34,7 @@ from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.judge import RUN_SERVERS
 from nemo_jepo.config.layouts import check_layout
 from nemo_jepo.config.schema import VERIFIED_OBJECTIVES, Config
+from nemo_jepo.config.usage import usage
 
 BAD_SETTINGS = 2
 """Exit code of a run that a setting stopped."""
@@ -161,6 +162,46 @@ def resolve(cfg: DictConfig) -> Config:
     """
     with _one_line_errors():
         return cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), cfg)))
+
+
+def read_command_line(argv: Sequence[str]) -> Config | None:
+    """The checked settings of a Hydra command line; None where it only asked for something to be printed.
+
+    Neither NeMo nor torch is imported, so that a wrong setting and `--help` are answered at once on every rank.
+
+    Args:
+        argv: the command line without the program's name and the command. --config-path (or --config-dir) is taken
+            from the working directory and may use everything in conf/.
+    Raises:
+        ConfigError: the first wrong setting.
+    """
+    arguments = get_args_parser().parse_args(list(argv))
+    name = arguments.config_name or DEFAULT_CONFIG
+    folder = Path(arguments.config_path or arguments.config_dir or conf_dir()).absolute()
+    if arguments.multirun:
+        raise ConfigError("--multirun", True, "one process trains one model", "Start one run for each setting")
+    if arguments.help:
+        print(usage(conf_dir(), DEFAULT_CONFIG, Config))
+        return None
+    composed = compose(name, arguments.overrides, folder)
+    if arguments.cfg == "job":
+        with _one_line_errors():
+            print(OmegaConf.to_yaml(_section(composed, arguments.package), resolve=True), end="")
+        return None
+    if arguments.cfg or arguments.info or arguments.hydra_help or arguments.shell_completion:
+        _run_hydra(arguments, get_args_parser(), print, str(folder), name)
+        return None
+    config = resolve(composed)
+    check(config, int(os.environ.get("WORLD_SIZE", "1")))
+    return config
+
+
+def _section(composed: DictConfig, key: str | None) -> DictConfig:
+    """The node that --package names; the whole without it."""
+    node = composed if key is None else OmegaConf.select(composed, key)
+    if not isinstance(node, DictConfig):
+        raise ConfigError("--package", key, "is no section of settings", "Name one, such as model.optim")
+    return node
 
 
 def run(task: Callable[[Config], int], argv: Sequence[str], load_runner: Callable[[], Runner | None]) -> int:

@@ -411,6 +411,32 @@ def test_the_shape_of_a_hugging_face_folder_is_checked_against_the_layout(tmp_pa
 # ---- the command line
 
 
+def test_a_command_line_gives_checked_settings():
+    config = compose.read_command_line(["--config-name", "demo", "objective=rloo", "model.seed=5"])
+    assert config is not None
+    assert (config.objective.name, config.rollout.stop_at_marker, config.model.seed) == ("rloo", False, 5)
+    with pytest.raises(ConfigError, match="^trainer.num_nodes . trainer.devices=2: 1 processes were started"):
+        compose.read_command_line(["--config-name", "demo", "trainer.devices=2"])
+    with pytest.raises(ConfigError, match="^--multirun=True: "):
+        compose.read_command_line(["--multirun"])
+
+
+def test_help_names_recipes_groups_and_sections(capsys):
+    assert compose.read_command_line(["--help"]) is None
+    text = capsys.readouterr().out
+    assert all(f"    {name} " in text for name in [*RECIPES, "data", "objective", "rollout", "trainer", "warmup"])
+
+
+def test_a_printed_config_is_resolved_and_needs_no_missing_value(capsys):
+    assert compose.read_command_line(["--cfg", "job", "exp_manager.name=???"]) is None
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["objective"]["name"] == "jepo" and printed["kl"]["beta"] == 1e-3
+    assert compose.read_command_line(["--cfg", "job", "--package", "kl"]) is None
+    assert yaml.safe_load(capsys.readouterr().out) == printed["kl"]
+    with pytest.raises(ConfigError, match="^--package='no.such': is no section"):
+        compose.read_command_line(["--cfg", "job", "--package", "no.such"])
+
+
 def run(argv, task):
     """`compose.run` with Hydra's own decorator, which NeMo's has the interface of."""
     quiet = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none"]
