@@ -16,7 +16,7 @@ from nemo_jepo.actor.optimizer import optimizer_kind, require_same_kind
 from nemo_jepo.actor.parallel import Layout
 from nemo_jepo.actor.weights.load import load_stage, open_source
 from nemo_jepo.checkpoint.format import is_checkpoint, latest_checkpoint
-from nemo_jepo.checkpoint.writer import CheckpointWriter, load_checkpoint, read_loop_state
+from nemo_jepo.checkpoint.writer import CheckpointWriter, RunState, load_checkpoint, read_loop_state
 from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.layouts import check_layout
 from nemo_jepo.config.schema import Config
@@ -59,8 +59,6 @@ class Rooms:
 
     sampler_counts: dict[str, float] = field(default_factory=dict)
     """`Sampler.counts` of this replica when it was last asked for rollouts, on every rank."""
-    saved_step: int = 0
-    """Optimizer steps in the newest checkpoint of the run, also while it is being written."""
 
     def own_share(self, batch: Sequence[Prompt]) -> Sequence[Prompt]:
         """This replica's prompts of a global batch."""
@@ -120,8 +118,8 @@ def load_initial_weights(actor: MegatronJEPOActor, config: Config, layout: Layou
     """Weights of a Hugging Face folder, of a checkpoint in any layout, or seeded random ones."""
     path = config.pretrained_checkpoint.restore_from_path
     if path is not None and is_checkpoint(Path(path)):
-        state, _ = load_checkpoint(Path(path), {"model": actor.sharded_weights()})
-        actor.load_weights(state["model"])
+        state = load_checkpoint(Path(path), {"model": actor.sharded_weights()})
+        actor.load_weights(state.sharded["model"])
         return
     source = open_source(actor.hf_config, path, config.model.seed)
     load_stage(actor.chunks, actor.hf_config, source, layout)
@@ -176,7 +174,7 @@ def build_rooms(config: Config, folder: Path, layout: Layout, servers: OwnServer
         actor=actor,
         sampler=sampler,
         verifier=Verifier(config.evaluation.verify_timeout_s),
-        checkpoints=CheckpointWriter(folder / "checkpoints", config.trainer.jepo.keep_checkpoints),
+        checkpoints=checkpoint_writer(config, folder, hf_config, tokenizer),
         servers=servers.addresses,
     )
 
@@ -200,25 +198,33 @@ def collect(rooms: Rooms, future: "Future[list[Rollout]] | None") -> list[Rollou
     return drawn
 
 
+def checkpoint_writer(
+    config: Config, folder: Path, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> CheckpointWriter:
+    """The writer of the run's checkpoints, each with what another run needs to start from it."""
+
+    def write_model_files(path: Path) -> None:
+        hf_config.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+
+    loop = config.trainer.jepo
+    return CheckpointWriter(folder / "checkpoints", loop.keep_checkpoints, write_model_files, loop.async_save)
+
+
+def run_state(rooms: Rooms) -> RunState:
+    """What a checkpoint holds: weights, optimizer, schedule, data position."""
+    kind = optimizer_kind(rooms.config.model.optim, rooms.config.trainer.precision)
+    loop_state = {"data": rooms.stream.state_dict(), "optimizer": kind, "scores_in_bf16": rooms.actor.scores_in_bf16}
+    return RunState(rooms.actor.sharded_state_dict(), loop_state)
+
+
 def save(rooms: Rooms, step: int, last: bool) -> None:
-    """A checkpoint of the run, unless it has one of this step: weights, optimizer, schedule, data position; all ranks.
+    """A checkpoint of the run, unless it has one of this step; all ranks.
 
     Args:
         last: the run ends here, so every checkpoint is whole on return; others may stay in the background.
     """
-
-    def write_model_files(path: Path) -> None:
-        rooms.actor.hf_config.save_pretrained(path)
-        rooms.tokenizer.save_pretrained(path)
-
-    rooms.checkpoints.wait()
-    if step == rooms.saved_step:
-        return
-    background = rooms.config.trainer.jepo.async_save and not last
-    kind = optimizer_kind(rooms.config.model.optim, rooms.config.trainer.precision)
-    loop_state = {"data": rooms.stream.state_dict(), "optimizer": kind, "scores_in_bf16": rooms.actor.scores_in_bf16}
-    rooms.checkpoints.save(step, rooms.actor.sharded_state_dict(), loop_state, write_model_files, background)
-    rooms.saved_step = step
+    rooms.checkpoints.save(step, lambda: run_state(rooms), last)
 
 
 def resume(rooms: Rooms, folder: Path) -> int:
@@ -234,9 +240,8 @@ def resume(rooms: Rooms, folder: Path) -> int:
         return 0
     kind = optimizer_kind(rooms.config.model.optim, rooms.config.trainer.precision)
     require_same_kind(path, read_loop_state(path).get("optimizer"), kind)
-    state, loop_state = load_checkpoint(path, rooms.actor.sharded_state_dict(is_loading=True))
-    rooms.actor.load_state_dict(state)
-    rooms.actor.scores_in_bf16 = loop_state.get("scores_in_bf16", False)  # an older checkpoint does not say
-    rooms.stream.load_state_dict(loop_state["data"])
-    rooms.saved_step = rooms.actor.num_steps
+    state = rooms.checkpoints.resume(path, rooms.actor.sharded_state_dict(is_loading=True))
+    rooms.actor.load_state_dict(state.sharded)
+    rooms.actor.scores_in_bf16 = state.loop.get("scores_in_bf16", False)  # an older checkpoint does not say
+    rooms.stream.load_state_dict(state.loop["data"])
     return rooms.actor.num_steps

@@ -16,6 +16,7 @@ import secrets
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context, resource_tracker
 from multiprocessing.managers import SyncManager
@@ -29,8 +30,6 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 
 from nemo_jepo.checkpoint.format import (
-    is_checkpoint,
-    latest_checkpoint,
     mark_complete,
     note_checksums,
     require_whole,
@@ -40,82 +39,81 @@ from nemo_jepo.checkpoint.format import (
 from nemo_jepo.utils.files import write_atomically
 from nemo_jepo.utils.processes import die_with_parent
 
-__all__ = [
-    "CheckpointWriter",
-    "is_checkpoint",
-    "latest_checkpoint",
-    "load_checkpoint",
-    "read_loop_state",
-    "require_whole",
-    "save_with",
-    "step_of",
-    "whole_checkpoints",
-]
-
 LOOP_STATE = "loop.json"
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """What a checkpoint holds of a run."""
+
+    sharded: dict[str, Any]
+    """Weights, optimizer, schedule as dist_checkpointing shards."""
+    loop: dict[str, Any]
+    """The loop's own numbers: plain JSON data, the same on every rank."""
+
+
 class CheckpointWriter:
-    """Writes a run's checkpoints, one at a time. Every method: all ranks.
+    """Writes a run's checkpoints, one at a time, and knows the newest. Every method: all ranks.
 
     A background save copies the state at once (GPU: to host memory; CPU: by forking) and writes it in processes of
     their own. It becomes a checkpoint in the first later call that finds it written on every rank.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(
+        self, folder: Path, keep: int, write_model_files: Callable[[Path], None], in_background: bool = False
+    ) -> None:
         """A writer of no checkpoint yet.
 
         Args:
             folder: the run's checkpoints folder.
             keep: whole checkpoints that stay, the newest included; older ones are deleted.
+            write_model_files: puts config.json and the tokenizer beside the weights; called on rank 0.
+            in_background: saves return as soon as the state is copied.
         """
         self._folder = folder
         self._keep = keep
+        self._write_model_files = write_model_files
+        self._in_background = in_background
         self._background = AsyncCallsQueue()
+        self.saved_step = 0
+        """Optimizer steps in the newest checkpoint of the run, also while it is being written."""
 
     @property
     def pending(self) -> bool:
         """True while a background save is not a checkpoint yet; the same on every rank."""
         return self._background.get_num_unfinalized_calls() > 0
 
-    def save(
-        self,
-        step: int,
-        sharded_state: dict[str, Any],
-        loop_state: dict[str, Any],
-        write_model_files: Callable[[Path], None],
-        in_background: bool = False,
-    ) -> Path:
-        """Write one checkpoint, after the one before it is finished.
+    def save(self, step: int, state: Callable[[], RunState], last: bool = False) -> None:
+        """Write a checkpoint, after the one before it is finished; nothing more where the run has one of this step.
 
         Args:
-            sharded_state: weights, optimizer, schedule as dist_checkpointing shards.
-            loop_state: plain JSON data, the same on every rank.
-            write_model_files: puts config.json and the tokeniser beside the weights; called on rank 0.
-            in_background: return as soon as the state is copied.
-        Returns:
-            The folder that the checkpoint has, or will have.
+            step: optimizer steps done.
+            state: makes what is saved; called when the save begins.
+            last: the run ends here, so every checkpoint is whole on return.
         Raises:
-            CheckpointException: on every rank, where any could not write its share (Megatron's; also in the two below).
+            CheckpointException: on every rank, where any could not write its part (Megatron's; also in the two below).
         """
         self.wait()
-        staging, final = self._new_folder(step), self._folder / f"step_{step:06d}"
+        if step == self.saved_step:
+            return
+        staging, final = _new_folder(self._folder, step), self._folder / f"step_{step:06d}"
         _start_results_queue()
-        request = dist_checkpointing.save(sharded_state, str(staging), async_sharded_save=True)
-        _write_small_files(staging, loop_state, write_model_files)
-        request.add_finalize_fn(partial(self._complete, staging, final))
+        held = state()
+        request = dist_checkpointing.save(held.sharded, str(staging), async_sharded_save=True)
+        _write_small_files(staging, held.loop, self._write_model_files)
+        request.add_finalize_fn(partial(_complete, staging, final, self._keep))
         if request.async_fn is not None:  # this rank has something to write
             write = partial(_write_and_note_checksums, request.async_fn, staging, dist.get_rank())
             request = request._replace(async_fn=write)
-        if in_background:
+        if self._in_background and not last:
             self._background.schedule_async_request(request)
         else:
             request.execute_sync()
-        return final
+        self.saved_step = step
 
     def complete_if_written(self) -> None:
-        """Make a checkpoint of the background save if every rank has written its share."""
+        """Make a checkpoint of the background save if every rank has written its part."""
         if self.pending:
             self._background.maybe_finalize_async_calls()
 
@@ -123,26 +121,11 @@ class CheckpointWriter:
         """Return when the background save, if there is one, is a checkpoint."""
         self._background.maybe_finalize_async_calls(blocking=True)
 
-    def _new_folder(self, step: int) -> Path:
-        """An empty hidden folder. Its name is new, for writers of a killed run may still be at work in an old one."""
-        box = [self._folder / f".step_{step:06d}.{secrets.token_hex(4)}.partial"]
-        if dist.get_rank() == 0:
-            for leftover in self._folder.glob(".step_*.partial"):
-                shutil.rmtree(leftover, ignore_errors=True)
-            box[0].mkdir(parents=True)
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
-
-    def _complete(self, staging: Path, final: Path) -> None:
-        """Rename a folder that is written on every rank, and delete checkpoints that are no longer kept."""
-        if dist.get_rank() == 0:
-            mark_complete(staging, step_of(final))
-            shutil.rmtree(final, ignore_errors=True)  # not whole, or nobody would save this step again
-            os.rename(staging, final)
-            write_atomically(self._folder / "latest", final.name)
-            for old in whole_checkpoints(self._folder)[: -self._keep]:
-                shutil.rmtree(old)
-        dist.barrier()
+    def resume(self, path: Path, sharded_state: dict[str, Any]) -> RunState:
+        """Read one of the run's checkpoints, which then is its newest; as load_checkpoint does."""
+        state = load_checkpoint(path, sharded_state)
+        self.saved_step = step_of(path)
+        return state
 
 
 def save_with(
@@ -154,37 +137,59 @@ def save_with(
 ) -> Path:
     """Write a folder's only checkpoint by another of Megatron's strategies; returns it when it is whole. All ranks.
 
-    The other arguments are those of CheckpointWriter.save; there is no loop to resume.
+    There is no loop to resume; write_model_files is as in CheckpointWriter.
     """
-    writer, rank = CheckpointWriter(folder, keep=1), dist.get_rank()
-    staging, final = writer._new_folder(step), folder / f"step_{step:06d}"
+    staging, final, rank = _new_folder(folder, step), folder / f"step_{step:06d}", dist.get_rank()
     dist_checkpointing.save(sharded_state, str(staging), sharded_strategy=strategy)
     note_checksums(staging, rank, staging.glob(f"__{rank}_*.distcp"))
     _write_small_files(staging, {}, write_model_files)
     dist.barrier()  # every rank's checksums are there
-    writer._complete(staging, final)
+    _complete(staging, final, keep=1)
     return final
 
 
-def load_checkpoint(path: Path, sharded_state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def load_checkpoint(path: Path, sharded_state: dict[str, Any]) -> RunState:
     """Read a checkpoint in the current layout, whatever layout wrote it. All ranks.
 
     Args:
         path: one checkpoint folder.
         sharded_state: shards of the state to fill; parts of a checkpoint that it leaves out are not read.
     Returns:
-        (state with tensors filled in, loop state).
+        The state with its tensors filled in.
     Raises:
         ConfigError: the checkpoint is not whole; says which file.
     """
     require_whole(path)
-    state = dist_checkpointing.load(sharded_state, str(path))
-    return state, read_loop_state(path)
+    return RunState(dist_checkpointing.load(sharded_state, str(path)), read_loop_state(path))
 
 
 def read_loop_state(path: Path) -> dict[str, Any]:
     """The loop's own numbers in a checkpoint."""
     return json.loads((path / LOOP_STATE).read_text())
+
+
+def _new_folder(folder: Path, step: int) -> Path:
+    """An empty hidden folder. Its name is new, for writers of a killed run may still be at work in an old one."""
+    box = [folder / f".step_{step:06d}.{secrets.token_hex(4)}.partial"]
+    if dist.get_rank() == 0:
+        for leftover in folder.glob(".step_*.partial"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        box[0].mkdir(parents=True)
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _complete(staging: Path, final: Path, keep: int) -> None:
+    """Rename a folder that is written on every rank, and delete checkpoints that are no longer kept."""
+    folder = final.parent
+    if dist.get_rank() == 0:
+        mark_complete(staging, step_of(final))
+        shutil.rmtree(final, ignore_errors=True)  # not whole, or nobody would save this step again
+        os.rename(staging, final)
+        write_atomically(folder / "latest", final.name)
+        for old in whole_checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
 
 
 def _write_small_files(staging: Path, loop_state: dict[str, Any], write_model_files: Callable[[Path], None]) -> None:

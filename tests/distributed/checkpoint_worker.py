@@ -25,11 +25,12 @@ from nemo_jepo.actor import parallel
 
 parallel.init_distributed()
 
-from nemo_jepo import checkpoint  # noqa: E402
 from nemo_jepo.actor.actor import MegatronJEPOActor, _inner_optimizers  # noqa: E402
 from nemo_jepo.actor.model import load_hf_config  # noqa: E402
 from nemo_jepo.actor.weights.load import load_stage, open_source  # noqa: E402
 from nemo_jepo.actor.weights.stream import weight_stream  # noqa: E402
+from nemo_jepo.checkpoint import writer as checkpoint  # noqa: E402
+from nemo_jepo.checkpoint.format import latest_checkpoint  # noqa: E402
 from nemo_jepo.config.schema import ModelConfig, OptimConfig, SchedConfig  # noqa: E402
 from nemo_jepo.data.packing import pack  # noqa: E402
 from tests.distributed.batch import TINY, sequences  # noqa: E402
@@ -85,18 +86,22 @@ def write_model_files(folder: Path) -> None:
     (folder / "config.json").write_text("{}")
 
 
+def run_state(actor: MegatronJEPOActor) -> checkpoint.RunState:
+    return checkpoint.RunState(actor.sharded_state_dict(), LOOP_STATE)
+
+
 def die(folder: Path) -> None:
     raise KeyboardInterrupt
 
 
 def save(actor: MegatronJEPOActor, job: dict) -> None:
     """Steps 1 to 4 where the job asks what is kept; the last attempt dies, as a killed process would."""
-    writer = checkpoint.CheckpointWriter(Path(job["save"]), keep=2)
+    writer = checkpoint.CheckpointWriter(Path(job["save"]), 2, write_model_files)
     for step in job.get("steps", [2]):
-        writer.save(step, actor.sharded_state_dict(), LOOP_STATE, write_model_files)
+        writer.save(step, lambda: run_state(actor))
     if "dies_at" in job:
         try:
-            writer.save(job["dies_at"], actor.sharded_state_dict(), LOOP_STATE, die)
+            checkpoint.CheckpointWriter(Path(job["save"]), 2, die).save(job["dies_at"], lambda: run_state(actor))
         except KeyboardInterrupt:
             return
         raise AssertionError("was to die")
@@ -121,17 +126,17 @@ def save_in_background(actor: MegatronJEPOActor, job: dict) -> None:
     """
     folder = Path(job["background"])
     release = folder.with_name(f"{folder.name}.release")
-    writer = checkpoint.CheckpointWriter(folder, keep=2)
-    writer.save(1, actor.sharded_state_dict(), LOOP_STATE, write_model_files, in_background=True)
+    writer = checkpoint.CheckpointWriter(folder, 2, write_model_files, in_background=True)
+    writer.save(1, lambda: run_state(actor))
     with mock.patch.object(checkpoint, "_write_and_note_checksums", held_writer(job["held_rank"], release)):
-        writer.save(2, actor.sharded_state_dict(), LOOP_STATE, write_model_files, in_background=True)
+        writer.save(2, lambda: run_state(actor))
     update(actor)
     for _ in range(20):
         writer.complete_if_written()
         time.sleep(0.01)
     assert writer.pending, "a rank has not written its share"
     assert (folder / "latest").read_text() == "step_000001"
-    assert checkpoint.latest_checkpoint(folder).name == "step_000001"
+    assert latest_checkpoint(folder).name == "step_000001"
     actor.layout.barrier()
     release.touch()
     deadline = time.monotonic() + 60
@@ -144,10 +149,11 @@ def save_in_background(actor: MegatronJEPOActor, job: dict) -> None:
 def save_on_a_full_disk(actor: MegatronJEPOActor, job: dict) -> None:
     """Step 1 is whole; the background writer of step 2 fails, and the call that would make a checkpoint says so."""
     folder = Path(job["full_disk"])
-    writer = checkpoint.CheckpointWriter(folder, keep=2)
-    writer.save(1, actor.sharded_state_dict(), LOOP_STATE, write_model_files)
+    writer = checkpoint.CheckpointWriter(folder, 2, write_model_files, in_background=True)
+    writer.save(1, lambda: run_state(actor))
+    writer.wait()
     with mock.patch.object(checkpoint.filesystem_async, "_write_item", full_disk):
-        writer.save(2, actor.sharded_state_dict(), LOOP_STATE, write_model_files, in_background=True)
+        writer.save(2, lambda: run_state(actor))
     try:
         writer.wait()
     except CheckpointException as error:
@@ -163,9 +169,9 @@ def full_disk(*args: object, **kwargs: object) -> None:
 def run(job: dict) -> dict[str, torch.Tensor]:
     actor = build(job)
     if "resume" in job:
-        state, loop_state = checkpoint.load_checkpoint(Path(job["resume"]), actor.sharded_state_dict(is_loading=True))
-        assert loop_state == LOOP_STATE
-        actor.load_state_dict(state)
+        state = checkpoint.load_checkpoint(Path(job["resume"]), actor.sharded_state_dict(is_loading=True))
+        assert state.loop == LOOP_STATE
+        actor.load_state_dict(state.sharded)
     else:
         for _ in range(2):
             update(actor)
