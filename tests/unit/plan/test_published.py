@@ -1,4 +1,4 @@
-"""Published figures: docs/planner.md states what the planner says of them, and how far off it is."""
+"""Published figures: docs/reference/planner.md states what the planner says of them, and how far off it is."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 
 from tests.unit.plan.published import lines
 
-DOCS = (Path(__file__).parents[3] / "docs" / "planner.md").read_text()
+DOCS = (Path(__file__).parents[3] / "docs" / "reference" / "planner.md").read_text()
 
 
 def test_docs_state_the_error_of_every_published_figure():
