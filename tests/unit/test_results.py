@@ -1,4 +1,4 @@
-"""docs/results/index.md says what docs/results/*/results.parquet holds: every difference, every table, every arm and seed."""
+"""docs/results/index.md says what the results.parquet files hold: every difference, table, arm and seed."""
 
 import re
 from collections.abc import Collection

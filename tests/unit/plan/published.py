@@ -155,7 +155,7 @@ FITTED = {
 
 
 def lines() -> Iterator[str]:
-    """Every figure as a line of docs/reference/planner.md: published, modelled, error; a star where a constant was fitted."""
+    """Every number as a line of the planner page: published, modelled, error; a star where a constant was fitted."""
     for name, run in PRETRAINING.items():
         yield _line(name, "tokens/s/GPU", "", run.tokens_per_second, run.modelled())
     for name, grpo in GRPO_RUNS.items():
