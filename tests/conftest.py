@@ -1,8 +1,12 @@
-"""What every test runs under: one thread, no network, the same hypothesis examples each time."""
+"""What every test runs under: one thread, no network, the same hypothesis examples each time; its tier's marker."""
 
 import os
+from pathlib import Path
 
+import pytest
 from hypothesis import settings
+
+from tests.support import fork_server
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,3 +14,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 settings.register_profile("reproducible", deadline=None, derandomize=True)
 settings.load_profile("reproducible")
+
+TESTS = Path(__file__).parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    folder = fork_server.make_session_folder()
+    config.add_cleanup(lambda: fork_server.remove_session_folder(folder))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test has the marker of its folder; the tests of a file, or of a group that it names, share one xdist worker."""
+    for item in items:
+        folder, *_ = item.path.relative_to(TESTS).parts
+        item.add_marker(getattr(pytest.mark, folder))
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(TESTS))))
