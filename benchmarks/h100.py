@@ -38,7 +38,8 @@ from benchmarks.step import Batch, Lengths, draw_sequences, layouts
 from nemo_jepo.actor import parallel
 from nemo_jepo.actor.actor import MegatronJEPOActor
 from nemo_jepo.actor.fp8_guard import Reading, squared_error, squared_spread
-from nemo_jepo.actor.model import head_size, load_hf_config
+from nemo_jepo.actor.model import load_hf_config
+from nemo_jepo.actor.weights.families import Shape
 from nemo_jepo.actor.weights.load import load_stage, open_source
 from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.schema import ModelConfig, OptimConfig
@@ -160,15 +161,14 @@ def model_flops(shape: dict[str, Any], sequences: Sequence[Spliced]) -> float:
     The output head runs at scored tokens alone; the last term is attention, whose causal half is needed. Norms,
     lookups, padding, recomputed logits and the optimizer count for nothing.
     """
-    config = load_hf_config(shape)
-    hidden, head = config.hidden_size, head_size(config)
-    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
-    layer = hidden * (2 * queries + 2 * keys) + 3 * hidden * config.intermediate_size
+    model = Shape.of(load_hf_config(shape))
+    hidden, queries, keys = model.hidden_size, model.num_heads * model.head_size, model.num_kv_heads * model.head_size
+    layer = hidden * (2 * queries + 2 * keys) + 3 * hidden * model.inner_size
     tokens = sum(sequence.length for sequence in sequences)
     scored = sum(sequence.chain_length + sequence.answer_length for sequence in sequences)
     squares = sum(sequence.length**2 for sequence in sequences)
-    products = 6 * config.num_hidden_layers * layer * tokens + 6 * hidden * config.vocab_size * scored
-    return float(products + 12 * config.num_hidden_layers * queries * squares / 2)
+    products = 6 * model.num_layers * layer * tokens + 6 * hidden * model.vocab_size * scored
+    return float(products + 12 * model.num_layers * queries * squares / 2)
 
 
 def build(job: Job, tokens_per_row: int | None = None) -> MegatronJEPOActor:

@@ -1,8 +1,7 @@
 """A Hugging Face config becomes a megatron-core GPTModel whose last stage returns hidden states.
 
-Families: Llama (with llama3 RoPE scaling), Qwen2 (QKV bias), Qwen3 (query/key norm), Qwen3-MoE and Mixtral (experts);
-tied or untied. With Transformer Engine on a GPU its layers serve; otherwise megatron-core's local layers with packed
-SDPA attention.
+The families are those of weights/families.py, tied or untied, with plain or llama3 RoPE. With Transformer Engine on a
+GPU its layers serve; otherwise megatron-core's local layers with packed SDPA attention.
 """
 
 import logging
@@ -25,12 +24,12 @@ from transformers import AutoConfig, PretrainedConfig
 
 from nemo_jepo.actor.attention import PackedAttention
 from nemo_jepo.actor.precision import assert_fp8_is_used, fp8_options
+from nemo_jepo.actor.weights.families import Shape, family_of
 from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.schema import ModelConfig
 
 log = logging.getLogger(__name__)
 
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral")
 _LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -45,16 +44,14 @@ def load_hf_config(source: str | dict[str, Any]) -> PretrainedConfig:
     else:
         shape = dict(source)
         family = shape.pop("model_type", None)
-        if family not in FAMILIES:
-            raise ConfigError("model.hf_config.model_type", family, f"must be one of {', '.join(FAMILIES)}", "Set it")
+        family_of(family, "model.hf_config.model_type")
         config = AutoConfig.for_model(family, **shape)
     _check_family(config)
     return config
 
 
 def _check_family(config: PretrainedConfig) -> None:
-    if config.model_type not in FAMILIES:
-        raise ConfigError("model_type", config.model_type, f"supported are {', '.join(FAMILIES)}", "Use one of these")
+    family_of(config.model_type)
     rope = config.rope_parameters
     supported = rope["rope_type"] == "default" or (
         rope["rope_type"] == "llama3" and all(rope[key] == value for key, value in _LLAMA3_SCALING.items())
@@ -68,16 +65,11 @@ def _check_family(config: PretrainedConfig) -> None:
             raise ConfigError(key, getattr(config, key), f"the actor computes {plain!r} only", "Use another model")
     if getattr(config, "attention_bias", False):
         raise ConfigError("attention_bias", True, "the actor has no such biases", "Use another model")
-    if config.model_type == "qwen3_moe" and (config.mlp_only_layers or config.decoder_sparse_step != 1):
-        found = (config.mlp_only_layers, config.decoder_sparse_step)
+    found = getattr(config, "mlp_only_layers", None) or [], getattr(config, "decoder_sparse_step", 1)
+    if found != ([], 1):
         raise ConfigError(
             "mlp_only_layers, decoder_sparse_step", found, "the actor has experts in every layer", "Use another model"
         )
-
-
-def head_size(hf_config: PretrainedConfig) -> int:
-    """Channels of one attention head."""
-    return getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
 
 
 def use_transformer_engine() -> bool:
@@ -100,23 +92,21 @@ def transformer_config(hf_config: PretrainedConfig, model: ModelConfig, dtype: t
     elif model.activations_checkpoint_granularity == "selective":
         recompute = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     on_gpu = torch.cuda.is_available()
-    width, experts = hf_config.intermediate_size, num_experts(hf_config)
-    if experts:
-        width = getattr(hf_config, "moe_intermediate_size", width)
+    shape = Shape.of(hf_config)
     return TransformerConfig(
-        num_layers=hf_config.num_hidden_layers,
-        hidden_size=hf_config.hidden_size,
-        ffn_hidden_size=width,
-        num_attention_heads=hf_config.num_attention_heads,
-        num_query_groups=hf_config.num_key_value_heads,
-        kv_channels=head_size(hf_config),
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.inner_size,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_kv_heads,
+        kv_channels=shape.head_size,
         normalization="RMSNorm",
         layernorm_epsilon=hf_config.rms_norm_eps,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
-        add_qkv_bias=hf_config.model_type == "qwen2",
-        qk_layernorm=hf_config.model_type in ("qwen3", "qwen3_moe"),
+        add_qkv_bias=shape.family.qkv_bias,
+        qk_layernorm=shape.family.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         attention_softmax_in_fp32=True,
@@ -142,21 +132,16 @@ def transformer_config(hf_config: PretrainedConfig, model: ModelConfig, dtype: t
         calculate_per_token_loss=True,
         **recompute,
         **fp8_options(model),
-        **(_expert_options(hf_config, model) if experts else {}),
+        **(_expert_options(hf_config, shape, model) if shape.num_experts else {}),
     )
 
 
-def num_experts(hf_config: PretrainedConfig) -> int:
-    """Experts of a layer; 0 for a dense model."""
-    return hf_config.num_local_experts if hf_config.model_type in ("qwen3_moe", "mixtral") else 0
-
-
-def _expert_options(hf_config: PretrainedConfig, model: ModelConfig) -> dict[str, Any]:
+def _expert_options(hf_config: PretrainedConfig, shape: Shape, model: ModelConfig) -> dict[str, Any]:
     """Experts as the families compute them: no token is dropped, no auxiliary loss joins the objective."""
     return {
-        "num_moe_experts": num_experts(hf_config),
-        "moe_ffn_hidden_size": getattr(hf_config, "moe_intermediate_size", hf_config.intermediate_size),
-        "moe_router_topk": hf_config.num_experts_per_tok,
+        "num_moe_experts": shape.num_experts,
+        "moe_ffn_hidden_size": shape.inner_size,
+        "moe_router_topk": shape.experts_per_token,
         # softmax over the chosen experts is softmax over all, renormalised over the chosen
         "moe_router_pre_softmax": not getattr(hf_config, "norm_topk_prob", True),
         "moe_router_load_balancing_type": "none",

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nemo_jepo.actor.weights.families import Shape, model_parameters
+from nemo_jepo.actor.weights.families import Shape
 from nemo_jepo.actor.weights.hf_folder import SafetensorsFolder
+from nemo_jepo.actor.weights.names import model_parameters
 from nemo_jepo.actor.weights.parameters import Groups, named_parameters
 from nemo_jepo.actor.weights.slices import TensorSource
 

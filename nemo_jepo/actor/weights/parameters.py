@@ -1,4 +1,4 @@
-"""The parameters on this rank under the names of families.py, whatever chunks, stages and layers hold them."""
+"""The parameters on this rank under the names of names.py, whatever chunks, stages and layers hold them."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -48,7 +48,7 @@ def named_parameters(chunks: Iterable[nn.Module], groups: Groups) -> Iterator[tu
 
 
 def _inner_name(name: str, layer: nn.Module, groups: Groups) -> str:
-    """A parameter's name inside its layer as families.py writes it."""
+    """A parameter's name inside its layer as names.py writes it."""
     expert = _LOCAL_EXPERT.fullmatch(name)
     if expert is None:
         return _TE_NORMS.get(name, name)

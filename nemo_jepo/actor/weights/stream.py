@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nemo_jepo.actor.weights.families import ModelParameter, Shape, model_parameters, place_of
+from nemo_jepo.actor.weights.families import Shape
+from nemo_jepo.actor.weights.names import ModelParameter, model_parameters, place_of
 from nemo_jepo.actor.weights.parameters import Groups, named_parameters
 
 

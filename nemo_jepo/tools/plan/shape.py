@@ -3,7 +3,7 @@
     h hidden size, f width of the feed-forward layer (of one expert), q = heads * head size, k = key-value heads * head
     size, L layers, V vocabulary, E experts of which a token visits A
 
-    attention     h (q + 2k) + q h        (qwen2: + q + 2k biases; qwen3: + 2 head sizes of query/key norm)
+    attention     h (q + 2k) + q h        (qkv_bias: + q + 2k; qk_norm: + 2 head sizes)
     feed-forward  3 h f                   (experts: E 3 h f, and a router of E h)
     norms         2 h a layer, h at the end
     embedding     V h, and V h again for an output matrix that is not tied
@@ -16,12 +16,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nemo_jepo.actor.weights.families import FAMILIES, Shape, family_of
 from nemo_jepo.config.errors import ConfigError
 
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral")
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-_EXPERTS_OF = {"qwen3_moe": (128, 8), "mixtral": (8, 2)}
-"""Family -> (experts, experts a token visits) where a config does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +58,9 @@ class ModelShape:
     @property
     def layer_vectors(self) -> int:
         """Parameters of one layer that every tensor-parallel rank holds whole (biases are counted with them)."""
-        biases = self.query_width + 2 * self.key_value_width if self.family == "qwen2" else 0
-        query_key_norms = 2 * self.head_size if self.family in ("qwen3", "qwen3_moe") else 0
+        family = FAMILIES[self.family]
+        biases = self.query_width + 2 * self.key_value_width if family.qkv_bias else 0
+        query_key_norms = 2 * self.head_size if family.qk_norm else 0
         return 2 * self.hidden + biases + query_key_norms + self.num_experts * self.hidden
 
     @property
@@ -110,29 +109,22 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
     Raises:
         ConfigError: another family, or a number is missing.
     """
-    family = config.get("model_type")
-    if family not in FAMILIES:
-        raise ConfigError("model.hf_config.model_type", family, f"must be one of {', '.join(FAMILIES)}", "Set it")
+    family_of(config.get("model_type"), "model.hf_config.model_type")
     missing = [name for name in _NEEDED if config.get(name) is None]
     if missing:
         raise ConfigError(f"model.hf_config.{missing[0]}", None, "the planner cannot guess it", "Add it")
-    heads, hidden = config["num_attention_heads"], config["hidden_size"]
-    key_value_heads = config.get("num_key_value_heads") or heads
-    head_size = config.get("head_dim") or (128 if family == "qwen3" else hidden // heads)
-    experts, visited = _EXPERTS_OF.get(family, (0, 0))
-    experts = config.get("num_local_experts") or config.get("num_experts") or experts
-    width = config["intermediate_size"]
+    shape = Shape.of(config)
     return ModelShape(
-        family=family,
-        hidden=hidden,
-        num_layers=config["num_hidden_layers"],
-        query_width=heads * head_size,
-        key_value_width=key_value_heads * head_size,
-        num_key_value_heads=key_value_heads,
-        head_size=head_size,
-        feed_forward=config.get("moe_intermediate_size", 768) if family == "qwen3_moe" else width,
-        vocab=config["vocab_size"],
-        tied=bool(config.get("tie_word_embeddings", False)),
-        num_experts=experts if visited else 0,
-        experts_per_token=config.get("num_experts_per_tok", visited) if visited else 0,
+        family=config["model_type"],
+        hidden=shape.hidden_size,
+        num_layers=shape.num_layers,
+        query_width=shape.num_heads * shape.head_size,
+        key_value_width=shape.num_kv_heads * shape.head_size,
+        num_key_value_heads=shape.num_kv_heads,
+        head_size=shape.head_size,
+        feed_forward=shape.inner_size,
+        vocab=shape.vocab_size,
+        tied=shape.tied,
+        num_experts=shape.num_experts,
+        experts_per_token=shape.experts_per_token,
     )

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from nemo_jepo.actor.model import head_size, load_hf_config, padded_vocab_size
+from nemo_jepo.actor.model import load_hf_config, padded_vocab_size
+from nemo_jepo.actor.weights.families import Shape
 from nemo_jepo.config.errors import ConfigError
 from tests.distributed.batch import TINY
 from tests.support.hf_models import LLAMA3, SHAPES
@@ -58,8 +59,8 @@ def test_the_rope_keys_of_older_files_are_understood():
 
 
 def test_the_head_size_may_differ_from_hidden_size_over_heads():
-    assert head_size(load_hf_config(TINY | {"model_type": "qwen3"})) == 16
-    assert head_size(load_hf_config(TINY | {"model_type": "llama", "head_dim": None})) == 8
+    assert Shape.of(load_hf_config(TINY | {"model_type": "qwen3"})).head_size == 16
+    assert Shape.of(load_hf_config(TINY | {"model_type": "llama", "head_dim": None})).head_size == 8
 
 
 def test_a_vocabulary_is_padded_to_a_multiple_of_the_ranks():
