@@ -1,12 +1,11 @@
 """Where Hydra meets the dataclasses: from a command line to one checked `Config`, or one line that says what to change.
 
-    argv -> compose (typed by the schema) -> resolve (rules of one field) -> check (rules between nodes and machines)
+    argv -> compose (typed by the schema) -> resolve (rules of one field) -> check (rules between settings)
 
 Neither torch nor NeMo is imported here, so a wrong setting is reported within a second. A conf file begins its
 defaults list with `nemo_jepo_schema`; a folder of one's own (`--config-path DIR`) also sees the groups of conf/.
 """
 
-import json
 import logging
 import os
 import re
@@ -30,17 +29,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from nemo_jepo.config.check import check, check_fields
 from nemo_jepo.config.errors import ConfigError
-from nemo_jepo.config.judge import RUN_SERVERS
-from nemo_jepo.config.layouts import check_layout
-from nemo_jepo.config.schema import VERIFIED_OBJECTIVES, Config
+from nemo_jepo.config.schema import Config
 from nemo_jepo.config.usage import usage
 
 BAD_SETTINGS = 2
 """Exit code of a run that a setting stopped."""
 DEFAULT_CONFIG = "jepo"
-NEED_SIBLINGS = (*VERIFIED_OBJECTIVES, "vr_cli")
-"""Objectives whose whole gradient has a leave-one-out baseline: nothing is left of it with one generation."""
 
 Runner = Callable[..., Callable[[Callable[[DictConfig], Any]], Callable[[], Any]]]
 """What NeMo's `hydra_runner` is: (config_path, config_name) -> decorator of a function of the composed config."""
@@ -156,12 +152,14 @@ def compose(config_name: str, overrides: Sequence[str] = (), config_path: str | 
 
 
 def resolve(cfg: DictConfig) -> Config:
-    """The dataclasses, every field checked by its own rule (ConfigError names the key).
+    """The dataclasses, every field checked by the rules that it declares (ConfigError names the key).
 
     A config without nemo_jepo_schema, such as a run's saved config.yaml, gets its types here.
     """
     with _one_line_errors():
-        return cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), cfg)))
+        config = cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), cfg)))
+    check_fields(config)
+    return config
 
 
 def read_command_line(argv: Sequence[str]) -> Config | None:
@@ -261,138 +259,3 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def model_shape(config: Config) -> dict[str, Any] | None:
-    """The Hugging Face config of the model as a dict; None for a checkpoint that keeps its own elsewhere."""
-    if config.model.hf_config:
-        return config.model.hf_config
-    folder = Path(config.model.hf_config_path or str(config.pretrained_checkpoint.restore_from_path))
-    file = folder / "config.json" if folder.is_dir() else folder
-    return json.loads(file.read_text()) if file.is_file() else None
-
-
-def _check_machines(config: Config, world_size: int) -> None:
-    asked = config.trainer.num_nodes * config.trainer.devices
-    if asked != world_size:
-        fix = f"Start {asked} processes (torchrun --nnodes --nproc-per-node), or change one of the two"
-        raise ConfigError("trainer.num_nodes * trainer.devices", asked, f"{world_size} processes were started", fix)
-    replicas = config.model.data_parallel_size(world_size)
-    batches = {"trainer.jepo.num_prompts_per_step": config.trainer.jepo.num_prompts_per_step}
-    if config.warmup.max_steps:
-        batches["warmup.num_prompts_per_step"] = config.warmup.num_prompts_per_step
-    for key, prompts in batches.items():
-        if prompts % replicas:
-            rule = f"must be a multiple of the {replicas} data-parallel replicas"
-            raise ConfigError(key, prompts, rule, f"Use {max(1, prompts // replicas) * replicas}")
-    if config.model.sequence_parallel and config.model.tensor_model_parallel_size == 1:
-        rule = "shards activations over the tensor-parallel ranks, and model.tensor_model_parallel_size is 1"
-        raise ConfigError("model.sequence_parallel", True, rule, "Switch it off, or raise the tensor-parallel size")
-
-
-def _check_lengths(config: Config) -> None:
-    generated = max(config.rollout.max_tokens, config.evaluation.max_tokens or 0)
-    longest = generated + config.data.max_prompt_tokens + config.data.max_answer_tokens
-    multiple = config.model.segment_multiple
-    if -(-longest // multiple) * multiple > config.model.tokens_per_micro_batch:
-        key = "max(rollout.max_tokens, evaluation.max_tokens) + data.max_prompt_tokens + data.max_answer_tokens"
-        rule = f"a sequence must fit in a row of model.tokens_per_micro_batch={config.model.tokens_per_micro_batch}"
-        raise ConfigError(key, longest, rule, "Raise that, or lower one of the three")
-
-
-def _check_objective(config: Config) -> None:
-    name, objective = config.objective.name, config.objective
-    if config.trainer.jepo.max_steps == config.warmup.max_steps == 0:
-        rule = "makes the warm-up alone, and warmup.max_steps is 0 as well"
-        raise ConfigError("trainer.jepo.max_steps", 0, rule, "Raise one of them")
-    if name in VERIFIED_OBJECTIVES and config.rollout.stop_at_marker:
-        rule = f"objective={name} reads the generation's own answer, which a sampler that stops there never writes"
-        raise ConfigError("rollout.stop_at_marker", True, rule, "Add rollout.stop_at_marker=false")
-    if name in NEED_SIBLINGS and config.trainer.jepo.num_generations_per_prompt < 2:
-        rule = f"the baseline of objective={name} is the mean of the other generations"
-        raise ConfigError("trainer.jepo.num_generations_per_prompt", 1, rule, "Use at least 2")
-    if config.rollout.temperature != 1 and objective.importance_sampling == "none" and name != "sft":
-        rule = "the samples would not be the policy's own, and nothing corrects for it"
-        fix = "Use 1, or objective.importance_sampling=token_truncated"
-        raise ConfigError("rollout.temperature", config.rollout.temperature, rule, fix)
-    if config.rollout.max_staleness and objective.importance_sampling == "none" and name != "sft":
-        rule = "the samples come from older weights, and nothing corrects for it"
-        fix = "Add objective.importance_sampling=token_truncated (or sequence_truncated)"
-        raise ConfigError("rollout.max_staleness", config.rollout.max_staleness, rule, fix)
-    if name == "vr_cli" and objective.beta_sup:
-        rule = "objective=vr_cli has no supervised term"
-        raise ConfigError("objective.beta_sup", objective.beta_sup, rule, "Use 0, or objective=jepo_single")
-    if objective.importance_sampling != "none" and objective.importance_cap < 1:
-        rule = "would shrink on-policy tokens, whose ratio is 1"
-        raise ConfigError("objective.importance_cap", objective.importance_cap, rule, "Use at least 1")
-
-
-def _check_rollout(config: Config) -> None:
-    rollout = config.rollout
-    truncated = {"rollout.top_p": (rollout.top_p, 1.0), "rollout.top_k": (rollout.top_k, 0)}
-    for key, (value, whole) in truncated.items():
-        if value == whole:
-            continue
-        if rollout.name == "embedded":
-            raise ConfigError(key, value, "the embedded sampler draws from all tokens", f"Use {whole}, or rollout=vllm")
-        if config.objective.name not in ("sft", "rloo") and not rollout.allow_truncated_sampling:
-            rule = "the bound is an expectation over the policy's own samples, and these would not be"
-            fix = f"Use {whole}, or accept the bias with rollout.allow_truncated_sampling=true"
-            raise ConfigError(key, value, rule, fix)
-    if rollout.max_staleness and rollout.name == "embedded":
-        rule = "the embedded sampler shares its process with the trainer and cannot run ahead"
-        raise ConfigError("rollout.max_staleness", rollout.max_staleness, rule, "Use 0, or rollout=vllm")
-    if rollout.name == "vllm" and rollout.servers == "auto" and config.trainer.num_nodes > 1:
-        rule = f"starts servers on the trainer's own node, and trainer.num_nodes is {config.trainer.num_nodes}"
-        fix = "Start `nemo-jepo serve` on the rollout nodes and give their URLs"
-        raise ConfigError("rollout.servers", "auto", rule, fix)
-
-
-def _check_evaluation(config: Config) -> None:
-    for name in ("judge", "model_verifier"):
-        node, judge = f"evaluation.{name}", getattr(config.evaluation, name)
-        if judge.url is None:
-            continue
-        if not config.evaluation.verify:
-            rule = "is asked where the rule calls an own answer wrong, and evaluation.verify=false decodes none"
-            raise ConfigError(f"{node}.url", judge.url, rule, "Use evaluation.verify=true, or no judge")
-        if judge.url == RUN_SERVERS and config.rollout.name != "vllm":
-            rule = f"are the vLLM servers of the run, and rollout={config.rollout.name} has none"
-            raise ConfigError(f"{node}.url", judge.url, rule, "Give an address, or use rollout=vllm")
-        judge.key(node)
-
-
-def _check_model(config: Config) -> None:
-    sources = {
-        "model.hf_config": config.model.hf_config,
-        "model.hf_config_path": config.model.hf_config_path,
-        "pretrained_checkpoint.restore_from_path": config.pretrained_checkpoint.restore_from_path,
-    }
-    given = [key for key, value in sources.items() if value]
-    if len(given) != 1:
-        rule = "exactly one of them must say what the model is"
-        raise ConfigError(", ".join(sources), given, rule, "Give one" if not given else "Set the others to null")
-    shape = model_shape(config)
-    if shape is None:
-        return
-    for name in ("num_attention_heads", "intermediate_size", "num_hidden_layers"):
-        if name not in shape:
-            raise ConfigError(given[0], sorted(shape), f"the model's shape has no {name}", "Add it")
-    check_layout(config.model, shape)
-
-
-def check(config: Config, world_size: int) -> None:
-    """Every rule between nodes, files and machines.
-
-    Args:
-        world_size: trainer processes that were really started.
-    Raises:
-        ConfigError: the first broken rule.
-    """
-    config.data.check()
-    _check_machines(config, world_size)
-    _check_lengths(config)
-    _check_objective(config)
-    _check_rollout(config)
-    _check_evaluation(config)
-    _check_model(config)

@@ -1,7 +1,6 @@
-"""What is wrong with a setting or with data, in one line, and the rules that one setting can break."""
+"""What is wrong with a setting or with data, in one line."""
 
 import stat
-from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -14,30 +13,6 @@ class ConfigError(ValueError):
 
 class DataError(ValueError):
     """Data the user must change: which file, line and field, what is wrong, what to do."""
-
-
-def one_of(key: str, value: object, allowed: Sequence[object]) -> None:
-    """Raise ConfigError unless the value is one of those allowed."""
-    if value not in allowed:
-        raise ConfigError(key, value, f"must be one of {', '.join(map(str, allowed))}", "Choose one of these")
-
-
-def at_least(key: str, value: float | None, low: float) -> None:
-    """Raise ConfigError for a value below `low`; None is allowed."""
-    if value is not None and value < low:
-        raise ConfigError(key, value, f"must be at least {low}", "Raise it")
-
-
-def in_unit_interval(key: str, value: float) -> None:
-    """Raise ConfigError for a share below 0 or above 1."""
-    if not 0 <= value <= 1:
-        raise ConfigError(key, value, "must lie in [0, 1]", "Give a share")
-
-
-def existing(key: str, path: str | None, fix: str) -> None:
-    """Raise ConfigError for a path that does not exist; None is allowed."""
-    if path is not None and not Path(path).exists():
-        raise ConfigError(key, path, "no such file or folder", fix)
 
 
 def read_private(key: str, file: str) -> str:

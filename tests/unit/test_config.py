@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 
 from nemo_jepo.config import compose
 from nemo_jepo.config.errors import ConfigError
-from nemo_jepo.config.schema import OBJECTIVES, Config
+from nemo_jepo.config.objectives import OBJECTIVES
+from nemo_jepo.config.schema import Config
 
 CONF = Path(__file__).parents[2] / "conf"
 RECIPES = sorted(path.stem for path in CONF.glob("*.yaml"))

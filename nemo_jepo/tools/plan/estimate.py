@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from nemo_jepo.config import compose
 from nemo_jepo.config.errors import ConfigError
+from nemo_jepo.config.layouts import model_shape
 from nemo_jepo.config.schema import Config
 from nemo_jepo.tools.plan.calibration import DECODE_STEP_SECONDS, EMBEDDED_STEP_SECONDS, OTHER_SECONDS, OURS
 from nemo_jepo.tools.plan.generation import Sampler
@@ -130,7 +131,7 @@ def planned_shape(config: Config) -> ModelShape:
     Raises:
         ConfigError: nothing says what it is.
     """
-    found = compose.model_shape(config)
+    found = model_shape(config.model, config.pretrained_checkpoint.restore_from_path)
     if found is None:
         path = config.model.hf_config_path or config.pretrained_checkpoint.restore_from_path
         raise ConfigError("model", path, "has no config.json", "Write the shape into model.hf_config")

@@ -1,12 +1,9 @@
 """A judge's settings: every wrong one is one line that names its key, before a model is built."""
 
-import subprocess
-
 import pytest
 
 from nemo_jepo.config import compose
 from nemo_jepo.config.errors import ConfigError
-from tests.support.command_line import ENVIRONMENT, command
 
 NODES = ["evaluation.judge", "evaluation.model_verifier"]
 URL = "http://127.0.0.1:9/v1"
@@ -102,16 +99,3 @@ def test_a_judges_prompt_comes_from_a_conf_file_and_is_saved_with_the_run(tmp_pa
     assert found.evaluation.judge.prompt == text
     (tmp_path / "config.yaml").write_text(compose.to_yaml(found))
     assert compose.resolve(compose.compose("config", config_path=tmp_path)) == found
-
-
-def test_a_wrong_setting_of_a_judge_ends_an_evaluation_with_one_line(tmp_path):
-    done = subprocess.run(
-        command("evaluate", tmp_path, "evaluation.judge.votes=2"),
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("evaluation.judge.votes=2: an even number can tie.")
-    assert done.stderr.count("\n") == 1 and "no such key" not in done.stderr

@@ -1,0 +1,192 @@
+"""Every rule of the settings, checked before a model is built.
+
+`check_fields` walks the tree and checks what each field declares (config.rules); `check` checks the rules between
+settings, files and machines. Both raise ConfigError for the first broken rule, under the key that the user typed.
+"""
+
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from nemo_jepo.config.errors import ConfigError
+from nemo_jepo.config.judge import RUN_SERVERS, check_judge
+from nemo_jepo.config.layouts import check_layout, model_shape
+from nemo_jepo.config.rules import rules_of
+from nemo_jepo.config.schema import (
+    ArithmeticConfig,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    PretrainedConfig,
+    RolloutConfig,
+    TrainerConfig,
+    WarmupConfig,
+)
+
+
+def check_fields(node: Any, prefix: str = "") -> None:
+    """The declared rules of every field below `node`, a dataclass of settings whose key is `prefix` without its dot."""
+    for declared in fields(node):
+        key, value = f"{prefix}{declared.name}", getattr(node, declared.name)
+        if is_dataclass(value):
+            check_fields(value, f"{key}.")
+        for rule in rules_of(declared):
+            if value is not None and not rule.holds(value):
+                raise ConfigError(key, value, f"must be {rule.text}", rule.fix)
+
+
+def check(config: Config, world_size: int) -> None:
+    """Every rule between settings, files and machines.
+
+    Args:
+        world_size: trainer processes that were really started.
+    Raises:
+        ConfigError: the first broken rule.
+    """
+    _check_data(config.data)
+    _check_arithmetic(config.data.arithmetic)
+    _check_machines(config.trainer, config.model, world_size)
+    _check_batches(config.trainer, config.warmup, config.model.data_parallel_size(world_size))
+    _check_lengths(config.model, config.rollout, config.evaluation, config.data)
+    _check_steps(config.trainer, config.warmup)
+    _check_objective(config.objective, config.rollout, config.trainer)
+    _check_on_policy(config.objective, config.rollout)
+    _check_sampler(config.rollout, config.objective, config.trainer)
+    _check_judges(config.evaluation, config.rollout)
+    _check_model(config.model, config.pretrained_checkpoint)
+
+
+def _check_data(data: DataConfig) -> None:
+    if data.reads_files and data.train_path is None:
+        raise ConfigError("data.train_path", None, f"data={data.name} reads a file", "Add data.train_path=FILE")
+    if data.system_prompt is not None and not data.use_chat_template:
+        rule = "is a turn of the chat template"
+        raise ConfigError("data.system_prompt", data.system_prompt, rule, "Add data.use_chat_template=true")
+
+
+def _check_arithmetic(arithmetic: ArithmeticConfig) -> None:
+    both = arithmetic.right_share + arithmetic.corrupted_share
+    if both > 1:
+        rule = "must be at most 1; the rest has no chain of thought"
+        raise ConfigError("data.arithmetic.right_share + corrupted_share", both, rule, "Lower one of them")
+
+
+def _check_machines(trainer: TrainerConfig, model: ModelConfig, world_size: int) -> None:
+    asked = trainer.num_nodes * trainer.devices
+    if asked != world_size:
+        fix = f"Start {asked} processes (torchrun --nnodes --nproc-per-node), or change one of the two"
+        raise ConfigError("trainer.num_nodes * trainer.devices", asked, f"{world_size} processes were started", fix)
+    if model.sequence_parallel and model.tensor_model_parallel_size == 1:
+        rule = "shards activations over the tensor-parallel ranks, and model.tensor_model_parallel_size is 1"
+        raise ConfigError("model.sequence_parallel", True, rule, "Switch it off, or raise the tensor-parallel size")
+
+
+def _check_batches(trainer: TrainerConfig, warmup: WarmupConfig, replicas: int) -> None:
+    batches = {"trainer.jepo.num_prompts_per_step": trainer.jepo.num_prompts_per_step}
+    if warmup.max_steps:
+        batches["warmup.num_prompts_per_step"] = warmup.num_prompts_per_step
+    for key, prompts in batches.items():
+        if prompts % replicas:
+            rule = f"must be a multiple of the {replicas} data-parallel replicas"
+            raise ConfigError(key, prompts, rule, f"Use {max(1, prompts // replicas) * replicas}")
+
+
+def _check_lengths(model: ModelConfig, rollout: RolloutConfig, evaluation: EvaluationConfig, data: DataConfig) -> None:
+    generated = max(rollout.max_tokens, evaluation.max_tokens or 0)
+    longest = generated + data.max_prompt_tokens + data.max_answer_tokens
+    if -(-longest // model.segment_multiple) * model.segment_multiple > model.tokens_per_micro_batch:
+        key = "max(rollout.max_tokens, evaluation.max_tokens) + data.max_prompt_tokens + data.max_answer_tokens"
+        rule = f"a sequence must fit in a row of model.tokens_per_micro_batch={model.tokens_per_micro_batch}"
+        raise ConfigError(key, longest, rule, "Raise that, or lower one of the three")
+
+
+def _check_steps(trainer: TrainerConfig, warmup: WarmupConfig) -> None:
+    if trainer.jepo.max_steps == warmup.max_steps == 0:
+        rule = "makes the warm-up alone, and warmup.max_steps is 0 as well"
+        raise ConfigError("trainer.jepo.max_steps", 0, rule, "Raise one of them")
+
+
+def _check_objective(objective: ObjectiveConfig, rollout: RolloutConfig, trainer: TrainerConfig) -> None:
+    name, kind = objective.name, objective.kind
+    if kind.reads_verifier and rollout.stop_at_marker:
+        rule = f"objective={name} reads the generation's own answer, which a sampler that stops there never writes"
+        raise ConfigError("rollout.stop_at_marker", True, rule, "Add rollout.stop_at_marker=false")
+    if kind.needs_siblings and trainer.jepo.num_generations_per_prompt < 2:
+        rule = f"the baseline of objective={name} is the mean of the other generations"
+        raise ConfigError("trainer.jepo.num_generations_per_prompt", 1, rule, "Use at least 2")
+    if kind.reads_likelihood and not kind.answer_term and objective.beta_sup:
+        rule = f"objective={name} has no supervised term"
+        raise ConfigError("objective.beta_sup", objective.beta_sup, rule, "Use 0, or objective=jepo_single")
+    if objective.importance_sampling != "none" and objective.importance_cap < 1:
+        rule = "would shrink on-policy tokens, whose ratio is 1"
+        raise ConfigError("objective.importance_cap", objective.importance_cap, rule, "Use at least 1")
+
+
+def _check_on_policy(objective: ObjectiveConfig, rollout: RolloutConfig) -> None:
+    """Samples must be the policy's own, or corrected for."""
+    if objective.kind.supervised or objective.importance_sampling != "none":
+        return
+    if rollout.temperature != 1:
+        rule = "the samples would not be the policy's own, and nothing corrects for it"
+        fix = "Use 1, or objective.importance_sampling=token_truncated"
+        raise ConfigError("rollout.temperature", rollout.temperature, rule, fix)
+    if rollout.max_staleness:
+        rule = "the samples come from older weights, and nothing corrects for it"
+        fix = "Add objective.importance_sampling=token_truncated (or sequence_truncated)"
+        raise ConfigError("rollout.max_staleness", rollout.max_staleness, rule, fix)
+
+
+def _check_sampler(rollout: RolloutConfig, objective: ObjectiveConfig, trainer: TrainerConfig) -> None:
+    name, kind = rollout.name, rollout.kind
+    truncated = {"rollout.top_p": (rollout.top_p, 1.0), "rollout.top_k": (rollout.top_k, 0)}
+    for key, (value, whole) in truncated.items():
+        if value == whole:
+            continue
+        if not kind.can_truncate:
+            raise ConfigError(key, value, f"the {name} sampler draws from all tokens", f"Use {whole}, or rollout=vllm")
+        if objective.kind.reads_likelihood and not rollout.allow_truncated_sampling:
+            rule = "the bound is an expectation over the policy's own samples, and these would not be"
+            fix = f"Use {whole}, or accept the bias with rollout.allow_truncated_sampling=true"
+            raise ConfigError(key, value, rule, fix)
+    if rollout.max_staleness and not kind.can_run_ahead:
+        rule = f"the {name} sampler shares its process with the trainer and cannot run ahead"
+        raise ConfigError("rollout.max_staleness", rollout.max_staleness, rule, "Use 0, or rollout=vllm")
+    if kind.has_servers and rollout.server_urls() is None and trainer.num_nodes > 1:
+        rule = f"starts servers on the trainer's own node, and trainer.num_nodes is {trainer.num_nodes}"
+        fix = "Start `nemo-jepo serve` on the rollout nodes and give their URLs"
+        raise ConfigError("rollout.servers", "auto", rule, fix)
+
+
+def _check_judges(evaluation: EvaluationConfig, rollout: RolloutConfig) -> None:
+    judges = {"evaluation.judge": evaluation.judge, "evaluation.model_verifier": evaluation.model_verifier}
+    for node, judge in judges.items():
+        check_judge(judge, node)
+        if judge.url is None:
+            continue
+        if not evaluation.verify:
+            rule = "is asked where the verifier calls an own answer wrong, and evaluation.verify=false decodes none"
+            raise ConfigError(f"{node}.url", judge.url, rule, "Use evaluation.verify=true, or no judge")
+        if judge.url == RUN_SERVERS and not rollout.kind.has_servers:
+            rule = f"are the vLLM servers of the run, and rollout={rollout.name} has none"
+            raise ConfigError(f"{node}.url", judge.url, rule, "Give an address, or use rollout=vllm")
+        judge.key(node)
+
+
+def _check_model(model: ModelConfig, pretrained: PretrainedConfig) -> None:
+    sources = {
+        "model.hf_config": model.hf_config,
+        "model.hf_config_path": model.hf_config_path,
+        "pretrained_checkpoint.restore_from_path": pretrained.restore_from_path,
+    }
+    given = [key for key, value in sources.items() if value]
+    if len(given) != 1:
+        rule = "exactly one of them must say what the model is"
+        raise ConfigError(", ".join(sources), given, rule, "Give one" if not given else "Set the others to null")
+    shape = model_shape(model, pretrained.restore_from_path)
+    if shape is None:
+        return
+    for name in ("num_attention_heads", "intermediate_size", "num_hidden_layers"):
+        if name not in shape:
+            raise ConfigError(given[0], sorted(shape), f"the model's shape has no {name}", "Add it")
+    check_layout(model, shape)
