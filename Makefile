@@ -1,4 +1,5 @@
-# Every command runs in .venv, which `make env` builds from pyproject.toml and rebuilds when that file changes.
+# Every command runs in .venv, which `make env` builds from pyproject.toml and constraints.txt, and rebuilds when one of
+# them changes. vLLM asks for some other versions: `make vllm` is not held to constraints.txt.
 #
 #   PYTHON       interpreter, 3.11 or newer            make env PYTHON=python3.12
 #   PIP_OPTIONS  options of pip, such as an index      make env PIP_OPTIONS="--extra-index-url https://download.pytorch.org/whl/cpu"
@@ -8,21 +9,27 @@ PYTHON ?= python3
 PIP_OPTIONS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
+LOCK_OPTIONS ?=
+UV := 0.13.9
 VLLM := 0.32.0
 VLLM_STAMP := .venv/.vllm-$(VLLM)
 
 .DEFAULT_GOAL := help
-.PHONY: help env vllm demo test test-gpu lint check docs clean
+.PHONY: help env lock vllm demo test test-gpu lint check docs clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
 env: $(STAMP) ## the environment in .venv
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install $(PIP_OPTIONS) --editable '.[dev,docs]'
+	$(BIN)/python -m pip install $(PIP_OPTIONS) --constraint constraints.txt --editable '.[dev,docs]'
 	touch $@
+
+lock: $(STAMP) ## constraints.txt after a change of pyproject.toml; everything to its newest version: LOCK_OPTIONS=--upgrade
+	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) uv==$(UV)
+	$(BIN)/python tools/lock.py $(LOCK_OPTIONS)
 
 vllm: $(VLLM_STAMP) ## vLLM in .venv, for rollout=vllm: the CPU build, or the GPU one beside a torch with CUDA
 

@@ -1,8 +1,11 @@
-"""Nothing is left out of the package."""
+"""Nothing is left out of the package, and constraints.txt has a version for everything that it needs."""
 
 import tomllib
 from fnmatch import fnmatch
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "nemo_jepo"
@@ -24,3 +27,16 @@ def test_every_folder_of_code_and_conf_is_packaged():
     code = {".".join(path.parent.relative_to(ROOT).parts) for path in PACKAGE.rglob("*.py")}
     conf = {".".join(("nemo_jepo", *path.parent.relative_to(ROOT).parts)) for path in (ROOT / "conf").rglob("*.yaml")}
     assert set(packages) == code | conf
+
+
+def test_constraints_meet_every_requirement():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pins = {canonicalize_name(pin.name): pin for pin in map(Requirement, lines)}
+    for line in [
+        *project["dependencies"],
+        *(line for extra in project["optional-dependencies"].values() for line in extra),
+    ]:
+        asked = Requirement(line)
+        (version,) = (item.version for item in pins[canonicalize_name(asked.name)].specifier)
+        assert asked.specifier.contains(version), f"{line} against {version}: run `make lock`"
