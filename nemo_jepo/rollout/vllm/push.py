@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -74,7 +75,8 @@ class WeightTransfer:
         for lane in lanes:
             lane.start(partial(self._update, lane, version))
         try:
-            for item in named_tensors:
+            for name, tensor in named_tensors:
+                item = Item(name, tensor, self._written())
                 for lane in lanes:
                     lane.put(item, lanes)
         finally:  # without the whole stream no lane comes to its end by itself
@@ -87,6 +89,8 @@ class WeightTransfer:
 
     def _update(self, lane: "_Lane", version: int) -> None:
         """The whole exchange with one server, in its lane's thread."""
+        if self._cuda_device is not None:
+            torch.cuda.set_device(self._cuda_device)  # a new thread begins on device 0
         url = lane.url
         if url not in self._channels:
             self._channels[url] = self._open(url)
@@ -104,19 +108,47 @@ class WeightTransfer:
             raise
         self._control(url, "POST", "/resume", timeout_s=lane.remaining_s())
 
+    def _written(self) -> "torch.cuda.Event | None":
+        """When what the caller's stream was given so far will be done; None without a GPU."""
+        if self._cuda_device is None:
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
     def _open(self, url: str) -> Channel:
         timeout_s = 2 * self._settings.sync_timeout_s  # a lane may have to wait as long as another one's deadline
         if self._backend == "file":
             return FileChannel(self._control, url, self._folder, timeout_s)
         if self._backend == "gloo":
             return GlooChannel(self._control, url, self._shapes, self._dtype, timeout_s)
-        torch.cuda.set_device(self._cuda_device)  # of this thread
         return NCCLChannel(self._control, url, self._shapes, self._dtype, timeout_s)
 
     def close(self) -> None:
         """Leave every group; files of a push go."""
         self._channels.clear()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A tensor of the stream on its way to the lanes' threads."""
+
+    name: str
+    tensor: torch.Tensor
+    written: "torch.cuda.Event | None"
+    """Until then the tensor's memory is being written by a kernel or a collective; None without a GPU."""
+
+    def on_this_stream(self) -> NamedTensor:
+        """The tensor, for work on the current stream of this thread, whichever that is.
+
+        The stream waits until the tensor is written, and its memory is not given away before the stream has read it.
+        """
+        if self.written is not None:
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self.written)
+            self.tensor.record_stream(stream)
+        return self.name, self.tensor
 
 
 class _Lane:
@@ -126,7 +158,7 @@ class _Lane:
         self.url = url
         self.channel: Channel | None = None
         self._num_tensors, self._deadline = num_tensors, deadline
-        self._waiting: queue.Queue[NamedTensor | None] = queue.Queue(TENSORS_IN_LANE)
+        self._waiting: queue.Queue[Item | None] = queue.Queue(TENSORS_IN_LANE)
         self._ended = threading.Event()
         self._fault: str | None = None
         self._num_sent, self._last = 0, "none"
@@ -144,7 +176,7 @@ class _Lane:
 
         threading.Thread(target=run, name=f"weights to {self.url}", daemon=True).start()
 
-    def put(self, item: NamedTensor | None, lanes: "Sequence[_Lane]") -> None:
+    def put(self, item: Item | None, lanes: "Sequence[_Lane]") -> None:
         """Hand the next tensor over, None after the last one; dropped once the lane has failed.
 
         Args:
@@ -177,8 +209,8 @@ class _Lane:
                 if self._num_sent != self._num_tensors:
                     raise RuntimeError(f"the stream ended after {self._num_sent} of {self._num_tensors} tensors")
                 return
-            self._num_sent, self._last = self._num_sent + 1, item[0]
-            yield item
+            self._num_sent, self._last = self._num_sent + 1, item.name
+            yield item.on_this_stream()
 
     def remaining_s(self) -> float:
         """Seconds until the deadline, and a moment for a last word after it."""
