@@ -40,11 +40,22 @@ class SegmentBucket:
     """[segments, longest] int64: where each key lies among the keys gathered from all ranks; -1 past the end."""
     mask: Tensor | None
     """[segments, 1, queries, keys] bool, True where attention is allowed; None: causal, queries and keys the same."""
+    slots: Tensor
+    """[tokens] int64: which of the flattened queries are tokens; on the device a mask would ask for their number."""
+    tokens: Tensor
+    """[tokens] int64: the queries at those slots."""
 
     def to(self, device: torch.device) -> "SegmentBucket":
         """On a device."""
         mask = None if self.mask is None else self.mask.to(device)
-        return SegmentBucket(self.queries.to(device), self.keys.to(device), mask)
+        rest = (tensor.to(device) for tensor in (self.slots, self.tokens))
+        return SegmentBucket(self.queries.to(device), self.keys.to(device), mask, *rest)
+
+
+def _bucket(queries: Tensor, keys: Tensor, mask: Tensor | None) -> SegmentBucket:
+    flat = queries.flatten()
+    slots = (flat >= 0).nonzero()[:, 0]
+    return SegmentBucket(queries, keys, mask, slots, flat[slots])
 
 
 def segment_buckets(cu_seqlens: Tensor, rank: int = 0, size: int = 1) -> list[SegmentBucket]:
@@ -63,7 +74,7 @@ def segment_buckets(cu_seqlens: Tensor, rank: int = 0, size: int = 1) -> list[Se
         groups.setdefault((end - start - 1).bit_length(), []).append((start, end))
     spans = [torch.tensor(groups[length]) for length in sorted(groups)]
     if size == 1:
-        return [SegmentBucket(positions, positions, None) for positions in map(_positions, spans)]
+        return [_bucket(positions, positions, None) for positions in map(_positions, spans)]
     own = local_positions(cu_seqlens, rank, size)
     gathered = torch.cat([local_positions(cu_seqlens, other, size) for other in range(size)])
     slot_of = torch.empty_like(gathered)
@@ -83,4 +94,4 @@ def _shared_bucket(keys: Tensor, queries: Tensor, own: Tensor, slot_of: Tensor) 
     query_position = torch.where(queries >= 0, own[queries.clamp_min(0)], -1)[:, :, None]
     allowed = (query_position >= keys[:, None, :]) & (keys >= 0)[:, None, :]
     allowed |= query_position < 0  # a query past the end sees something: an empty softmax is NaN
-    return SegmentBucket(queries, torch.where(keys >= 0, slot_of[keys.clamp_min(0)], -1), allowed[:, None])
+    return _bucket(queries, torch.where(keys >= 0, slot_of[keys.clamp_min(0)], -1), allowed[:, None])

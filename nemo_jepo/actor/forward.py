@@ -12,8 +12,8 @@ from megatron.core import tensor_parallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from nemo_jepo.actor.attention import BucketedSeqParams
-from nemo_jepo.actor.context import local_positions, segment_buckets
+from nemo_jepo.actor.attention import PackedRowParams
+from nemo_jepo.actor.context import local_positions
 from nemo_jepo.actor.logprobs import chunked_logprobs
 from nemo_jepo.actor.model import HiddenStateGPTModel, unwrap
 from nemo_jepo.actor.parallel import Layout
@@ -54,26 +54,40 @@ class TokenHead:
         slot_of[positions] = torch.arange(len(positions))
         slots = slot_of[scored - 1]  # hidden[t - 1] predicts token t
         here = slots >= 0
-        states = hidden[:, 0].index_select(0, slots[here].to(hidden.device)).to(weight.dtype)
-        target = row.token_ids[scored[here]].to(hidden.device)
+        states = hidden[:, 0].index_select(0, to_device(slots[here], hidden.device)).to(weight.dtype)
+        target = to_device(row.token_ids[scored[here]], hidden.device)
         found = chunked_logprobs(states, weight, target, first_token, self.chunk_tokens, group)
-        where = (here.nonzero()[:, 0].to(hidden.device),)
+        where = (to_device(here.nonzero()[:, 0], hidden.device),)
         token_logprobs, entropies = (values.new_zeros(len(scored)).index_put(where, values) for values in found)
         return token_logprobs, entropies
 
 
-def sequence_parameters(row: PackedRow, device: torch.device, context_group: dist.ProcessGroup) -> BucketedSeqParams:
-    """What attention needs to keep a row's segments apart."""
-    cu_seqlens = row.cu_seqlens.to(device)
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on a device, without waiting for what the device does."""
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def sequence_parameters(
+    row: PackedRow, device: torch.device, context_group: dist.ProcessGroup, on_device: bool
+) -> PackedRowParams:
+    """What attention and rotary embedding need to keep a row's segments apart.
+
+    Args:
+        on_device: Transformer Engine's kernels read the bounds on the device; Megatron's own rotary embedding reads
+            them on the host, several times a layer, and would wait for the device each time.
+    """
+    cu_seqlens = to_device(row.cu_seqlens, device) if on_device else row.cu_seqlens
     longest = int((row.cu_seqlens[1:] - row.cu_seqlens[:-1]).max())
-    buckets = segment_buckets(row.cu_seqlens, context_group.rank(), context_group.size())
-    return BucketedSeqParams(
+    return PackedRowParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        buckets=[bucket.to(device) for bucket in buckets],
+        bounds=row.cu_seqlens,
+        device=device,
         context_group=context_group,
     )
 
@@ -104,15 +118,15 @@ def run_rows(
         device = layout.device
         positions = local_positions(row.cu_seqlens, layout.context_group.rank(), layout.context_group.size())
         hidden = chunk(
-            row.token_ids[None, positions].to(device),
-            row.position_ids[None, positions].to(device),
+            to_device(row.token_ids[None, positions], device),
+            to_device(row.position_ids[None, positions], device),
             None,
-            packed_seq_params=sequence_parameters(row, device, layout.context_group),
+            packed_seq_params=sequence_parameters(row, device, layout.context_group, gpt.config.apply_rope_fusion),
         )
 
         def loss_func(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             token_logprobs, entropies = head(gpt, hidden, row, positions)
-            loss = -torch.dot(weights.to(token_logprobs), token_logprobs)
+            loss = -torch.dot(to_device(weights, device).to(token_logprobs), token_logprobs)
             report = {"loss": loss.detach(), "token_logprobs": token_logprobs.detach(), "entropies": entropies}
             return loss, torch.ones((), dtype=torch.int, device=device), report
 

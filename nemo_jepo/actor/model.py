@@ -6,6 +6,7 @@ GPU its layers serve; otherwise megatron-core's local layers with packed SDPA at
 
 import logging
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -72,6 +73,7 @@ def _check_family(config: PretrainedConfig) -> None:
         )
 
 
+@cache
 def use_transformer_engine() -> bool:
     """True where Transformer Engine's layers will serve: CUDA and the package both present."""
     if not torch.cuda.is_available():
@@ -91,7 +93,7 @@ def transformer_config(hf_config: PretrainedConfig, model: ModelConfig, dtype: t
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif model.activations_checkpoint_granularity == "selective":
         recompute = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
-    on_gpu = torch.cuda.is_available()
+    on_gpu, fused = torch.cuda.is_available(), use_transformer_engine()
     shape = Shape.of(hf_config)
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -110,10 +112,11 @@ def transformer_config(hf_config: PretrainedConfig, model: ModelConfig, dtype: t
         hidden_dropout=0.0,
         attention_dropout=0.0,
         attention_softmax_in_fp32=True,
-        bias_activation_fusion=False,
+        # Without Transformer Engine torch.compile makes the kernel, for every number of tokens that an expert gets.
+        bias_activation_fusion=on_gpu and (fused or not shape.num_experts),
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        apply_rope_fusion=False,
+        apply_rope_fusion=fused,
         gradient_accumulation_fusion=False,
         use_cpu_initialization=not on_gpu,
         perform_initialization=True,  # also marks the tensor-parallel parameters, which the gradient norm needs

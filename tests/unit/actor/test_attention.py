@@ -3,13 +3,26 @@
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_thd
 
-from nemo_jepo.actor.attention import BucketedSeqParams, PackedAttention
+from nemo_jepo.actor.attention import PackedAttention, PackedRowParams
 from nemo_jepo.actor.context import segment_buckets
+from nemo_jepo.actor.forward import sequence_parameters
+from nemo_jepo.types import PackedRow
 
 HEADS, KV_HEADS, SIZE = 4, 2, 8
 LENGTHS = [5, 1, 16, 7, 6, 2, 17]
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class FakeGroup:
+    """A context-parallel group of one."""
+
+    def rank(self) -> int:
+        return 0
+
+    def size(self) -> int:
+        return 1
 
 
 def bounds(lengths: list[int]) -> torch.Tensor:
@@ -25,7 +38,7 @@ def heads(num_tokens: int) -> Heads:
 
 
 def packed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    parameters = BucketedSeqParams(qkv_format="thd", buckets=segment_buckets(bounds(lengths)))
+    parameters = PackedRowParams(qkv_format="thd", bounds=bounds(lengths))
     return PackedAttention(None, 1)(query, key, value, packed_seq_params=parameters)
 
 
@@ -72,7 +85,7 @@ def test_a_changed_segment_changes_no_other_segment():
 
 def test_the_softmax_scale_is_the_given_one():
     row = heads(4)
-    parameters = BucketedSeqParams(qkv_format="thd", buckets=segment_buckets(bounds([4])))
+    parameters = PackedRowParams(qkv_format="thd", bounds=bounds([4]))
     found = PackedAttention(None, 1, softmax_scale=0.5)(*row, packed_seq_params=parameters)
     query, key, value = row
     torch.testing.assert_close(found, alone(query * 0.5 * SIZE**0.5, key, value))
@@ -95,3 +108,25 @@ def test_a_row_of_a_bucket_is_one_segment_from_its_start(lengths):
     rows = [row for bucket in segment_buckets(bounds(lengths)) for row in bucket.keys.tolist()]
     assert {tuple(position for position in row if position >= 0) for row in rows} == segments
     assert all(row[: row.index(-1)] == [p for p in row if p >= 0] for row in rows if -1 in row)
+
+
+def test_attention_and_rotary_embedding_never_wait_for_the_device():
+    """On the meta device no value can be read back: forward and backward pass need none of them."""
+    device = torch.device("meta")
+    segments = bounds(LENGTHS)
+    row = PackedRow(
+        token_ids=torch.zeros(sum(LENGTHS), dtype=torch.long),
+        position_ids=torch.zeros(sum(LENGTHS), dtype=torch.long),
+        cu_seqlens=segments,
+        sequence_index=torch.zeros(sum(LENGTHS), dtype=torch.long),
+        scored_mask=torch.zeros(sum(LENGTHS), dtype=torch.bool),
+    )
+    parameters = sequence_parameters(row, device, FakeGroup(), on_device=False)
+    query, key, value = (tensor.detach().to(device).requires_grad_() for tensor in heads(sum(LENGTHS)))
+    angles = torch.zeros(max(LENGTHS), 1, 1, SIZE, device=device)
+    turned = [
+        _apply_rotary_pos_emb_thd(tensor, parameters.cu_seqlens_q, angles, cp_group=FakeGroup())
+        for tensor in (query, key)
+    ]
+    PackedAttention(None, 1)(*turned, value, packed_seq_params=parameters).sum().backward()
+    assert query.grad.shape == query.shape
