@@ -20,7 +20,9 @@ def run_script(name: str, folder: Path, num_nodes: int, *overrides: str, **varia
     commands = folder / "bin"
     commands.mkdir()
     for command in ("srun", "scontrol", "scancel"):
-        (commands / command).write_text(f"#!{sys.executable}\n" + (ROOT / "tests" / "slurm_commands.py").read_text())
+        (commands / command).write_text(
+            f"#!{sys.executable}\n" + (ROOT / "tests" / "support" / "slurm_commands.py").read_text()
+        )
         (commands / command).chmod(0o755)
     job = {"SLURM_JOB_ID": "4242", "SLURM_JOB_NODELIST": "node[1-n]", "SLURM_JOB_NUM_NODES": str(num_nodes)}
     job |= {"SLURM_SUBMIT_DIR": str(folder), "PROJECT_DIR": str(ROOT), "RECORD": str(folder), "HOME": str(folder)}

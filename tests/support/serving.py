@@ -2,8 +2,8 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -44,22 +44,100 @@ def tiny_model(folder: Path, family: str, tied: bool, seed: int) -> PreTrainedMo
     return model
 
 
-@contextmanager
-def running_server(model_folder: Path, *options: str, log: Path) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
-    """`nemo-jepo serve` until the block ends; yields its URL and process when it answers."""
+@dataclass(eq=False)
+class Server:
+    """One `nemo-jepo serve`, its URL and its log."""
+
+    url: str
+    process: "subprocess.Popen[bytes]"
+    log: Path
+
+    def end(self) -> None:
+        self.process.terminate()
+        self.process.wait(60)
+
+
+def start_server(model_folder: Path, *options: str, log: Path) -> Server:
+    """`nemo-jepo serve`, not waited for; options of vLLM's own after "--"."""
     (port,) = free_ports(1)
-    url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "nemo_jepo.cli", "serve", str(model_folder), "--port", str(port)]
-    command += ["--dtype", "float32", "--max-model-len", "128", *options]
+    command += ["--dtype", "float32", "--max-model-len", "256", *options]
     with log.open("ab") as file:
-        server = subprocess.Popen(command, env=ENVIRONMENT | {KEY_VARIABLE: KEY}, stdout=file, stderr=file)
-    try:
-        wait_until(lambda: health_of(url) == "good" or server.poll() is not None)
-        assert server.poll() is None, log.read_text()[-3000:]
-        yield url, server
-    finally:
-        server.terminate()
-        server.wait(60)
+        process = subprocess.Popen(command, env=ENVIRONMENT | {KEY_VARIABLE: KEY}, stdout=file, stderr=file)
+    return Server(f"http://127.0.0.1:{port}", process, log)
+
+
+def wait_for(servers: Sequence[Server]) -> None:
+    """Until all of them answer."""
+    for server in servers:
+        wait_until(lambda server=server: health_of(server.url) == "good" or server.process.poll() is not None)
+        assert server.process.poll() is None, server.log.read_text()[-3000:]
+
+
+class SharedServers:
+    """Servers for every test of a session that leaves them whole; a test that ends one takes it.
+
+    Two hold the first of two tiny Llamas, and render a chat as its messages' text. They are started when first asked
+    for, and again when one was taken.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model_folder = folder / "llama_1"
+        self.models = [tiny_model(folder / f"llama_{seed}", "llama", True, seed) for seed in (1, 2)]
+        self.key_file = folder / "key"
+        self.key_file.touch(0o600)
+        self.key_file.write_text(KEY)
+        self._template = folder / "chat.jinja"
+        self._template.write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
+        self._alike: list[Server] = []
+        self._others: list[Server] = []
+        self.num_started = 0
+
+    def start(self, model_folder: Path, *options: str) -> Server:
+        """One more, for a model of one's own; a later test may take it."""
+        server = self._start(model_folder, *options)
+        self._others.append(server)
+        wait_for([server])
+        return server
+
+    def alike(self, count: int = 2) -> list[Server]:
+        """The first `count` of the shared ones, answering."""
+        while len(self._alike) < count:
+            self._alike.append(self._start(self.model_folder, "--", "--chat-template", str(self._template)))
+        wait_for(self._alike[:count])
+        return self._alike[:count]
+
+    def take(self) -> Server:
+        """One that no other test will get, to be ended by the caller; one that is left over, if there is any."""
+        left = self._others or self._alike
+        server = left.pop() if left else self._start(self.model_folder)
+        wait_for([server])
+        return server
+
+    def give_up(self, server: Server) -> None:
+        """End one that is no longer as it was."""
+        self._alike.remove(server)
+        server.end()
+
+    def settings(self, count: int = 1) -> list[str]:
+        """Of a run that starts from their model and samples from the first `count` of them."""
+        urls = ",".join(server.url for server in self.alike(count))
+        own = [f"rollout.servers=[{urls}]", f"rollout.vllm.api_key_file={self.key_file}"]
+        return [
+            "rollout=vllm",
+            *own,
+            "model.hf_config=null",
+            f"pretrained_checkpoint.restore_from_path={self.model_folder}",
+        ]
+
+    def close(self) -> None:
+        for server in [*self._alike, *self._others]:
+            server.end()
+
+    def _start(self, model_folder: Path, *options: str) -> Server:
+        self.num_started += 1
+        return start_server(model_folder, *options, log=self.folder / f"server_{self.num_started}.log")
 
 
 def logprobs(model: PreTrainedModel, prompt: tuple[int, ...], token_ids: tuple[int, ...]) -> torch.Tensor:

@@ -1,8 +1,6 @@
 """Weights in, and what a real vLLM server samples with them afterwards: the new model's tokens, to rounding."""
 
-import os
-import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
@@ -18,7 +16,7 @@ from nemo_jepo.rollout.sampler import GenerationRequest
 from nemo_jepo.rollout.vllm.pool import Pool
 from nemo_jepo.rollout.vllm.push import WeightTransfer
 from nemo_jepo.types import Prompt, Rollout
-from tests.support.serving import KEY, VOCAB, logprobs, running_server, tiny_model
+from tests.support.serving import KEY, VOCAB, Server, SharedServers, logprobs, tiny_model
 from tests.support.vllm_processes import named, needs_vllm, wait_until
 
 pytestmark = needs_vllm
@@ -63,25 +61,35 @@ def assert_samples_with(pool: Pool, model: PreTrainedModel, version: int, urls: 
                 assert differences(model, rollout).max() < ROUNDING
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_after_a_push_the_server_samples_with_the_new_weights(family, tied, tmp_path):
-    old, new = (tiny_model(tmp_path / str(seed), family, tied, seed) for seed in (1, 2))
-    with running_server(tmp_path / "1", "--", "--max-num-seqs", "8", log=tmp_path / "log") as (url, _):
-        pool = Pool([url], VLLMConfig(), KEY, VOCAB)
-        with transfer_of(pool, new, tmp_path / "files") as transfer:
-            assert transfer.push([url], stream(new), 1) == {url: None}
-            assert_samples_with(pool, new, 1, [url])
-            assert transfer.push([url], stream(old), 2) == {url: None}
-            assert_samples_with(pool, old, 2, [url])
-        with transfer_of(pool, new, tmp_path / "files", weight_transfer="file") as transfer:
-            assert transfer.push([url], stream(new), 3) == {url: None}
-            assert_samples_with(pool, new, 3, [url])
-        with transfer_of(pool, new, tmp_path / "files") as transfer:  # another trainer, the same server
-            assert transfer.push([url], stream(old), 4) == {url: None}
-            assert_samples_with(pool, old, 4, [url])
-            push_in_flight(pool, transfer, url, old, new)
-        pool.close()
+def pushed_twice_and_again(url: str, old: PreTrainedModel, new: PreTrainedModel, folder: Path) -> None:
+    """Through gloo, through a file, by a second trainer, and while requests are half done."""
+    pool = Pool([url], VLLMConfig(), KEY, VOCAB)
+    with transfer_of(pool, new, folder) as transfer:
+        assert transfer.push([url], stream(new), 1) == {url: None}
+        assert_samples_with(pool, new, 1, [url])
+        assert transfer.push([url], stream(old), 2) == {url: None}
+        assert_samples_with(pool, old, 2, [url])
+    with transfer_of(pool, new, folder, weight_transfer="file") as transfer:
+        assert transfer.push([url], stream(new), 3) == {url: None}
+        assert_samples_with(pool, new, 3, [url])
+    with transfer_of(pool, new, folder) as transfer:  # another trainer, the same server
+        assert transfer.push([url], stream(old), 4) == {url: None}
+        assert_samples_with(pool, old, 4, [url])
+        push_in_flight(pool, transfer, url, old, new)
+    pool.close()
+
+
+def test_after_a_push_the_server_samples_with_the_new_weights(servers, tmp_path):
+    """A Llama, whose output head is its embedding."""
+    (server,) = servers.alike(1)
+    pushed_twice_and_again(server.url, *servers.models, tmp_path)
+
+
+def test_after_a_push_a_family_of_other_tensors_is_served_as_well(servers, tmp_path):
+    """Qwen3 has norms of queries and keys; this one has an output head of its own."""
+    old, new = (tiny_model(tmp_path / str(seed), "qwen3", False, seed) for seed in (1, 2))
+    server = servers.start(tmp_path / "1", "--", "--max-num-seqs", "8")
+    pushed_twice_and_again(server.url, old, new, tmp_path / "files")
 
 
 def push_in_flight(pool: Pool, transfer: WeightTransfer, url: str, old: PreTrainedModel, new: PreTrainedModel) -> None:
@@ -104,37 +112,26 @@ def push_in_flight(pool: Pool, transfer: WeightTransfer, url: str, old: PreTrain
     pytest.fail("twenty pushes found no request half done")  # one may: on a busy machine all can be over before it
 
 
-@pytest.fixture(scope="module")
-def two_servers(tmp_path_factory) -> Iterator[tuple[list[PreTrainedModel], list[str], list[psutil.Process]]]:
-    """Models with seeds 1 and 2, two servers that hold the first, and the servers' workers."""
-    folder = tmp_path_factory.mktemp("two")
-    models = [tiny_model(folder / str(seed), "llama", True, seed) for seed in (1, 2)]
-    with (
-        running_server(folder / "1", log=folder / "log_a") as (url_a, server_a),
-        running_server(folder / "1", log=folder / "log_b") as (url_b, server_b),
-    ):
-        workers = [max(named(s.pid, "Worker"), key=lambda p: p.pid) for s in (server_a, server_b)]
-        yield models, [url_a, url_b], workers
-
-
 def stopping(worker: psutil.Process, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """The stream; the worker stops, without ending, when it has read a few tensors."""
     for number, item in enumerate(tensors):
         if number == 5:
-            os.kill(worker.pid, signal.SIGSTOP)
+            worker.suspend()
         yield item
 
 
-def test_a_worker_that_hangs_is_named_and_the_other_server_is_synced_all_the_same(two_servers, tmp_path):
-    (old, new), urls, workers = two_servers
+def test_a_worker_that_hangs_is_named_and_the_other_server_is_synced_all_the_same(servers, tmp_path):
+    (old, new), both = servers.models, servers.alike()
+    urls = [server.url for server in both]
+    worker = max(named(both[0].process.pid, "Worker"), key=lambda process: process.pid)
     pool = Pool(urls, VLLMConfig(), KEY, VOCAB)
     with transfer_of(pool, new, tmp_path, sync_timeout_s=20.0) as transfer:  # a worker waits twice as long for tensors
         assert transfer.push(urls, stream(old), 1) == {url: None for url in urls}
         transfer._settings.sync_timeout_s = 5.0
         try:
-            faults = transfer.push(urls, stopping(workers[0], stream(new)), 2)
+            faults = transfer.push(urls, stopping(worker, stream(new)), 2)
         finally:
-            os.kill(workers[0].pid, signal.SIGCONT)
+            worker.resume()
         assert faults[urls[1]] is None
         fault = faults[urls[0]]
         assert fault is not None and "\n" not in fault
@@ -146,10 +143,18 @@ def test_a_worker_that_hangs_is_named_and_the_other_server_is_synced_all_the_sam
         assert again[urls[1]] is None
         assert_samples_with(pool, new, 3, [url for url, fault in again.items() if fault is None])
     pool.close()
+    give_up_what_broke(servers, both, again)
 
 
-def test_a_stream_that_breaks_off_ends_every_lane_and_no_server_counts_as_synced(two_servers, tmp_path):
-    (old, new), urls, _ = two_servers
+def give_up_what_broke(servers: SharedServers, used: Sequence[Server], faults: Mapping[str, str | None]) -> None:
+    for server in used:
+        if faults.get(server.url) is not None:
+            servers.give_up(server)
+
+
+def test_a_stream_that_breaks_off_ends_every_transfer_and_no_server_counts_as_synced(servers, tmp_path):
+    (old, new), both = servers.models, servers.alike()
+    urls = [server.url for server in both]
     pool = Pool(urls, VLLMConfig(), KEY, VOCAB)
 
     def broken() -> Iterator[tuple[str, Tensor]]:
@@ -164,11 +169,12 @@ def test_a_stream_that_breaks_off_ends_every_lane_and_no_server_counts_as_synced
         again = transfer.push(urls[1:], stream(old), 5)
         assert_samples_with(pool, old, 5, [url for url, fault in again.items() if fault is None])
     pool.close()
+    give_up_what_broke(servers, both, again)
 
 
-def test_a_server_without_the_weights_of_the_push_is_reported(two_servers, tmp_path):
-    (_, new), urls, _ = two_servers
-    pool = Pool([*urls, "http://127.0.0.1:9"], VLLMConfig(), KEY, VOCAB)
+def test_a_server_without_the_weights_of_the_push_is_reported(servers, tmp_path):
+    _, new = servers.models
+    pool = Pool(["http://127.0.0.1:9"], VLLMConfig(), KEY, VOCAB)
     with transfer_of(pool, new, tmp_path, sync_timeout_s=5.0) as transfer:
         ((url, fault),) = transfer.push(["http://127.0.0.1:9"], stream(new), 6).items()
         assert fault is not None and url in fault and "No connection for weights was opened" in fault

@@ -1,0 +1,30 @@
+"""Every test of this folder shares the servers, and so one worker; none leaves anything in /dev/shm."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.serving import SharedServers
+from tests.support.vllm_processes import orphaned_memory, wait_until
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.xdist_group("vllm"))
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedServers]:
+    shared = SharedServers(tmp_path_factory.mktemp("servers"))
+    yield shared
+    shared.close()
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind() -> Iterator[None]:
+    """Files in /dev/shm that no living process maps."""
+    before = orphaned_memory()
+    yield
+    wait_until(lambda: not orphaned_memory() - before, seconds=30)
