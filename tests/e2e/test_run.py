@@ -74,12 +74,12 @@ def test_bad_rows_are_counted_and_the_first_is_named(tmp_path):
 def test_the_arithmetic_of_a_step():
     """32 prompts x 8 samples on 2 replicas: 128 sequences of at most 6 + 48 + 6 tokens each fill 8 rows of 1,024."""
     settings = config("data.arithmetic.num_train=100", "rollout.max_tokens=48", "data.max_answer_tokens=6")
-    prompts = load_prompts(compose.data, "train", tokenizer_of(settings)).prompts
+    prompts = load_prompts(settings.data, "train", tokenizer_of(settings)).prompts
     (finding,) = batch_arithmetic(settings, prompts, world_size=2)
     assert finding.text.startswith("32 prompts x 8 samples = 256 sequences -> 128 for each of 2 replicas")
     mean = sum(len(prompt.token_ids) for prompt in prompts) / len(prompts)
-    rows = -int(-128 * (mean + 54) // compose.model.tokens_per_micro_batch)
-    assert f"{rows} rows of {compose.model.tokens_per_micro_batch} = {rows} micro-batches -> 3 steps" in finding.text
+    rows = -int(-128 * (mean + 54) // settings.model.tokens_per_micro_batch)
+    assert f"{rows} rows of {settings.model.tokens_per_micro_batch} = {rows} micro-batches -> 3 steps" in finding.text
 
 
 def test_too_few_prompts_and_too_many_stages_are_said():

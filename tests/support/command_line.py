@@ -51,6 +51,14 @@ def run(
     return done
 
 
+def launch(num_ranks: int, arguments: list[str]) -> None:
+    """`python *arguments` once a rank."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks), "--no-python", sys.executable]
+    launched = [*torchrun, *arguments] if num_ranks > 1 else arguments
+    done = subprocess.run([sys.executable, *launched], env=ENVIRONMENT, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """The run's metrics without those that time and memory decide."""
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()

@@ -9,7 +9,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -21,26 +20,8 @@ from nemo_jepo.rollout.vllm import server
 from nemo_jepo.utils.network import free_ports
 from nemo_jepo.utils.processes import SharedMemory
 from tests.support.command_line import ENVIRONMENT, run
-from tests.support.serving import KEY, running_server, tiny_model
-from tests.support.vllm_processes import alive, descendants, named, needs_vllm, orphaned_memory, wait_until
-
-NOBODY = 10_000_000
-"""No process has this id, nor this session."""
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model(folder, "llama", tied=True, seed=1)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def shared_memory_is_as_before() -> Iterator[None]:
-    before = orphaned_memory()
-    yield
-    wait_until(lambda: not orphaned_memory() - before, seconds=30)
-
+from tests.support.serving import KEY, tiny_model
+from tests.support.vllm_processes import alive, descendants, named, needs_vllm, wait_until
 
 # ---- Refusals, without a server.
 
@@ -60,23 +41,31 @@ def refusal(*argv: str, **environment: str) -> str:
 
 
 @needs_vllm
-@pytest.mark.parametrize("host", ["0.0.0.0", "8.8.8.8", "::"])
-def test_a_public_address_is_refused(host, model_folder):
-    line = refusal(str(model_folder), "--host", host, NEMO_JEPO_API_KEY="k")
-    assert line.startswith(f"--host={host!r}: the servers' development routes must not be reachable")
+def test_a_public_address_is_refused_in_one_line(tmp_path):
+    (tmp_path / "config.json").touch()
+    line = refusal(str(tmp_path), "--host", "0.0.0.0", NEMO_JEPO_API_KEY="k")
+    assert line.startswith("--host='0.0.0.0': the servers' development routes must not be reachable")
+    for host in ("8.8.8.8", "::"):
+        with pytest.raises(ConfigError, match="^--host=.*must not be reachable"):
+            server.check_address(host, 8000)
+
+
+def test_a_taken_port_is_refused():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"^--port={port}: 127.0.0.1:{port}: Address already in use"):
+            server.check_address("127.0.0.1", port)
 
 
 @needs_vllm
-def test_a_taken_port_a_missing_model_and_a_missing_key_are_one_line(model_folder, tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        line = refusal(str(model_folder), "--port", str(port), NEMO_JEPO_API_KEY="k")
-        assert line.startswith(f"--port={port}: 127.0.0.1:{port}: Address already in use")
-    assert refusal(str(tmp_path), NEMO_JEPO_API_KEY="k").startswith(f"MODEL_FOLDER='{tmp_path}': has no config.json")
-    (port,) = free_ports()
-    assert refusal(str(model_folder), "--port", str(port)).startswith(
-        "rollout.vllm.api_key_file=None: the servers' key"
-    )
+def test_a_missing_model_and_a_missing_key_are_refused(tmp_path, monkeypatch):
+    monkeypatch.delenv(server.KEY_VARIABLE, raising=False)
+    port = str(*free_ports())
+    with pytest.raises(ConfigError, match=f"^MODEL_FOLDER='{tmp_path}': has no config.json"):
+        server.main([str(tmp_path), "--port", port])
+    (tmp_path / "config.json").touch()
+    with pytest.raises(ConfigError, match="^rollout.vllm.api_key_file=None: the servers' key"):
+        server.main([str(tmp_path), "--port", port])
 
 
 def test_a_key_is_read_from_a_file_of_ones_own_or_from_the_environment(tmp_path, monkeypatch):
@@ -167,76 +156,86 @@ def status(url: str, route: str, method: str = "GET", key: str | None = None) ->
 
 
 @needs_vllm
-def test_the_key_opens_every_route_is_shown_to_nobody_and_a_stop_leaves_nothing(model_folder, tmp_path):
-    with running_server(model_folder, log=tmp_path / "log") as (url, server):
-        assert status(url, "/health") == 200
-        routes = [("/v1/models", "GET"), ("/weight_info", "GET"), ("/docs", "GET"), ("/metrics", "GET")]
-        routes += [(route, "POST") for route in ("/inference/v1/generate", "/pause", "/collective_rpc", "/sleep")]
-        assert {route: status(url, route, method) for route, method in routes} == {route: 401 for route, _ in routes}
-        assert status(url, "/pause", "POST", key="wrong") == 401
-        assert status(url, "/weight_info", key=KEY) == 200
-        family = [psutil.Process(server.pid), *descendants(server.pid)]
-        assert named(server.pid, "EngineCor") and named(server.pid, "api_server")
-        assert not any(KEY in " ".join(process.cmdline()) for process in family)
-        server.terminate()
-        assert server.wait(60) == 0
-        assert not alive(family)
+def test_the_key_opens_every_route_is_shown_to_nobody_and_a_stop_leaves_nothing(servers):
+    taken = servers.take()
+    url = taken.url
+    assert status(url, "/health") == 200
+    routes = [("/v1/models", "GET"), ("/weight_info", "GET"), ("/docs", "GET"), ("/metrics", "GET")]
+    routes += [(route, "POST") for route in ("/inference/v1/generate", "/pause", "/collective_rpc", "/sleep")]
+    assert {route: status(url, route, method) for route, method in routes} == {route: 401 for route, _ in routes}
+    assert status(url, "/pause", "POST", key="wrong") == 401
+    assert status(url, "/weight_info", key=KEY) == 200
+    family = [psutil.Process(taken.process.pid), *descendants(taken.process.pid)]
+    assert named(taken.process.pid, "EngineCor") and named(taken.process.pid, "api_server")
+    assert not any(KEY in " ".join(process.cmdline()) for process in family)
+    taken.process.terminate()
+    assert taken.process.wait(60) == 0
+    assert not alive(family)
 
 
 @needs_vllm
-@pytest.mark.parametrize("victim", ["api_server", "EngineCor"])
-def test_when_a_process_of_the_server_is_killed_the_rest_ends_with_one_line(victim, model_folder, tmp_path):
-    log = tmp_path / "log"
-    with running_server(model_folder, log=log) as (url, server):
-        family = descendants(server.pid)
-        os.kill(named(server.pid, victim)[0].pid, signal.SIGKILL)
-        assert server.wait(60) == 1
-        assert not alive(family)
-    assert f"nemo-jepo serve: the server at {url} died" in log.read_text()
+def test_when_the_engine_of_a_server_is_killed_the_rest_ends_with_one_line(servers):
+    """The other process of a server is killed under a run, in test_runs.py."""
+    taken = servers.take()
+    family = descendants(taken.process.pid)
+    named(taken.process.pid, "EngineCor")[0].kill()
+    assert taken.process.wait(60) == 1
+    assert not alive(family)
+    assert f"nemo-jepo serve: the server at {taken.url} died" in taken.log.read_text()
 
 
 @needs_vllm
-def test_when_the_supervisor_is_killed_its_server_ends(model_folder, tmp_path):
-    with running_server(model_folder, log=tmp_path / "log") as (_, server):
-        family = descendants(server.pid)
-        assert len(alive(family)) >= 3
-        server.kill()
-        wait_until(lambda: not alive(family), seconds=60)
+def test_when_the_supervisor_is_killed_its_server_ends(servers):
+    taken = servers.take()
+    family = descendants(taken.process.pid)
+    assert len(alive(family)) >= 3
+    taken.process.kill()
+    wait_until(lambda: not alive(family), seconds=60)
+    taken.process.wait()
 
 
 @needs_vllm
-@pytest.mark.parametrize("answering", [True, False], ids=["while they serve", "while they start"])
-def test_servers_of_a_run_end_with_it_when_it_is_killed(answering, model_folder, tmp_path):
+def test_servers_of_a_run_end_with_it_when_it_is_killed(tmp_path):
+    """One that serves, though it got what a terminal or Slurm sends to the whole group; and one that still starts."""
+    tiny_model(tmp_path, "llama", tied=True, seed=1)
     code = f"""
-import time
+import sys
 from pathlib import Path
 from nemo_jepo.config.schema import RolloutConfig
 from nemo_jepo.rollout.vllm.server import LocalServers
-settings = RolloutConfig(name="vllm")
-servers = LocalServers(Path({str(model_folder)!r}), settings, {KEY!r}, Path({str(tmp_path)!r}), "float32", 128, 0)
-servers.start()
-print(servers.urls[0], flush=True)
-time.sleep(600)
+settings, folder, started = RolloutConfig(name="vllm"), Path({str(tmp_path)!r}), []
+for line in sys.stdin:
+    started.append(LocalServers(folder, settings, {KEY!r}, folder / line.strip(), "float32", 128, 0))
+    started[-1].start()
+    print(started[-1].urls[0], flush=True)
 """
-    with subprocess.Popen([sys.executable, "-c", code], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None
-        url = holder.stdout.readline().strip()
-        wait_until(lambda: named(holder.pid, "api_server"))
-        wait_until(lambda: server.health_of(url) == "good" or not answering)
-        family = descendants(holder.pid)
-        if answering:  # what a terminal or Slurm sends to the whole group must not take the servers from a run
-            for number in (signal.SIGINT, signal.SIGTERM):
-                named(holder.pid, "nemo_jepo.cli")[0].send_signal(number)
-            time.sleep(2)
-            assert server.health_of(url) == "good"
-        holder.kill()
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], env=ENVIRONMENT, **pipes) as run:
+
+        def start(name: str) -> str:
+            run.stdin.write(f"{name}\n")
+            run.stdin.flush()
+            return run.stdout.readline().strip()
+
+        serving = start("one")
+        wait_until(lambda: server.health_of(serving) == "good")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            named(run.pid, "nemo_jepo.cli")[0].send_signal(number)
+        time.sleep(2)
+        assert server.health_of(serving) == "good"
+        one = len(named(run.pid, "api_server"))
+        start("two")
+        wait_until(lambda: len(named(run.pid, "api_server")) > one)
+        family = descendants(run.pid)
+        run.kill()
     wait_until(lambda: not alive(family), seconds=60)
 
 
 @needs_vllm
-def test_a_dead_server_of_a_run_is_named_and_started_again(model_folder, tmp_path):
+def test_a_dead_server_of_a_run_is_named_and_started_again(tmp_path):
+    (tmp_path / "config.json").touch()
     settings = RolloutConfig(name="vllm", vllm=VLLMConfig(engine_args={"max_num_seqs": "many"}))
-    servers = server.LocalServers(model_folder, settings, KEY, tmp_path, "float32", 128, 0)
+    servers = server.LocalServers(tmp_path, settings, KEY, tmp_path, "float32", 128, 0)
     servers.start()
     try:
         wait_until(servers.ended)
