@@ -5,8 +5,6 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from nemo_jepo.config import compose
 from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.tools import experiments
 from nemo_jepo.tools.experiments import load_experiment, main, only, plan_runs, write_results
+from tests.support import fork_server
 from tests.support.command_line import ENVIRONMENT, TINY, metrics
 
 MAIN = {
@@ -39,7 +38,23 @@ arms:
 
 def experiment(*arguments: str, name: str = "smoke", folder: Path) -> list[str]:
     where = f"exp_manager.exp_dir={folder}"
-    return [sys.executable, "-m", "nemo_jepo.cli", "experiment", name, where, *arguments]
+    return ["-c", FORKED_RUNS, "experiment", name, where, *arguments]
+
+
+FORKED_RUNS = """
+import subprocess, sys, types
+from nemo_jepo.cli import main
+from nemo_jepo.tools import experiments
+from tests.support import fork_server
+
+def start(command, env, stdin, preexec_fn, **streams):
+    return fork_server.start(command[1:], environment=env, **streams)
+
+experiments.subprocess = types.SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL)
+sys.exit(main())
+"""
+"""`nemo-jepo experiment`, whose runs are children of the fork server; it waits for them and passes signals on to them
+as to any process."""
 
 
 def small_file(folder: Path, text: str = SMALL) -> str:
@@ -303,20 +318,20 @@ def test_time_left_counts_every_unfinished_run_as_long_as_its_own_arm_took(tmp_p
 # ---- real processes
 
 
-@pytest.mark.timeout(900)  # two minutes where nothing else runs
 def test_smoke_runs_is_interrupted_goes_on_and_ends_with_a_table(tmp_path):
-    """May take two minutes: the set that CI runs, a signal in its first arm, and its continuation."""
-    process = subprocess.Popen(experiment(folder=tmp_path), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    """A signal in its first arm, and its continuation."""
     first = tmp_path / "smoke" / "jepo" / "seed_1"
-    while not (first / "metrics.jsonl").exists() and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    errors = process.communicate()[1]
-    assert process.returncode == 75, errors
-    assert "interrupted and saved" in errors
+    with (tmp_path / "errors").open("w") as errors:
+        process = fork_server.start(experiment(folder=tmp_path), environment=ENVIRONMENT, stderr=errors)
+        while not (first / "metrics.jsonl").exists() and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        code = process.wait()
+    said = (tmp_path / "errors").read_text()
+    assert code == 75 and "interrupted and saved" in said, said
     assert not (first / "finished.json").exists()
 
-    done = subprocess.run(experiment(folder=tmp_path), env=ENVIRONMENT, capture_output=True, text=True)
+    done = fork_server.run(experiment(folder=tmp_path), environment=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     assert "[1/3]" not in done.stderr and "[2/3] jepo, seed 1" in done.stderr and "min left)" in done.stderr
     rows = pyarrow.parquet.read_table(tmp_path / "smoke" / "results.parquet").to_pylist()
@@ -343,8 +358,9 @@ def test_an_oracle_that_lies_changes_its_own_figures_and_no_other(tmp_path):
         where = [f"exp_manager.exp_dir={tmp_path / folder}", "exp_manager.name=run", "trainer.jepo.max_steps=2"]
         data = ["objective=jepo_rl", "data.arithmetic.answers=mixed", "data.max_answer_tokens=30"]
         script = f"{preparation}import sys; from nemo_jepo.cli import main; sys.exit(main())"
-        arguments = [sys.executable, "-c", script, "train", *TINY, *where, *data, "trainer.jepo.val_check_interval=1"]
-        subprocess.run(arguments, env=ENVIRONMENT, check=True, capture_output=True)
+        arguments = ["-c", script, "train", *TINY, *where, *data, "trainer.jepo.val_check_interval=1"]
+        done = fork_server.run(arguments, environment=ENVIRONMENT)
+        assert done.returncode == 0, done.stderr
         found.append(metrics(tmp_path / folder))
     honest, lying = found
     oracle = {name for name in honest[0] if "oracle" in name}
@@ -354,13 +370,8 @@ def test_an_oracle_that_lies_changes_its_own_figures_and_no_other(tmp_path):
 
 
 def test_commands_print_what_a_scheduler_can_start(tmp_path):
-    shown = subprocess.run(
-        experiment("--commands", "--seeds", "2", folder=tmp_path),
-        env=ENVIRONMENT,
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout.splitlines()
+    done = fork_server.run(experiment("--commands", "--seeds", "2", folder=tmp_path), environment=ENVIRONMENT)
+    shown = done.stdout.splitlines()
     assert len(shown) == 3
     assert all(shlex.split(line)[1:4] == ["-m", "nemo_jepo.cli", "train"] for line in shown)
     assert not os.listdir(tmp_path)

@@ -2,10 +2,8 @@
 
 import json
 import os
-import resource
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,31 +13,37 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_jepo.checkpoint.format import latest_checkpoint
-from tests.support.command_line import ENVIRONMENT, command, metrics, run
+from tests.support import fork_server
+from tests.support.command_line import ENVIRONMENT, command, metrics, run, run_truly, true_command
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("uninterrupted")
-    run("train", folder)
+    run_truly("train", folder)
     return folder
 
 
 def stop_when(
-    condition: Callable[[], bool], how: signal.Signals, folder: Path, *overrides: str, whole_group: bool = False
+    condition: Callable[[], bool],
+    how: signal.Signals,
+    folder: Path,
+    *overrides: str,
+    whole_group: bool = False,
+    truly: bool = False,
 ) -> int:
     """Start the run, send the signal as soon as the condition holds, and return the exit code.
 
     Args:
         whole_group: also to the run's helper processes, as Slurm and terminals do.
+        truly: the installed program instead of a child of the fork server.
     """
-    process = subprocess.Popen(
-        command("train", folder, *overrides),
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    process: subprocess.Popen | fork_server.Process
+    if truly:
+        process = subprocess.Popen(true_command("train", folder, *overrides), env=ENVIRONMENT, **options)
+    else:
+        process = fork_server.start(command("train", folder, *overrides), environment=ENVIRONMENT, **options)
     try:
         deadline = time.monotonic() + 200
         while not condition():
@@ -68,7 +72,8 @@ def unfinished(checkpoints: Path, step: int) -> list[Path]:
 def test_a_run_killed_in_a_step_and_in_a_save_ends_as_if_never_interrupted(background, uninterrupted, tmp_path):
     checkpoints, setting = tmp_path / "run" / "checkpoints", f"trainer.jepo.async_save={background}"
     # In the middle of step 4: step 3 is on record, nothing after it.
-    assert stop_when(lambda: num_lines(tmp_path) == 3, signal.SIGKILL, tmp_path, setting) == -signal.SIGKILL
+    code = stop_when(lambda: num_lines(tmp_path) == 3, signal.SIGKILL, tmp_path, setting, truly=not background)
+    assert code == -signal.SIGKILL
     assert num_lines(tmp_path) < 6
     newest = latest_checkpoint(checkpoints)
     assert newest == checkpoints / "step_000002" or (background and newest is None)  # still being written
@@ -76,7 +81,7 @@ def test_a_run_killed_in_a_step_and_in_a_save_ends_as_if_never_interrupted(backg
     assert stop_when(lambda: bool(unfinished(checkpoints, 4)), signal.SIGKILL, tmp_path, setting) == -signal.SIGKILL
     assert not (checkpoints / "step_000004").exists()
     assert (checkpoints / "latest").read_text() == "step_000002"
-    run("train", tmp_path, setting)
+    (run if background else run_truly)("train", tmp_path, setting)
     assert metrics(tmp_path) == metrics(uninterrupted)
     assert {path.name for path in checkpoints.iterdir()} == {"step_000004", "step_000006", "latest"}
     assert bits(tmp_path) == bits(uninterrupted)
@@ -90,11 +95,7 @@ def bits(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     "how, setting",
-    [
-        (signal.SIGTERM, "trainer.jepo.async_save=false"),
-        (signal.SIGUSR1, "trainer.jepo.async_save=false"),
-        (signal.SIGTERM, "trainer.jepo.async_save=true"),
-    ],
+    [(signal.SIGTERM, "trainer.jepo.async_save=true"), (signal.SIGUSR1, "trainer.jepo.async_save=false")],
 )
 def test_a_signal_to_all_processes_saves_exits_75_and_the_next_start_goes_on(how, setting, uninterrupted, tmp_path):
     assert stop_when(lambda: num_lines(tmp_path) == 3, how, tmp_path, setting, whole_group=True) == 75
@@ -152,8 +153,8 @@ def test_only_the_newest_checkpoints_are_kept_and_each_knows_its_model(uninterru
 
 def test_an_exported_checkpoint_is_a_hugging_face_model_with_the_same_figures(uninterrupted, tmp_path):
     checkpoint, folder = uninterrupted / "run" / "checkpoints" / "step_000006", tmp_path / "exported"
-    arguments = [sys.executable, "-m", "nemo_jepo.cli", "export", str(checkpoint), str(folder)]
-    subprocess.run(arguments, env=ENVIRONMENT, check=True, capture_output=True, timeout=200)
+    arguments = ["-m", "nemo_jepo.cli", "export", str(checkpoint), str(folder)]
+    assert fork_server.run(arguments, environment=ENVIRONMENT).returncode == 0
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype == torch.float32 and AutoTokenizer.from_pretrained(folder).eos_token_id is not None
     source = [f"pretrained_checkpoint.restore_from_path={folder}", "model.hf_config=null"]
@@ -161,16 +162,25 @@ def test_an_exported_checkpoint_is_a_hugging_face_model_with_the_same_figures(un
     last = metrics(uninterrupted)[-1]
     for name in ("proxy_nll", "marker_rate", "cot_tokens_mean"):
         assert figures[name] == pytest.approx(last[f"val_rollouts/{name}"], rel=1e-6)
-    again = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+    again = fork_server.run(arguments, environment=ENVIRONMENT)
     assert again.returncode == 2 and "exists" in again.stderr.strip().splitlines()[-1]
 
 
 def test_evaluate_prints_one_json_object_of_the_newest_checkpoint(uninterrupted):
-    figures = json.loads(run("evaluate", uninterrupted).stdout)
+    figures = json.loads(run_truly("evaluate", uninterrupted).stdout)
     last = metrics(uninterrupted)[-1]
     assert figures["model"].endswith("step_000006")
     for name in ("accuracy", "proxy_nll", "marker_rate", "cot_tokens_mean"):
         assert figures[name] == pytest.approx(last[f"val_rollouts/{name}"], rel=1e-6)
+
+
+ON_A_FULL_DISK = """
+import resource, sys
+from nemo_jepo.cli import main
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+sys.exit(main())
+"""
 
 
 @pytest.mark.parametrize("background", [False, True])
@@ -178,13 +188,8 @@ def test_a_disk_that_is_full_ends_the_run_with_one_line_and_the_older_checkpoint
     """The largest file that the second start may write is too small for weights."""
     saving = f"trainer.jepo.async_save={background}"
     run("train", tmp_path, "trainer.jepo.max_steps=2")
-    full = subprocess.run(
-        command("train", tmp_path, saving),
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
-    )
+    _, _, *arguments = command("train", tmp_path, saving)
+    full = fork_server.run(["-c", ON_A_FULL_DISK, *arguments], environment=ENVIRONMENT)
     assert full.returncode == 1, full.stderr[-3000:]
     last = full.stderr.strip().splitlines()[-1]
     assert last.startswith("a checkpoint could not be written (") and "Older checkpoints are whole" in last

@@ -5,16 +5,16 @@ import os
 import secrets
 import subprocess
 import sys
-from pathlib import Path
 
 import pyarrow.parquet
 import pytest
 
 from nemo_jepo import cli
 from nemo_jepo.tools.prepare import command
+from tests.support import fork_server
+from tests.support.command_line import ENVIRONMENT, ROOT
 from tests.support.published_rows import MATH, NUMINA_PROOF, numbered, write
 
-ROOT = Path(__file__).parents[2]
 # Where no file may grow beyond 40 kB, which tells of a full disk as a full disk does.
 ON_A_FULL_DISK = """
 import resource
@@ -40,14 +40,6 @@ def run(monkeypatch, capfd):
     return in_process
 
 
-def run_alone(program, *arguments, **environment):
-    """The same, in a process of its own."""
-    variables = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)} | environment
-    argv = [sys.executable, "-c", program, "data", *map(str, arguments)]
-    done = subprocess.run(argv, capture_output=True, text=True, env=variables, timeout=200)
-    return done.returncode, done.stdout, done.stderr
-
-
 def test_the_command_asks_the_verifier_shows_progress_and_prints_the_files(run, tmp_path):
     prose = MATH | {"solution": r"\boxed{\text{odd}}"}
     for split in ("train", "test"):
@@ -63,10 +55,13 @@ def test_the_command_asks_the_verifier_shows_progress_and_prints_the_files(run, 
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path):
-    environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "cache")}
-    program = "from nemo_jepo.cli import main; raise SystemExit(main())"
-    code, out, line = run_alone(program, "prepare", "numina", "--out", tmp_path / "out", **environment)
-    assert (code, out, line.count("\n")) == (2, "", 1), line
+    """In a true process: the hub's library reads these variables when it is imported."""
+    variables = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
+    variables |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "cache")}
+    prepare = [sys.executable, "-m", "nemo_jepo.cli", "data", "prepare", "numina", "--out", str(tmp_path / "out")]
+    done = subprocess.run(prepare, capture_output=True, text=True, env=variables, timeout=200)
+    line = done.stderr
+    assert (done.returncode, done.stdout, line.count("\n")) == (2, "", 1), line
     assert line.startswith("hf://datasets/AI-MO/NuminaMath-1.5@1b05109f9e5c1ad06c0663519502416c30b300f8/data/")
     assert "cannot be read (" in line and line.endswith("or give a local copy with --from PATH.\n")
     assert not (tmp_path / "out").exists()
@@ -76,9 +71,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(run, tmp_path):
     proofs = [row | {"solution": secrets.token_hex(1000)} for row in numbered(NUMINA_PROOF, 200)]
     path = write(tmp_path / "proofs.jsonl", *proofs)
     arguments = ("prepare", "numina_proof", "--from", path, "--out", tmp_path / "out")
-    code, out, err = run_alone(ON_A_FULL_DISK, *arguments)
-    line = err.splitlines()[-1]
-    assert (code, out) == (2, "") and "Traceback" not in err
+    done = fork_server.run(["-c", ON_A_FULL_DISK, "data", *map(str, arguments)], environment=ENVIRONMENT)
+    line = done.stderr.splitlines()[-1]
+    assert (done.returncode, done.stdout) == (2, "") and "Traceback" not in done.stderr
     assert line.startswith(f"{tmp_path}/out/numina_proof: cannot be written (File too large). Make room")
     assert list((tmp_path / "out").iterdir()) == []
 

@@ -2,8 +2,6 @@
 
 import json
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -15,6 +13,7 @@ from nemo_jepo.tools.doctor.findings import BLOCKER, OK, WARNING
 from nemo_jepo.tools.doctor.run import batch_arithmetic, check_data, check_marker, check_settings, count_parameters
 from nemo_jepo.tools.doctor.run import find_tokenizer as tokenizer_of
 from nemo_jepo.types import Prompt
+from tests.support import fork_server
 from tests.support.command_line import ENVIRONMENT, ROOT
 from tests.support.ranks import run_ranks
 
@@ -95,8 +94,8 @@ def test_too_few_prompts_and_too_many_stages_are_said():
 
 
 def doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "nemo_jepo.cli", "doctor", "--config-name", "demo", *SMALL, *arguments]
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, cwd=ROOT, timeout=240)
+    doctor = ["-m", "nemo_jepo.cli", "doctor", "--config-name", "demo", *SMALL, *arguments]
+    return fork_server.run(doctor, environment=ENVIRONMENT, cwd=ROOT)
 
 
 def test_a_healthy_machine_ends_with_0_and_a_blocker_with_2(tmp_path):
@@ -117,12 +116,10 @@ def test_an_unknown_key_is_a_finding_too():
 
 
 def test_two_ranks_time_their_groups_and_see_one_folder(tmp_path):
-    worker = tmp_path / "worker.py"
-    worker.write_text("import sys\nfrom nemo_jepo.tools.doctor.command import main\nassert main(sys.argv[1:]) == 0\n")
     layout = ["trainer.devices=2", "model.tensor_model_parallel_size=2", f"exp_manager.exp_dir={tmp_path}"]
-    output = run_ranks(2, [str(worker), "--json", "--config-name", "demo", *SMALL, *layout])
+    output = run_ranks(2, ["-m", "nemo_jepo.cli", "doctor", "--json", "--config-name", "demo", *SMALL, *layout])
     report = json.loads(output[output.index("{\n") : output.rindex("}") + 1])
     texts = [finding["text"] for finding in report["findings"]]
     assert any(text.startswith("tensor groups of 2: ") and text.endswith("GB/s") for text in texts)
     assert f"{tmp_path} is the same on all nodes" in texts
-    assert [path.name for path in Path(tmp_path).iterdir()] == ["worker.py"]
+    assert not list(tmp_path.iterdir())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.command_line import ENVIRONMENT, TINY, metrics, run
+from tests.support.command_line import ENVIRONMENT, command, metrics, run
 from tests.support.ranks import run_ranks
 
 SHORT = ["trainer.jepo.max_steps=2", "trainer.jepo.save_interval=0", "trainer.jepo.val_check_interval=0"]
@@ -33,18 +33,17 @@ def one_process(tmp_path_factory) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    ("layout", "world_size"),
+    "layout",
     [
-        ([], 2),  # data parallel: half of the prompts each
-        (["model.tensor_model_parallel_size=2", "model.sequence_parallel=true"], 2),
-        (["model.pipeline_model_parallel_size=2"], 2),
+        [],  # data parallel: half of the prompts each
+        ["model.tensor_model_parallel_size=2", "model.sequence_parallel=true"],
+        ["model.pipeline_model_parallel_size=2"],
     ],
     ids=["DP2", "TP2+SP", "PP2"],
 )
-def test_a_run_of_two_processes_reports_what_one_process_reports(layout, world_size, one_process, tmp_path):
+def test_a_run_of_two_processes_reports_what_one_process_reports(layout, one_process, tmp_path):
     """Sampling depends on seed, step, prompt and sample alone, so even the rollouts are the same."""
-    where = [f"exp_manager.exp_dir={tmp_path}", "exp_manager.name=run", f"trainer.devices={world_size}"]
-    run_ranks(world_size, ["-m", "nemo_jepo.cli", "train", *TINY, *SHORT, *where, *layout])
+    run_ranks(2, command("train", tmp_path, *SHORT, "trainer.devices=2", *layout))
     found = metrics(tmp_path)
     assert len(found) == len(one_process) == 2
     for line, expected in zip(found, one_process, strict=True):
@@ -141,6 +140,12 @@ def test_a_wrong_setting_is_one_line_and_exit_code_2(mistake, tmp_path, monkeypa
     assert all(word in line for word in words), line
     assert done.stdout == ""
     assert not (tmp_path / "run").exists()
+
+
+def test_a_wrong_setting_of_a_judge_ends_an_evaluation_with_one_line(tmp_path):
+    line = run("evaluate", tmp_path, "evaluation.judge.votes=2", expect=2).stderr
+    assert line.startswith("evaluation.judge.votes=2: an even number can tie.")
+    assert line.count("\n") == 1 and "no such key" not in line
 
 
 def test_a_tokeniser_without_end_of_text_is_refused_before_a_model_is_built(tmp_path):

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tests.support import fork_server
+
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
@@ -37,26 +39,30 @@ TINY = [
 
 
 def command(name: str, folder: Path, *overrides: str) -> list[str]:
-    where = [f"exp_manager.exp_dir={folder}", "exp_manager.name=run"]
-    return [sys.executable, "-m", "nemo_jepo.cli", name, *TINY, *where, *overrides]
+    """What stands behind `python`: the tiny run of a folder."""
+    return ["-m", "nemo_jepo.cli", name, *TINY, f"exp_manager.exp_dir={folder}", "exp_manager.name=run", *overrides]
 
 
 def run(
     name: str, folder: Path, *overrides: str, expect: int = 0, environment: Mapping[str, str] = ENVIRONMENT
 ) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        command(name, folder, *overrides), env=environment, capture_output=True, text=True, timeout=240
-    )
+    """`nemo-jepo NAME` on the tiny run, in a child of the fork server."""
+    done = fork_server.run(command(name, folder, *overrides), environment=environment)
     assert done.returncode == expect, f"exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done
 
 
-def launch(num_ranks: int, arguments: list[str]) -> None:
-    """`python *arguments` once a rank."""
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks), "--no-python", sys.executable]
-    launched = [*torchrun, *arguments] if num_ranks > 1 else arguments
-    done = subprocess.run([sys.executable, *launched], env=ENVIRONMENT, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-4000:]
+def true_command(name: str, folder: Path, *overrides: str) -> list[str]:
+    """The same as a user types it: the installed program, which imports everything itself."""
+    return [str(Path(sys.executable).parent / "nemo-jepo"), *command(name, folder, *overrides)[2:]]
+
+
+def run_truly(name: str, folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        true_command(name, folder, *overrides), env=ENVIRONMENT, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

@@ -1,18 +1,11 @@
-"""Every test of this folder shares the servers, and so one worker; none leaves anything in /dev/shm."""
+"""Two vLLM servers for every test that leaves them whole; no test leaves anything in /dev/shm."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.support.serving import SharedServers
 from tests.support.vllm_processes import orphaned_memory, wait_until
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.xdist_group("vllm"))
 
 
 @pytest.fixture(scope="session")

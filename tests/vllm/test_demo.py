@@ -1,12 +1,14 @@
 """The demo learns through real vLLM servers as it does with the embedded sampler."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.command_line import launch
+from tests.support.command_line import ENVIRONMENT, ROOT
 from tests.support.vllm_processes import needs_vllm
 
 pytestmark = [needs_vllm, pytest.mark.nightly, pytest.mark.timeout(600)]
@@ -30,6 +32,14 @@ def demo(folder: Path, name: str, num_ranks: int, *overrides: str) -> list[dict[
     launch(num_ranks, train)
     lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "val_rollouts/accuracy" in line]
+
+
+def launch(num_ranks: int, arguments: list[str]) -> None:
+    """`python *arguments` once a rank, by torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks), "--no-python", sys.executable]
+    launched = [*torchrun, *arguments] if num_ranks > 1 else arguments
+    done = subprocess.run([sys.executable, *launched], env=ENVIRONMENT, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def gain(validations: list[dict[str, Any]]) -> float:

@@ -17,9 +17,9 @@ from nemo_jepo.rollout.vllm.pool import Pool
 from nemo_jepo.rollout.vllm.push import WeightTransfer
 from nemo_jepo.types import Prompt, Rollout
 from tests.support.serving import KEY, VOCAB, Server, SharedServers, logprobs, tiny_model
-from tests.support.vllm_processes import named, needs_vllm, wait_until
+from tests.support.vllm_processes import named, needs_vllm, shares_servers, wait_until
 
-pytestmark = needs_vllm
+pytestmark = [needs_vllm, shares_servers]
 
 PROMPTS = [Prompt(i, tuple(range(1 + i, 41 + i)), "question", "answer") for i in range(4)]
 ROUNDING = 2e-5

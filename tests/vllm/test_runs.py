@@ -11,10 +11,12 @@ import pytest
 
 from nemo_jepo.config import compose
 from nemo_jepo.data import PromptStream, load_prompts, load_tokenizer
-from tests.support.command_line import ENVIRONMENT, command, launch, metrics, run
-from tests.support.vllm_processes import SHAPE, alive, descendants, named, needs_vllm, wait_until
+from tests.support import fork_server
+from tests.support.command_line import ENVIRONMENT, command, metrics, run
+from tests.support.ranks import run_ranks
+from tests.support.vllm_processes import SHAPE, alive, descendants, named, needs_vllm, shares_servers, wait_until
 
-pytestmark = [needs_vllm, pytest.mark.timeout(600)]
+pytestmark = [needs_vllm, shares_servers, pytest.mark.timeout(600)]
 
 
 # ---- Short runs through the shared servers.
@@ -34,7 +36,7 @@ SHORT = ["rollout.max_tokens=40", "trainer.jepo.val_check_interval=0", "trainer.
 def test_every_layout_of_a_trainer_feeds_its_servers(num_servers, layout, servers, tmp_path):
     """After every update they sample with the trainer's weights."""
     steps = ["trainer.devices=2", "trainer.jepo.max_steps=3"]
-    launch(2, command("train", tmp_path, *SHORT, *servers.settings(num_servers), *steps, layout)[1:])
+    run_ranks(2, command("train", tmp_path, *SHORT, *servers.settings(num_servers), *steps, layout))
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines] == [1, 2, 3] and lines[-1]["train_optim/grad_norm"] > 0
     assert all(line["train_rollouts/servers"] == num_servers for line in lines)
@@ -57,9 +59,10 @@ def test_the_servers_of_an_evaluation_judge_its_answers(servers, tmp_path):
 
 
 @contextmanager
-def running(folder: Path, *overrides: str) -> Iterator["subprocess.Popen[str]"]:
+def running(folder: Path, *overrides: str) -> Iterator[fork_server.Process]:
     with (folder / "console.log").open("a") as log:
-        run = subprocess.Popen(command("train", folder, *SHORT, *overrides), env=ENVIRONMENT, stdout=log, stderr=log)
+        train = command("train", folder, *SHORT, *overrides)
+        run = fork_server.start(train, environment=ENVIRONMENT, stdout=log, stderr=log)
     try:
         yield run
     finally:
@@ -67,14 +70,14 @@ def running(folder: Path, *overrides: str) -> Iterator["subprocess.Popen[str]"]:
         run.wait()
 
 
-def finish(run: "subprocess.Popen[str]", folder: Path) -> int:
+def finish(run: fork_server.Process, folder: Path) -> int:
     try:
         return run.wait(timeout=240)
     except subprocess.TimeoutExpired:
         pytest.fail(f"it did not end:\n{console(folder)}")
 
 
-def reach(run: "subprocess.Popen[str]", folder: Path, num_steps: int) -> None:
+def reach(run: fork_server.Process, folder: Path, num_steps: int) -> None:
     wait_until(lambda: steps_done(folder) >= num_steps or run.poll() is not None, seconds=300)
     assert run.poll() is None, console(folder)
 

