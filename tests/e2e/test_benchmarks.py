@@ -14,6 +14,7 @@ from tests.support.ranks import ROOT
 from tests.support.vllm_processes import needs_vllm
 
 
+@pytest.mark.nightly
 def test_the_step_benchmark_writes_every_figure(tmp_path):
     """In a process of its own: the actor takes the process group and the gloo shim with it."""
     out, data = tmp_path / "step.json", tmp_path / "train.jsonl"
@@ -43,6 +44,7 @@ def test_the_step_benchmark_writes_every_figure(tmp_path):
     assert all(name in done.stdout for name in variants)
 
 
+@pytest.mark.nightly
 @needs_vllm
 @pytest.mark.timeout(600)
 def test_the_rollout_benchmark_writes_every_figure(tmp_path):
@@ -89,6 +91,7 @@ def h100_command(*options: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(600)
 def test_the_h100_benchmark_runs_dry_and_writes_every_figure(tmp_path):
     done = h100_command("--dry-run", "--models", "1b", "--out", str(tmp_path / "h100.json"))

@@ -3,8 +3,12 @@
 import subprocess
 import sys
 
+import pytest
+
 from tests.support.command_line import ENVIRONMENT
 from tests.unit.test_checkpoints import write
+
+pytestmark = pytest.mark.quick
 
 
 def test_the_command_needs_no_torch(tmp_path):

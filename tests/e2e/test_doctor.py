@@ -3,6 +3,8 @@
 import json
 import subprocess
 
+import pytest
+
 from nemo_jepo.tools.doctor.findings import BLOCKER
 from tests.support import fork_server
 from tests.support.command_line import ENVIRONMENT, ROOT
@@ -16,6 +18,7 @@ def doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
     return fork_server.run(doctor, environment=ENVIRONMENT, cwd=ROOT)
 
 
+@pytest.mark.quick
 def test_a_healthy_machine_ends_with_0_and_a_blocker_with_2(tmp_path):
     done = doctor("--json", f"exp_manager.exp_dir={tmp_path}")
     report = json.loads(done.stdout)
@@ -26,6 +29,7 @@ def test_a_healthy_machine_ends_with_0_and_a_blocker_with_2(tmp_path):
     assert done.returncode == 2 and "rollout.top_p=0.5" in done.stdout
 
 
+@pytest.mark.quick
 def test_an_unknown_key_is_a_finding_too():
     done = doctor("--json", "model.tensor_parallel=2")
     assert done.returncode == 2

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pyarrow.parquet
+import pytest
 
 from tests.support import fork_server
 from tests.support.command_line import ENVIRONMENT, TINY, metrics
@@ -64,7 +65,7 @@ def test_smoke_runs_is_interrupted_goes_on_and_ends_with_a_table(tmp_path):
     assert len(begun) == 1, "the arms of a seed begin with the same weights"
 
 
-LIAR = "from nemo_jepo.data import oracle; true = oracle.is_true; oracle.is_true = lambda *a, **k: not true(*a, **k); "
+LIAR = "from nemo_jepo import evaluate as e; true = e.is_true; e.is_true = lambda *a, **k: not true(*a, **k); "
 
 
 def test_an_oracle_that_lies_changes_its_own_figures_and_no_other(tmp_path):
@@ -85,6 +86,7 @@ def test_an_oracle_that_lies_changes_its_own_figures_and_no_other(tmp_path):
         assert {name for name in line if line[name] != other[name]} == oracle
 
 
+@pytest.mark.quick
 def test_commands_print_what_a_scheduler_can_start(tmp_path):
     done = fork_server.run(experiment("--commands", "--seeds", "2", folder=tmp_path), environment=ENVIRONMENT)
     shown = done.stdout.splitlines()

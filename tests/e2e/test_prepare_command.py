@@ -15,6 +15,9 @@ from tests.support import fork_server
 from tests.support.command_line import ENVIRONMENT, ROOT
 from tests.support.published_rows import MATH, NUMINA_PROOF, numbered, write
 
+pytestmark = pytest.mark.quick
+
+
 # Where no file may grow beyond 40 kB, which tells of a full disk as a full disk does.
 ON_A_FULL_DISK = """
 import resource

@@ -1,8 +1,12 @@
 """`nemo-jepo report` as a user runs it."""
 
+import pytest
+
 from tests.support import fork_server
 from tests.support.command_line import ENVIRONMENT
 from tests.support.report_folders import write_run
+
+pytestmark = pytest.mark.quick
 
 
 def test_the_command_writes_a_page_and_prints_where(tmp_path):

@@ -66,6 +66,7 @@ def test_a_warm_up_runs_first_and_the_main_run_starts_from_its_weights(tmp_path)
     assert lines[0]["val_rollouts/proxy_nll"] == pytest.approx(warmup[5]["val_rollouts/proxy_nll"], rel=1e-6)
 
 
+@pytest.mark.quick
 def test_questions_and_answers_of_a_jsonl_file_train_with_few_rollouts_written(tmp_path):
     rows = [{"problem": f"{n} plus {n}", "proof": f"it is {2 * n}"} for n in range(8)]
     file = tmp_path / "rows.jsonl"
@@ -98,6 +99,7 @@ def test_a_run_ends_after_its_epochs_with_a_validation_and_a_checkpoint(tmp_path
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_000002"
 
 
+@pytest.mark.quick
 def test_a_batch_without_a_valid_sample_is_a_step_with_a_warning(tmp_path):
     done = run("train", tmp_path, *SHORT, "answer.marker=never written")
     assert "step 1: no valid sample" in done.stderr and "step 2: no valid sample" in done.stderr
@@ -106,6 +108,7 @@ def test_a_batch_without_a_valid_sample_is_a_step_with_a_warning(tmp_path):
     assert "train_rollouts/bound" not in lines[0]  # nothing to average
 
 
+@pytest.mark.quick
 def test_a_bad_row_can_be_skipped_and_stops_the_run_otherwise(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"question": "1+1", "answer": "2"}\n{"question": "2+2"}\n')
@@ -130,6 +133,7 @@ WRONG = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("mistake", WRONG)
 def test_a_wrong_setting_is_one_line_and_exit_code_2(mistake, tmp_path, monkeypatch):
     overrides, words = WRONG[mistake]
@@ -142,12 +146,14 @@ def test_a_wrong_setting_is_one_line_and_exit_code_2(mistake, tmp_path, monkeypa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.quick
 def test_a_wrong_setting_of_a_judge_ends_an_evaluation_with_one_line(tmp_path):
     line = run("evaluate", tmp_path, "evaluation.judge.votes=2", expect=2).stderr
     assert line.startswith("evaluation.judge.votes=2: an even number can tie.")
     assert line.count("\n") == 1 and "no such key" not in line
 
 
+@pytest.mark.quick
 def test_a_tokeniser_without_end_of_text_is_refused_before_a_model_is_built(tmp_path):
     from transformers import AutoTokenizer
 

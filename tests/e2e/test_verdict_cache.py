@@ -18,6 +18,9 @@ from nemo_jepo.rewards.verdict_cache import VerdictCache
 from tests.support.command_line import ENVIRONMENT
 from tests.support.fake_judge import FakeJudge, prompt_of, says, votes
 
+pytestmark = pytest.mark.quick
+
+
 CASE = Case("What is 2+2?", "4", "four")
 SETTINGS = JudgeConfig(model="m", max_attempts=1)
 

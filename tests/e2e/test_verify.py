@@ -12,6 +12,9 @@ import pytest
 
 from nemo_jepo.rewards.verify import Verifier
 
+pytestmark = pytest.mark.quick
+
+
 ENDLESS = "9^{9^{9^{9}}}"
 TIMEOUT_S = 2.0
 
