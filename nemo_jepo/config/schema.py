@@ -256,7 +256,7 @@ class RolloutConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ObjectiveConfig:
-    """What is maximised (config group `objective=`; docs/objective.md)."""
+    """What is maximised (config group `objective=`; docs/concepts/objective.md)."""
 
     name: str = setting("jepo", choices=tuple(OBJECTIVES))
     """Which objective: a line of config/objectives.py and a file of conf/objective/."""
@@ -301,7 +301,7 @@ class KLConfig:
     beta: float = setting(1e-3, ge=0)
     """Weight of the pull; 0 skips the reference policy altogether."""
     estimator: str = setting("k2_token", choices=("k2_token", "k2_sequence", "k3_token", "k1_reward"))
-    """k2_token, k2_sequence, k3_token (losses) or k1_reward; docs/objective.md says which gradient each has."""
+    """k2_token, k2_sequence, k3_token (losses) or k1_reward; docs/concepts/objective.md derives their gradients."""
 
 
 @dataclass(kw_only=True, slots=True)
