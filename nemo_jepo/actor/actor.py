@@ -1,10 +1,11 @@
-"""The actor: NeMo-Aligner's method names over a megatron-core model that scores and trains packed rows.
+"""The actor: a megatron-core model that scores and trains packed rows, under NeMo-Aligner's method names.
 
 One update is: prepare_for_training_step, get_loss_and_metrics, finish_training_step. `train_step` runs the three.
+docs/decisions/0009 says which names are NeMo-Aligner's.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -27,7 +28,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class MegatronJEPOActor:
-    """The policy on this rank: its share of the weights, of the optimizer state, and what can be asked of them."""
+    """The policy on this rank: its part of the weights and of the optimizer state, and what can be asked of them."""
 
     def __init__(self, hf_config: PretrainedConfig, model: ModelConfig, precision: str, layout: Layout) -> None:
         """Build the model; weights/ then sets its weights through `chunks`.
@@ -64,16 +65,6 @@ class MegatronJEPOActor:
 
     # ---- scoring ----------------------------------------------------------------------------------------------
 
-    def prepare_for_inference(self) -> None:
-        """Before a phase of scoring and sampling."""
-        for module in self._modules:
-            module.eval()
-
-    def finish_inference(self) -> None:
-        """After it."""
-        for module in self._modules:
-            module.train()
-
     def get_inference_log_probs(self, rows: Sequence[PackedRow], num_sequences: int) -> Scores:
         """Log-probs under the current weights, of every scored token, on every rank of the replica."""
         rows = self._micro_batches(rows)
@@ -97,14 +88,6 @@ class MegatronJEPOActor:
             return self.get_inference_log_probs(rows, num_sequences)
 
     # ---- training ---------------------------------------------------------------------------------------------
-
-    def prepare_for_training(self) -> None:
-        """Before a phase of updates."""
-        for module in self._modules:
-            module.train()
-
-    def finish_training(self) -> None:
-        """After it."""
 
     def prepare_for_training_step(self) -> None:
         """Zero the gradients."""
@@ -161,22 +144,7 @@ class MegatronJEPOActor:
         _, metrics = self.get_loss_and_metrics(rows, token_weights)
         return metrics | self.finish_training_step()
 
-    # ---- memory and state -------------------------------------------------------------------------------------
-
-    def offload_adam_states(self) -> None:
-        """Move the optimizer's moments to host memory."""
-        self._move_adam_states(torch.device("cpu"))
-
-    def onload_adam_states(self) -> None:
-        """Bring them back to the device."""
-        self._move_adam_states(self.layout.device)
-
-    def _move_adam_states(self, device: torch.device) -> None:
-        for optimizer in _inner_optimizers(self._optimizer):
-            for state in optimizer.state.values():
-                for name, value in state.items():
-                    if isinstance(value, Tensor):
-                        state[name] = value.to(device)
+    # ---- state ------------------------------------------------------------------------------------------------
 
     def sharded_weights(self) -> dict[str, Any]:
         """The weights as dist_checkpointing shards, independent of the layout."""
@@ -206,9 +174,3 @@ class MegatronJEPOActor:
         self._optimizer.load_state_dict(state["optimizer"])
         self._scheduler.load_state_dict(state["scheduler"])
         self.num_steps = state["num_steps"]
-
-
-def _inner_optimizers(optimizer: Any) -> Iterable[torch.optim.Optimizer]:
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if getattr(part, "optimizer", None) is not None:
-            yield part.optimizer

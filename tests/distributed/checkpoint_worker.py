@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -25,7 +26,7 @@ from nemo_jepo.actor import parallel
 
 parallel.init_distributed()
 
-from nemo_jepo.actor.actor import MegatronJEPOActor, _inner_optimizers  # noqa: E402
+from nemo_jepo.actor.actor import MegatronJEPOActor  # noqa: E402
 from nemo_jepo.actor.model import load_hf_config  # noqa: E402
 from nemo_jepo.actor.weights.load import load_stage, open_source  # noqa: E402
 from nemo_jepo.actor.weights.stream import weight_stream  # noqa: E402
@@ -63,10 +64,16 @@ def update(actor: MegatronJEPOActor) -> dict[str, float]:
     return actor.train_step(rows, weights[layout.data_parallel_rank :: layout.data_parallel_size])
 
 
+def inner_optimizers(optimizer: Any) -> Iterable[torch.optim.Optimizer]:
+    """Torch's optimizers inside Megatron's; a rank may have none of some kind."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part.optimizer for part in parts if getattr(part, "optimizer", None) is not None]
+
+
 def state_of(actor: MegatronJEPOActor) -> dict[str, torch.Tensor]:
     """Weights under their Hugging Face names, this rank's optimizer state, rate and step."""
     out = {f"weight/{name}": tensor.clone() for name, tensor in streamed(actor)}
-    for number, optimizer in enumerate(_inner_optimizers(actor._optimizer)):
+    for number, optimizer in enumerate(inner_optimizers(actor._optimizer)):
         for group_number, group in enumerate(optimizer.param_groups):
             out[f"adam/{number}/{group_number}/step"] = torch.tensor(group["step"])
             for position, parameter in enumerate(group["params"]):

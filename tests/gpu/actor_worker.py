@@ -16,7 +16,7 @@ from nemo_jepo.actor import parallel
 parallel.init_distributed()
 
 from benchmarks.step import Batch, Lengths, draw_sequences  # noqa: E402
-from nemo_jepo.actor.actor import MegatronJEPOActor, _inner_optimizers  # noqa: E402
+from nemo_jepo.actor.actor import MegatronJEPOActor  # noqa: E402
 from nemo_jepo.actor.fp8_guard import guard_fp8  # noqa: E402
 from nemo_jepo.actor.model import load_hf_config  # noqa: E402
 from nemo_jepo.actor.precision import assert_fp8_is_used  # noqa: E402
@@ -100,13 +100,8 @@ def precision() -> dict[str, Any]:
     return found
 
 
-def moments(actor: MegatronJEPOActor) -> list[torch.Tensor]:
-    states = [state for optimizer in _inner_optimizers(actor._optimizer) for state in optimizer.state.values()]
-    return [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
-
-
 def memory() -> dict[str, Any]:
-    """Where the reference policy and Adam's moments are, in bytes of GPU memory."""
+    """Where the reference policy is, in bytes of GPU memory."""
     found: dict[str, Any] = {}
     for place in ("cpu", "gpu"):
         actor = build(lr=0.05, reference_policy=place)
@@ -124,15 +119,6 @@ def memory() -> dict[str, Any]:
             "own again": logprobs(actor),
         }
     found["bytes of the weights"] = sum(p.numel() * p.element_size() for c in actor.chunks for p in c.parameters())
-    before, held = [moment.clone().cpu() for moment in moments(actor)], torch.cuda.memory_allocated()
-    actor.offload_adam_states()
-    found["bytes of the moments"] = sum(moment.numel() * moment.element_size() for moment in before)
-    found["offloaded to"] = sorted({moment.device.type for moment in moments(actor)})
-    found["bytes freed"] = held - torch.cuda.memory_allocated()
-    actor.onload_adam_states()
-    found["back on"] = sorted({moment.device.type for moment in moments(actor)})
-    found["unchanged"] = all(torch.equal(a, b.cpu()) for a, b in zip(before, moments(actor), strict=True))
-    found["grad_norm"] = actor.train_step(ROWS, MEAN_NLL)["grad_norm"]
     return found
 
 
