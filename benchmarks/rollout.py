@@ -36,9 +36,10 @@ from nemo_jepo.data.splice import Splicer
 from nemo_jepo.rollout.embedded import EmbeddedSampler
 from nemo_jepo.rollout.sampler import GenerationRequest
 from nemo_jepo.rollout.vllm.client import stop_strings
+from nemo_jepo.rollout.vllm.local import LocalServers, ServedModel
 from nemo_jepo.rollout.vllm.pool import Pool
 from nemo_jepo.rollout.vllm.push import WeightTransfer
-from nemo_jepo.rollout.vllm.server import LocalServers, health_of
+from nemo_jepo.rollout.vllm.server import health_of
 from nemo_jepo.types import Prompt, Rollout
 
 ROOT = Path(__file__).parents[1]
@@ -77,7 +78,7 @@ def one_server(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     """A pool with one vLLM server of the model's shape and random weights of its own."""
     model.config.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    servers = LocalServers(folder / "model", RolloutConfig(name="vllm"), KEY, folder, "float32", 1024, 0)
+    servers = LocalServers(ServedModel(folder / "model", "float32", 1024), VLLMConfig(), KEY, folder, 0)
     servers.start()
     pool = None
     try:

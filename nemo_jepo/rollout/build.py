@@ -15,10 +15,11 @@ from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.schema import Config
 from nemo_jepo.rollout.embedded import EmbeddedSampler
 from nemo_jepo.rollout.sampler import GenerationRequest, Sampler
+from nemo_jepo.rollout.vllm.local import LocalServers, ServedModel
 from nemo_jepo.rollout.vllm.pool import Pool
 from nemo_jepo.rollout.vllm.push import WeightTransfer
 from nemo_jepo.rollout.vllm.sampler import VLLMSampler
-from nemo_jepo.rollout.vllm.server import LocalServers, read_key, vllm_distribution
+from nemo_jepo.rollout.vllm.server import read_key, vllm_distribution
 
 
 class OwnServers:
@@ -34,7 +35,8 @@ class OwnServers:
         self.folder = folder / "servers"
         self.addresses: tuple[tuple[str, ...], str] | None = None
         """URLs and key; None before `start`, and with another sampler."""
-        self._started: LocalServers | None = None
+        self.started: LocalServers | None = None
+        """Those that this rank started itself; None on every rank but 0."""
 
     def start(
         self, config: Config, layout: Layout, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
@@ -56,27 +58,13 @@ class OwnServers:
             model_folder, key = self.folder / "model", secrets.token_urlsafe(32)
             hf_config.save_pretrained(model_folder)
             tokenizer.save_pretrained(model_folder)
-            self._started = LocalServers(
-                model_folder,
-                config.rollout,
-                key=key,
-                folder=self.folder,
-                dtype={"fp32": "float32", "bf16": "bfloat16"}[config.trainer.precision],
-                max_model_len=min(longest_generation(config), hf_config.max_position_embeddings),
-                first_gpu=config.trainer.devices,
-            )
-            self._started.start()
-            self.addresses = tuple(self._started.urls), key
+            dtype = {"fp32": "float32", "bf16": "bfloat16"}[config.trainer.precision]
+            longest = min(longest_generation(config), hf_config.max_position_embeddings)
+            model = ServedModel(model_folder, dtype, longest)
+            self.started = LocalServers(model, config.rollout.vllm, key, self.folder, config.trainer.devices)
+            self.started.start()
+            self.addresses = tuple(self.started.urls), key
         self.addresses = layout.share_over_world(self.addresses)
-
-    def ended(self) -> dict[str, str]:
-        """Those that are not running, and why. Only rank 0 has any."""
-        return self._started.ended() if self._started else {}
-
-    def restart_dead(self) -> None:
-        """Start those again; they join at a later weight sync."""
-        if self._started is not None:
-            self._started.restart_dead()
 
     def __enter__(self) -> "OwnServers":
         return self
@@ -84,8 +72,8 @@ class OwnServers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._started is not None:
-            self._started.close()
+        if self.started is not None:
+            self.started.close()
 
 
 def check_gpus(config: Config) -> None:
@@ -119,7 +107,7 @@ def open_sampler(
     shapes = list(hf_shapes(hf_config).items())
     transfer = WeightTransfer(pool.control, config.rollout.vllm, shapes, dtype, servers.folder / "weights")
     own = urls[layout.data_parallel_rank :: layout.data_parallel_size]
-    return VLLMSampler(pool, transfer, own, config, servers)
+    return VLLMSampler(pool, transfer, own, config.answer.marker, config.rollout.vllm.start_timeout_s, servers.started)
 
 
 def training_request(config: Config, step: int) -> GenerationRequest:

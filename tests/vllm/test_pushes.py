@@ -95,9 +95,9 @@ def test_after_a_push_a_family_of_other_tensors_is_served_as_well(servers, tmp_p
 def push_in_flight(pool: Pool, transfer: WeightTransfer, url: str, old: PreTrainedModel, new: PreTrainedModel) -> None:
     """Requests that a push finds half done: each token's log-prob is exactly that of the weights that drew it."""
     for version, (before, after) in zip(range(5, 25), cycle([(old, new), (new, old)]), strict=False):
-        finished: list[Rollout] = []
-        work = pool.submit(PROMPTS * 4, request(max_tokens=80), (), only=url, on_rollout=finished.append)
-        wait_until(lambda finished=finished: finished)
+        done = pool.num_done
+        work = pool.submit(PROMPTS * 4, request(max_tokens=80), (), only=url)
+        wait_until(lambda done=done: pool.num_done > done)
         assert transfer.push([url], stream(after), version) == {url: None}
         crossed = 0
         for rollout in work.result():

@@ -14,8 +14,9 @@ import psutil
 import pytest
 
 from nemo_jepo.config.errors import ConfigError
-from nemo_jepo.config.schema import RolloutConfig, VLLMConfig
+from nemo_jepo.config.schema import VLLMConfig
 from nemo_jepo.rollout.vllm import server
+from nemo_jepo.rollout.vllm.local import LocalServers, ServedModel
 from nemo_jepo.utils.network import free_ports
 from nemo_jepo.utils.processes import SharedMemory
 from tests.support import fork_server
@@ -212,11 +213,12 @@ def test_servers_of_a_run_end_with_it_when_it_is_killed(tmp_path):
     code = f"""
 import sys
 from pathlib import Path
-from nemo_jepo.config.schema import RolloutConfig
-from nemo_jepo.rollout.vllm.server import LocalServers
-settings, folder, started = RolloutConfig(name="vllm"), Path({str(tmp_path)!r}), []
+from nemo_jepo.config.schema import VLLMConfig
+from nemo_jepo.rollout.vllm.local import LocalServers, ServedModel
+folder, started = Path({str(tmp_path)!r}), []
 for line in sys.stdin:
-    started.append(LocalServers(folder, settings, {KEY!r}, folder / line.strip(), "float32", 128, 0))
+    model = ServedModel(folder, "float32", 128)
+    started.append(LocalServers(model, VLLMConfig(), {KEY!r}, folder / line.strip(), 0))
     started[-1].start()
     print(started[-1].urls[0], flush=True)
 """
@@ -245,8 +247,8 @@ for line in sys.stdin:
 @needs_vllm
 def test_a_dead_server_of_a_run_is_named_and_started_again(tmp_path):
     (tmp_path / "config.json").touch()
-    settings = RolloutConfig(name="vllm", vllm=VLLMConfig(engine_args={"max_num_seqs": "many"}))
-    servers = server.LocalServers(tmp_path, settings, KEY, tmp_path, "float32", 128, 0)
+    settings = VLLMConfig(engine_args={"max_num_seqs": "many"})
+    servers = LocalServers(ServedModel(tmp_path, "float32", 128), settings, KEY, tmp_path, 0)
     servers.start()
     try:
         wait_until(servers.ended)

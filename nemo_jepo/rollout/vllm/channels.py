@@ -7,7 +7,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,20 +22,8 @@ from nemo_jepo.utils.network import free_ports
 
 NamedTensor = tuple[str, Tensor]
 Shapes = Sequence[tuple[str, tuple[int, ...]]]
-
-
-class Control(Protocol):
-    """Calls a control route of a server: `nemo_jepo.rollout.vllm.pool.Pool.control`."""
-
-    def __call__(
-        self,
-        url: str,
-        method: str,
-        route: str,
-        body: Mapping[str, Any] | None = None,
-        params: Mapping[str, str] | None = None,
-        timeout_s: float = 60.0,
-    ) -> dict[str, Any]: ...
+Control = Callable[..., dict[str, Any]]
+"""`nemo_jepo.rollout.vllm.pool.Pool.control`: calls a control route of a server."""
 
 
 class Channel(Protocol):
@@ -215,8 +203,6 @@ def in_thread(work: Callable[[], Any]) -> "Future[Any]":
 
 def first_fault(*futures: "Future[Any]") -> list[Any]:
     """Every result, or the first exception as soon as there is one."""
-    from concurrent.futures import FIRST_EXCEPTION, wait
-
     done, _ = wait(futures, return_when=FIRST_EXCEPTION)
     for future in done:
         future.result()

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import aiohttp
 
 from nemo_jepo.config.schema import VLLMConfig
-from nemo_jepo.rollout.sampler import GenerationRequest, SamplersLost
+from nemo_jepo.rollout.sampler import GenerationRequest, SamplersLost, SamplingStopped, never
 from nemo_jepo.rollout.vllm.client import Completion, StaleServer, VLLMServer
 from nemo_jepo.types import Prompt, Rollout
 from nemo_jepo.utils.http import NoAnswer, RequestRefused, ServerFault, backoff_s
@@ -34,6 +34,8 @@ MAX_FAULTS_IN_A_ROW = 4
 
 Requests that fail together are one fault.
 """
+STOP_INTERVAL_S = 0.25
+"""A batch that is to stop learns of it within so many seconds."""
 KEEP_ALIVE_S = 2.0
 """Less than any server's own (uvicorn's is 5 s)."""
 
@@ -67,7 +69,7 @@ class _Batch:
     stops: tuple[str, ...]
     only: _Member | None
     """The one server that may answer; its fault is then the caller's."""
-    on_rollout: Callable[[Rollout], None]
+    stop: Callable[[], bool]
     homes: dict[int, _Member] = field(default_factory=dict)
     """Group -> the server whose cache holds its prompt."""
 
@@ -83,8 +85,8 @@ class Pool:
     """
 
     def __init__(self, urls: Sequence[str], settings: VLLMConfig, key: str, vocab_size: int) -> None:
-        self.num_retried = self.num_failed = self.num_taken_out = 0
-        """Attempts repeated, samples given up, servers taken out since the beginning."""
+        self.num_done = self.num_retried = self.num_failed = 0
+        """Samples completed, attempts repeated, samples given up since the beginning."""
         self._settings = settings
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-pool", daemon=True)
@@ -137,7 +139,6 @@ class Pool:
     def _take_out(self, member: _Member, reason: str) -> None:
         if member.out != reason:
             log.warning("%s takes no requests: %s", member.server.url, reason)
-        self.num_taken_out += member.out is None
         member.out = reason
         for task in member.running:
             task.cancel()
@@ -178,19 +179,20 @@ class Pool:
         request: GenerationRequest,
         stops: Sequence[str],
         only: str | None = None,
-        on_rollout: Callable[[Rollout], None] = lambda rollout: None,
+        stop: Callable[[], bool] = never,
     ) -> "Future[list[Rollout]]":
         """Begin every sample of every prompt.
 
         Args:
             stops: strings that end a completion.
             only: the one server that is to answer, without retries.
-            on_rollout: told each rollout as it finishes, on the event loop's thread.
+            stop: asked every STOP_INTERVAL_S on the event loop's thread; True ends the batch's requests.
         Returns:
             A future of the rollouts, ordered by (group, sample). A sample that no server would complete within
-            max_attempts is in it as failed. Raises SamplersLost when no server is left, ServerFault with `only`.
+            max_attempts is in it as failed. Raises SamplersLost when no server is left, SamplingStopped when told to
+            stop, ServerFault with `only`.
         """
-        batch = _Batch(request, tuple(stops), self._members[only] if only else None, on_rollout)
+        batch = _Batch(request, tuple(stops), self._members[only] if only else None, stop)
         return asyncio.run_coroutine_threadsafe(self._run(prompts, batch), self._loop)
 
     async def _run(self, prompts: Sequence[Prompt], batch: _Batch) -> list[Rollout]:
@@ -199,8 +201,17 @@ class Pool:
             for group, prompt in enumerate(prompts)
             for sample in range(batch.request.num_generations_per_prompt)
         ]
+        waiting = set(samples)
         try:
-            return list(await asyncio.gather(*samples))
+            while waiting:
+                if batch.stop():
+                    raise SamplingStopped(f"told to stop with {len(waiting)} of {len(samples)} samples to come")
+                done, waiting = await asyncio.wait(
+                    waiting, timeout=STOP_INTERVAL_S, return_when=asyncio.FIRST_EXCEPTION
+                )
+                for task in done:
+                    task.result()  # raises the first fault
+            return [task.result() for task in samples]
         finally:
             for task in samples:
                 task.cancel()
@@ -223,16 +234,13 @@ class Pool:
                 attempts += member.out is None  # that a server went says nothing about the request
                 self.num_retried += 1
             else:
-                rollout = Rollout(group, sample, done.token_ids, done.logprobs, done.finish_reason, done.policy_version)
-                batch.on_rollout(rollout)
-                return rollout
+                self.num_done += 1
+                return Rollout(group, sample, done.token_ids, done.logprobs, done.finish_reason, done.policy_version)
             finally:
                 member.assigned -= 1
             await asyncio.sleep(backoff_s(attempts))
         self.num_failed += 1
-        failed = Rollout(group, sample, (), (), "failed", 0 if member is None else member.version)
-        batch.on_rollout(failed)
-        return failed
+        return Rollout(group, sample, (), (), "failed", 0 if member is None else member.version)
 
     def _choose(self, batch: _Batch, group: int, avoid: _Member | None) -> _Member:
         """The server of the group's siblings if it can be had, else the least-loaded one; SamplersLost without any."""

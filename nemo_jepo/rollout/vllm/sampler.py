@@ -3,33 +3,22 @@
     load_weights   one pass over the weight stream to the own servers; those that have it all are admitted
     submit         every sample to an admitted server; one that fails moves to another
 
-Each replica's first rank holds one. All of them draw from every server; each feeds its own share of the servers.
+Each replica's first rank holds one. All of them draw from every server; each feeds some of the servers.
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from typing import Protocol
 
 from torch import Tensor
 
-from nemo_jepo.config.schema import Config
-from nemo_jepo.rollout.sampler import GenerationRequest
+from nemo_jepo.rollout.sampler import GenerationRequest, never
 from nemo_jepo.rollout.vllm.client import stop_strings
+from nemo_jepo.rollout.vllm.local import LocalServers
 from nemo_jepo.rollout.vllm.pool import Pool
 from nemo_jepo.rollout.vllm.push import WeightTransfer
 from nemo_jepo.types import Prompt, Rollout
 from nemo_jepo.utils.http import ServerFault
-
-
-class StartedServers(Protocol):
-    """Servers that this program started itself; there may be none."""
-
-    def ended(self) -> dict[str, str]:
-        """Those that are not running, and why."""
-
-    def restart_dead(self) -> None:
-        """Start them again."""
 
 
 class VLLMSampler:
@@ -39,8 +28,9 @@ class VLLMSampler:
         pool: every server of the run.
         transfer: brings weights to servers.
         own_servers: those of the pool that this sampler feeds; another replica's sampler feeds the others.
-        config: of the run; the marker and rollout.vllm are read.
-        started: watched while the run waits for servers, and started again when they die.
+        marker: of the answer; a completion that stops at it stops at one of its spellings.
+        start_timeout_s: how long the first sync waits for the own servers.
+        started: servers that this rank started itself, started again when they die; None without any.
     """
 
     def __init__(
@@ -48,14 +38,15 @@ class VLLMSampler:
         pool: Pool,
         transfer: WeightTransfer,
         own_servers: Sequence[str],
-        config: Config,
-        started: StartedServers,
+        marker: str,
+        start_timeout_s: float,
+        started: LocalServers | None,
     ) -> None:
         self._pool = pool
         self._transfer = transfer
         self._own_servers = tuple(own_servers)
-        self._stop_strings = stop_strings(config.answer.marker)
-        self._start_timeout_s = config.rollout.vllm.start_timeout_s
+        self._stop_strings = stop_strings(marker)
+        self._start_timeout_s = start_timeout_s
         self._started = started
         self._policy_version: int | None = None
 
@@ -63,7 +54,7 @@ class VLLMSampler:
         """Push the weights to the own servers; one that could not take them is out of the pool. See `Sampler`."""
         if self._policy_version is None:
             self._wait_for_servers()
-        else:
+        elif self._started is not None:
             self._started.restart_dead()
         answering = self._pool.answering(self._own_servers)
         for url, fault in self._transfer.push(answering, named_tensors, policy_version).items():
@@ -72,28 +63,28 @@ class VLLMSampler:
             else:
                 self._pool.take_out(url, fault)
         for url in set(self._own_servers) - set(answering):
-            self._pool.take_out(url, self._started.ended().get(url, "/health does not answer"))
+            self._pool.take_out(url, self._ended().get(url, "/health does not answer"))
         self._policy_version = policy_version
 
-    def submit(self, prompts: Sequence[Prompt], request: GenerationRequest) -> "Future[list[Rollout]]":
-        """Begin every sample. See `Sampler`.
+    def submit(
+        self, prompts: Sequence[Prompt], request: GenerationRequest, stop: Callable[[], bool] = never
+    ) -> "Future[list[Rollout]]":
+        """Begin every sample; `stop` is asked while they are drawn. See `Sampler`.
 
         Raises:
             RuntimeError: no weights were loaded.
         """
         self._admit_fed_by_others()
-        return self._pool.submit(prompts, request, self._stop_strings if request.stop_at_marker else ())
+        stops = self._stop_strings if request.stop_at_marker else ()
+        return self._pool.submit(prompts, request, stops, stop=stop)
 
     def probe(self, prompts: Sequence[Prompt], request: GenerationRequest) -> dict[str, list[Rollout]]:
         """The same completions by every own server that has the weights; one that fails is out. See `Sampler`."""
         self._admit_fed_by_others()
-        begun = {
-            url: self._pool.submit(prompts, request, (), only=url)
-            for url in self._own_servers
-            if url in self._pool.ready()
-        }
+        ready = self._pool.ready()
+        futures = {url: self._pool.submit(prompts, request, (), only=url) for url in self._own_servers if url in ready}
         drawn = {}
-        for url, future in begun.items():
+        for url, future in futures.items():
             try:
                 drawn[url] = future.result()
             except ServerFault as fault:
@@ -113,12 +104,16 @@ class VLLMSampler:
         self._pool.close()
         self._transfer.close()
 
+    def _ended(self) -> dict[str, str]:
+        """Servers of this rank's own that are not running, and why."""
+        return self._started.ended() if self._started is not None else {}
+
     def _wait_for_servers(self) -> None:
         """Until every own server answers or has ended, or rollout.vllm.start_timeout_s has passed."""
         deadline = time.monotonic() + self._start_timeout_s
         waiting = list(self._own_servers)
         while waiting and time.monotonic() < deadline:
-            gone = {*self._pool.answering(waiting), *self._started.ended()}
+            gone = {*self._pool.answering(waiting), *self._ended()}
             waiting = [url for url in waiting if url not in gone]
             if waiting:
                 time.sleep(0.5)

@@ -24,8 +24,6 @@ from types import FrameType
 from typing import Any
 
 from nemo_jepo.config.errors import ConfigError, read_private
-from nemo_jepo.config.schema import RolloutConfig
-from nemo_jepo.utils.network import free_ports
 from nemo_jepo.utils.processes import SharedMemory, die_with_parent, end_session
 
 KEY_VARIABLE = "NEMO_JEPO_API_KEY"
@@ -257,94 +255,3 @@ def health_of(url: str) -> str:
         return "silent"
     except OSError as error:  # URLError is one
         return "silent" if isinstance(getattr(error, "reason", None), TimeoutError) else "dead"
-
-
-# ---- A run's own.
-
-
-class LocalServers:
-    """Servers that a run starts on its own node and stops; each a `nemo-jepo serve` with a log file.
-
-    Args:
-        model_folder: config.json and tokeniser; weights come with the first sync.
-        settings: num_servers, tensor_parallel_size and engine_args of its vllm node are read.
-        key: of all of them.
-        folder: for the logs, server_0.log and so on.
-        dtype: float32 or bfloat16.
-        max_model_len: tokens of a prompt and its completion.
-        first_gpu: GPUs below it are the trainer's.
-    """
-
-    def __init__(
-        self,
-        model_folder: Path,
-        settings: RolloutConfig,
-        key: str,
-        folder: Path,
-        dtype: str,
-        max_model_len: int,
-        first_gpu: int,
-    ) -> None:
-        self._model_folder, self._vllm, self._key, self._folder = model_folder, settings.vllm, key, folder
-        self._options = ["--dtype", dtype, "--max-model-len", str(max_model_len), "--load-format", "dummy"]
-        self._first_gpu = first_gpu
-        ports = free_ports(self._vllm.num_servers)
-        self.urls = [f"http://127.0.0.1:{port}" for port in ports]
-        self._ports = ports
-        self._processes: list[subprocess.Popen[bytes]] = []
-
-    def start(self) -> None:
-        """Start them all; none is waited for."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._processes = [self._start(index) for index in range(len(self.urls))]
-
-    def _start(self, index: int) -> "subprocess.Popen[bytes]":
-        size = self._vllm.tensor_parallel_size
-        extra = [part for name, value in self._vllm.engine_args.items() for part in _vllm_option(name, value)]
-        command = [sys.executable, "-m", "nemo_jepo.cli", "serve", str(self._model_folder), *self._options]
-        command += ["--port", str(self._ports[index]), "--tensor-parallel-size", str(size), "--stop-with-parent"]
-        environment = os.environ | {KEY_VARIABLE: self._key}
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            environment.pop(name, None)  # the trainer's group is not the server's
-        if vllm_distribution()[0] == "vllm":
-            first = self._first_gpu + index * size
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(first, first + size)))
-        with (self._folder / f"server_{index}.log").open("ab") as log:
-            return subprocess.Popen([*command, "--", *extra], env=environment, stdout=log, stderr=log)
-
-    def ended(self) -> dict[str, str]:
-        """Servers that are not running, with the last line of their log."""
-        return {
-            url: f"ended with exit code {process.returncode}; {_last_error(self._folder / f'server_{index}.log')}"
-            for index, (url, process) in enumerate(zip(self.urls, self._processes, strict=True))
-            if process.poll() is not None
-        }
-
-    def restart_dead(self) -> list[str]:
-        """Start again those that ended, and say which."""
-        dead = list(self.ended())
-        for url in dead:
-            self._processes[self.urls.index(url)] = self._start(self.urls.index(url))
-        return dead
-
-    def close(self) -> None:
-        """Stop them and wait until nothing is left."""
-        for process in self._processes:
-            process.send_signal(STOP)
-        for process in self._processes:
-            process.wait()
-
-
-def _last_error(log: Path) -> str:
-    """The line of a log that says most, with the log's name."""
-    lines = log.read_text(errors="replace").strip().splitlines()
-    errors = [line for line in lines if "error" in line.lower()]
-    return f"{log}: {(errors or lines or ['empty'])[-1].strip()[-300:]}"
-
-
-def _vllm_option(name: str, value: object) -> list[str]:
-    """One engine_args entry as vLLM's command line has it; true is a flag, false its negation."""
-    option = "--" + name.replace("_", "-")
-    if isinstance(value, bool):
-        return [option if value else f"--no-{option[2:]}"]
-    return [option, str(value)]

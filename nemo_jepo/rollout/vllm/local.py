@@ -1,0 +1,105 @@
+"""The vLLM servers that a run starts on its own node: each a `nemo-jepo serve` with a log file."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemo_jepo.config.schema import VLLMConfig
+from nemo_jepo.rollout.vllm.server import KEY_VARIABLE, STOP, vllm_distribution
+from nemo_jepo.utils.network import free_ports
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What every server of a run serves."""
+
+    folder: Path
+    """config.json and tokenizer; weights come with the first sync."""
+    dtype: str
+    """float32 or bfloat16."""
+    max_model_len: int
+    """Tokens of a prompt and its completion."""
+
+
+class LocalServers:
+    """Servers that a run starts and stops.
+
+    Args:
+        model: what they serve.
+        settings: num_servers, tensor_parallel_size and engine_args are read.
+        key: of all of them.
+        folder: for the logs, server_0.log and so on.
+        first_gpu: GPUs below it are the trainer's.
+    """
+
+    def __init__(self, model: ServedModel, settings: VLLMConfig, key: str, folder: Path, first_gpu: int) -> None:
+        self._model, self._settings, self._key, self._folder = model, settings, key, folder
+        self._first_gpu = first_gpu
+        self._ports = free_ports(settings.num_servers)
+        self.urls = [f"http://127.0.0.1:{port}" for port in self._ports]
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def start(self) -> None:
+        """Start them all; none is waited for."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._processes = [self._start(index) for index in range(len(self.urls))]
+
+    def _start(self, index: int) -> "subprocess.Popen[bytes]":
+        model, size = self._model, self._settings.tensor_parallel_size
+        options = {
+            "--dtype": model.dtype,
+            "--max-model-len": model.max_model_len,
+            "--load-format": "dummy",
+            "--port": self._ports[index],
+            "--tensor-parallel-size": size,
+        }
+        command = [sys.executable, "-m", "nemo_jepo.cli", "serve", str(model.folder), "--stop-with-parent"]
+        command += [str(part) for option in options.items() for part in option]
+        command += ["--", *(p for name, value in self._settings.engine_args.items() for p in _vllm_option(name, value))]
+        environment = os.environ | {KEY_VARIABLE: self._key}
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            environment.pop(name, None)  # the trainer's group is not the server's
+        if vllm_distribution()[0] == "vllm":
+            first = self._first_gpu + index * size
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(first, first + size)))
+        with (self._folder / f"server_{index}.log").open("ab") as log:
+            return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+
+    def ended(self) -> dict[str, str]:
+        """Servers that are not running, with the last line of their log."""
+        return {
+            url: f"ended with exit code {process.returncode}; {_last_error(self._folder / f'server_{index}.log')}"
+            for index, (url, process) in enumerate(zip(self.urls, self._processes, strict=True))
+            if process.poll() is not None
+        }
+
+    def restart_dead(self) -> list[str]:
+        """Start again those that ended, and say which."""
+        dead = list(self.ended())
+        for url in dead:
+            self._processes[self.urls.index(url)] = self._start(self.urls.index(url))
+        return dead
+
+    def close(self) -> None:
+        """Stop them and wait until nothing is left."""
+        for process in self._processes:
+            process.send_signal(STOP)
+        for process in self._processes:
+            process.wait()
+
+
+def _last_error(log: Path) -> str:
+    """The line of a log that says most, with the log's name."""
+    lines = log.read_text(errors="replace").strip().splitlines()
+    errors = [line for line in lines if "error" in line.lower()]
+    return f"{log}: {(errors or lines or ['empty'])[-1].strip()[-300:]}"
+
+
+def _vllm_option(name: str, value: object) -> list[str]:
+    """One engine_args entry as vLLM's command line has it; true is a flag, false its negation."""
+    option = "--" + name.replace("_", "-")
+    if isinstance(value, bool):
+        return [option if value else f"--no-{option[2:]}"]
+    return [option, str(value)]
