@@ -2,7 +2,7 @@
 
     python -m benchmarks.step [--prompts 32] [--data train.jsonl] [--out FILE]
 
-An update is what the loop does after sampling: scores under the policy and under the reference policy, credits, token
+An update is what the loop does after sampling: scores under the policy and under the reference policy, weights, token
 weights, forward and backward pass, optimizer step; nemo_jepo's own functions on a 5M-parameter Llama in one process.
 Useful tokens are those of the sequences; padding counts for nothing.
 
@@ -31,8 +31,9 @@ from nemo_jepo.config.schema import AnswerConfig, Config, DataConfig, ModelConfi
 from nemo_jepo.data import load_prompts, train_tokenizer, training_texts
 from nemo_jepo.data.packing import pack, padded_rows
 from nemo_jepo.data.splice import Splicer
-from nemo_jepo.objective.tables import group_scores, weigh_tokens
-from nemo_jepo.objective.update import sample_credits
+from nemo_jepo.objective.records import Scored
+from nemo_jepo.objective.tables import group_scores
+from nemo_jepo.objective.update import sample_weights, token_weights
 from nemo_jepo.setup import load_initial_weights, update_rule
 from nemo_jepo.types import PackedRow, Spliced
 
@@ -159,7 +160,7 @@ def build_update(tokens_per_row: int) -> Callable[[Sequence[Spliced], Sequence[P
     parallel.init_model_parallel(config.model)
     layout, rule = parallel.Layout(), update_rule(config)
     actor = MegatronJEPOActor(load_hf_config(SHAPE), config.model, "fp32", layout)
-    load_initial_weights(actor, config, layout)
+    load_initial_weights(actor, None, config.model.seed)
     actor.keep_reference_policy()
     actor.start_training(OptimConfig(lr=1e-4), 1.0, 1000)
 
@@ -169,8 +170,9 @@ def build_update(tokens_per_row: int) -> Callable[[Sequence[Spliced], Sequence[P
         reference = actor.get_init_policy_logprobs(rows, count)
         group_size = count // (1 + sequences[-1].group)
         groups = group_scores(sequences, scores, reference, None, group_size)
-        credits = sample_credits(rule, groups, layout.sum_over_data_parallel, layout.max_over_data_parallel)
-        actor.train_step(rows, weigh_tokens(rule, sequences, scores, reference, credits))
+        coefficients = sample_weights(rule, groups, layout.sum_over_data_parallel, layout.max_over_data_parallel)
+        scored = Scored(sequences=sequences, rows=rows, policy=scores, reference=reference, groups=groups)
+        actor.train_step(rows, token_weights(rule, scored, coefficients))
 
     return update
 

@@ -1,7 +1,8 @@
-"""What a step reports of its sequences: additive figures, and a few rollouts written out token by token.
+"""Every number that a step or an evaluation reports, and a few rollouts written out token by token.
 
-A figure is a (sum, count) pair until every data-parallel rank has added its own; names follow NeMo-Aligner's prefixes
-train_rollouts/, train_optim/, val_rollouts/ and timers/, which the loop puts in front.
+A metric is a (sum, count) pair until every data-parallel rank has added its own; one whose count is 0 has nothing to
+report. Names follow NeMo-Aligner's prefixes train_rollouts/, train_optim/, val_rollouts/ and timers/. P prompts, G
+samples per prompt.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,17 +11,131 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_jepo.types import Prompt, Rollout, Scores, Spliced
+from nemo_jepo.config.objectives import OBJECTIVES
+from nemo_jepo.objective.estimators import effective_sample_size, masked, multi_sample_bound, single_sample_bound
+from nemo_jepo.objective.records import GroupScores, SampleWeights, Scored, UpdateRule
+from nemo_jepo.objective.registry import uses_verifiable_reward
+from nemo_jepo.types import Pair, Prompt, Rollout, Scores, Spliced
 
-Pair = tuple[float, float]
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 """What a part of a character decodes to."""
+
+
+def step_metrics(
+    rule: UpdateRule,
+    scored: Scored,
+    weights: SampleWeights,
+    rollouts: Sequence[Rollout],
+    policy_version: int,
+    sampler_counts: Mapping[str, float],
+) -> dict[str, Pair]:
+    """Everything that one optimizer step reports of its batch, before the sum over data-parallel ranks.
+
+    Args:
+        rule, scored, weights: of the step.
+        rollouts: N, in the order of scored.sequences; [] where nothing was sampled (sft).
+        policy_version: optimizer steps in the weights that scored.
+        sampler_counts: what went wrong in sampling so far, by name.
+    """
+    metrics = update_metrics(rule, scored.groups, weights)
+    if rollouts:
+        metrics |= rollout_metrics(scored.sequences, rollouts, scored.policy, policy_version)
+        metrics |= {name: (count, 1.0) for name, count in sampler_counts.items()}
+    return metrics
+
+
+def mean(values: Tensor, mask: Tensor) -> Pair:
+    """Sum of the values over the mask, and how many they are; what stands elsewhere is not read."""
+    counted = torch.where(mask, values, torch.zeros_like(values)).double()
+    return counted.sum().item(), float(mask.sum().item())
+
+
+def update_metrics(rule: UpdateRule, scores: GroupScores, weights: SampleWeights) -> dict[str, Pair]:
+    """Means over the samples or prompts where each metric exists.
+
+    Bounds are in nats of the whole answer whatever length_normalization says, over prompts scored by likelihood.
+
+    Args:
+        rule: settings.
+        scores: this rank's groups.
+        weights: what `sample_weights` made of them.
+    Returns:
+        name -> (sum, count). With sft: lengths alone, because nothing else was scored.
+    """
+    valid, arrived = scores.valid_mask, scores.arrived_mask
+    lengths = {
+        "cot_tokens_mean": mean(scores.chain_length, valid),
+        "answer_tokens_mean": mean(scores.answer_length, valid),
+    }
+    if OBJECTIVES[rule.name].supervised:
+        return lengths
+    everything = torch.ones_like(arrived)
+    rates = {
+        "arrived_rate": mean(arrived, everything),
+        "marker_rate": mean(scores.has_marker, arrived),
+        "valid_rate": mean(valid, arrived),
+    }
+    clipped = weights.advantage.abs() >= (rule.clip if rule.normalize else torch.inf)
+    advantages = {
+        "advantage_clip_fraction": mean(clipped, valid),
+        "format_advantage_std": (weights.advantage_std[2].item(), 1.0),
+    }
+    return (
+        rates
+        | lengths
+        | advantages
+        | _bounds(rule, scores, weights)
+        | _rewards(rule, scores, weights)
+        | _kl(rule, scores)
+    )
+
+
+def _verifiable(rule: UpdateRule, scores: GroupScores) -> Tensor:
+    reward = scores.verifiable_reward
+    return uses_verifiable_reward(rule.name, torch.zeros_like(scores.answer_logprob) if reward is None else reward)
+
+
+def _bounds(rule: UpdateRule, scores: GroupScores, weights: SampleWeights) -> dict[str, Pair]:
+    """Bounds and how many samples carry them, over prompts that the reference answer's likelihood scores."""
+    mask = scores.valid_mask & ~_verifiable(rule, scores).unsqueeze(-1)
+    logprob = masked(scores.answer_logprob, mask)
+    multi, single = multi_sample_bound(logprob, mask), single_sample_bound(logprob, mask)
+    count = float(mask.any(-1).sum().item())
+    return {
+        "bound": (multi.sum().item(), count),
+        "single_sample_bound": (single.sum().item(), count),
+        "bound_gap": ((multi - single).sum().item(), count),
+        "effective_sample_size": (effective_sample_size(logprob, mask).sum().item(), count),
+        "advantage_std": (weights.advantage_std[0].item(), 1.0),
+    }
+
+
+def _rewards(rule: UpdateRule, scores: GroupScores, weights: SampleWeights) -> dict[str, Pair]:
+    """Verifiable reward over every arrived sample, and the share of prompts that train on it."""
+    if scores.verifiable_reward is None:
+        return {}
+    verifiable = _verifiable(rule, scores)
+    return {
+        "reward": mean(scores.verifiable_reward, scores.arrived_mask & torch.isfinite(scores.verifiable_reward)),
+        "verifiable_prompt_rate": (float(verifiable.sum().item()), float(verifiable.numel())),
+        "reward_advantage_std": (weights.advantage_std[1].item(), 1.0),
+    }
+
+
+def _kl(rule: UpdateRule, scores: GroupScores) -> dict[str, Pair]:
+    """KL(pi, pi_ref) of a chain of thought, in nats per sequence: k1 as `kl`, k3 beside it."""
+    if rule.kl_beta == 0:
+        return {}
+    metrics = {"kl": mean(scores.chain_log_ratio, scores.arrived_mask)}
+    if scores.chain_k3 is not None:
+        metrics["kl_k3"] = mean(scores.chain_k3, scores.arrived_mask)
+    return metrics
 
 
 def rollout_metrics(
     sequences: Sequence[Spliced], rollouts: Sequence[Rollout], scores: Scores, policy_version: int
 ) -> dict[str, Pair]:
-    """Figures of the sampled tokens.
+    """Metrics of the sampled tokens.
 
         logprob_difference = mean |log pi_sampler - log pi_trainer| over sampled tokens that were scored, nats
         entropy            = mean over chain-of-thought tokens, nats
@@ -62,16 +177,16 @@ def phase_tokens(sequences: Sequence[Spliced], rollouts: Sequence[Rollout], repl
     return {"train_time": trained, "logprobs": trained, "init_logprobs": trained, "generate": generated}
 
 
-def merge(figures: Mapping[str, Pair], reduce_sum: Callable[[Tensor], Tensor]) -> dict[str, float]:
-    """Means over all data-parallel ranks; a figure without a single count is left out. The same keys on every rank."""
-    names = sorted(figures)
-    totals = reduce_sum(torch.tensor([figures[name] for name in names], dtype=torch.float64))
+def merge(metrics: Mapping[str, Pair], reduce_sum: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    """Means over all data-parallel ranks; a metric without a single count is left out. The same keys on every rank."""
+    names = sorted(metrics)
+    totals = reduce_sum(torch.tensor([metrics[name] for name in names], dtype=torch.float64))
     return {name: (total / count).item() for name, (total, count) in zip(names, totals, strict=True) if count > 0}
 
 
-def with_prefix(prefix: str, figures: Mapping[str, float]) -> dict[str, float]:
+def with_prefix(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:
     """prefix/name for every name."""
-    return {f"{prefix}/{name}": value for name, value in figures.items()}
+    return {f"{prefix}/{name}": value for name, value in metrics.items()}
 
 
 def rollout_records(

@@ -1,149 +1,256 @@
-"""The order of the rooms. Read this file first: `run_step` is the whole algorithm, `fit` repeats it.
+"""Read this file first: `run_step` is the whole algorithm, `fit` repeats it, `main` is the command.
 
-    prompt -> rollout -> splice answer -> pack -> score -> credits -> token weights -> step -> weight sync
+    prompt -> rollout -> splice answer -> score -> sample weights -> token weights -> step -> weight sync
 
-Every objective, supervised warm-up included, runs through the same two functions.
+Every objective, supervised warm-up included, runs through the same functions.
 """
 
+import json
+import signal
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
+from types import FrameType
 
 import torch
 
 from nemo_jepo.actor.fp8_guard import guard_fp8
-from nemo_jepo.data.packing import pack
+from nemo_jepo.actor.parallel import Layout, init_distributed, init_model_parallel
+from nemo_jepo.actor.scoring import score
+from nemo_jepo.checkpoint.format import latest_checkpoint, step_of
+from nemo_jepo.config.compose import to_yaml
+from nemo_jepo.config.errors import ConfigError
+from nemo_jepo.config.schema import Config
+from nemo_jepo.config.warmup import after_warmup, warmup_config
+from nemo_jepo.data.dataset import PromptSplits
 from nemo_jepo.evaluate import evaluate, grade
-from nemo_jepo.metrics import merge, phase_tokens, rollout_metrics, rollout_records, with_prefix
-from nemo_jepo.objective.metrics import update_metrics
-from nemo_jepo.objective.registry import OBJECTIVE_TERMS, uses_verifiable_reward
-from nemo_jepo.objective.tables import group_scores, weigh_tokens
-from nemo_jepo.objective.update import sample_credits
-from nemo_jepo.rollout.build import training_request
-from nemo_jepo.rollout.sampler import SamplersLost
-from nemo_jepo.setup import Rooms, collect, resume, save
-from nemo_jepo.tracking import SilentTracker
+from nemo_jepo.metrics import merge, phase_tokens, rollout_records, step_metrics, with_prefix
+from nemo_jepo.objective.records import SampleWeights, Scored
+from nemo_jepo.objective.registry import uses_verifiable_reward
+from nemo_jepo.objective.update import sample_weights, token_weights
+from nemo_jepo.rollout.build import OwnServers
+from nemo_jepo.rollout.sampler import SamplersLost, SamplingStopped
+from nemo_jepo.setup import Trainer, build, resume, save
+from nemo_jepo.tracking import SilentTracker, Tracker
 from nemo_jepo.types import Prompt, Rollout, Spliced
+from nemo_jepo.utils.exit_codes import DONE, FAILED, INTERRUPTED
+from nemo_jepo.utils.files import write_atomically
 from nemo_jepo.weight_sync import sync_weights
 
-DONE, FAILED, INTERRUPTED = 0, 1, 75
+
+def run_step(t: Trainer, prompts: Sequence[Prompt], step: int, tracker: SilentTracker) -> dict[str, float]:
+    """One optimizer step over this replica's prompts. This function is the whole algorithm."""
+    rollouts = sample(t, prompts, step, tracker)
+    sequences, rewards = splice(t, prompts, rollouts)
+    scored = score(t.actor, sequences, rewards, len(sequences) // len(prompts), tracker.timer)
+    fp8_error = guard_fp8(t.actor, scored, step, tracker.say) if rollouts else {}
+    weights = sample_weights(t.rule, scored.groups, t.layout.sum_over_data_parallel, t.layout.max_over_data_parallel)
+    weight_of_tokens = token_weights(t.rule, scored, weights)
+    with tracker.timer("train_time"):
+        optim = t.actor.train_step(scored.rows, weight_of_tokens)
+    metrics = report_rollouts(t, prompts, rollouts, scored, weights, step, tracker)
+    return metrics | with_prefix("train_rollouts", fp8_error) | report_update(optim, step, tracker)
 
 
-def sample(rooms: Rooms, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
-    """The prompts' rollouts on every rank of the replica; those of the next max_staleness steps are begun as well."""
-    config = rooms.config
-    for later in range(step, min(step + config.rollout.max_staleness + 1, config.trainer.jepo.max_steps)):
-        if rooms.sampler is not None and later not in rooms.begun:
-            batch = prompts if later == step else rooms.own_share(rooms.stream.upcoming(later - step))
-            rooms.begun[later] = rooms.sampler.submit(batch, training_request(config, later))
-    return collect(rooms, rooms.begun.pop(step, None))
+def sample(t: Trainer, prompts: Sequence[Prompt], step: int, tracker: SilentTracker) -> list[Rollout]:
+    """G chains of thought for every prompt, by a sampler with the weights of this step; [] where none are needed."""
+    if t.objective.supervised:
+        return []
+    with tracker.timer("weight_sync"):
+        sync_weights(t)
+    with tracker.timer("generate"):
+        return t.rollouts.take(prompts, step)
 
 
 def splice(
-    rooms: Rooms, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]
+    t: Trainer, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]
 ) -> tuple[list[Spliced], list[float | None] | None]:
-    """Every rollout with the answer that scores it, and the verifiable rewards where the objective reads them."""
-    reference = rooms.splicer.splice_reference(prompts, rollouts)
-    if not OBJECTIVE_TERMS[rooms.rule.name].reads_verifiable_reward:
+    """c_i + a* for every rollout, or c_i + a_i where a verifier rewards it; and its rewards, where it is asked."""
+    if t.objective.supervised:
+        return t.splicer.supervised(prompts, t.config.objective.sft_target), None
+    reference = t.splicer.splice_reference(prompts, rollouts)
+    if not t.objective.reads_verifier:
         return reference, None
-    rewards = grade(rooms, prompts, rollouts)
+    rewards = grade(t.verifier, t.splicer, t.layout, prompts, rollouts)
     table = torch.tensor([reward or 0.0 for reward in rewards]).view(len(prompts), -1)
-    verifiable = uses_verifiable_reward(rooms.rule.name, table).tolist()
-    own = rooms.splicer.splice_own(prompts, rollouts)
+    verifiable = uses_verifiable_reward(t.rule.name, table).tolist()
+    own = t.splicer.splice_own(prompts, rollouts)
     return [o if verifiable[r.group] else r for o, r in zip(own, reference, strict=True)], rewards
 
 
-def run_step(rooms: Rooms, prompts: Sequence[Prompt], step: int, tracker: SilentTracker) -> dict[str, float]:
-    """One optimizer step over this replica's prompts. This function is the whole algorithm."""
-    rule, layout, actor = rooms.rule, rooms.layout, rooms.actor
-    if rule.name == "sft":
-        rollouts: list[Rollout] = []
-        rewards = None
-        sequences = rooms.splicer.supervised(prompts, rooms.config.objective.sft_target)
-    else:
-        with tracker.timer("weight_sync"):
-            sync_weights(rooms)
-        with tracker.timer("generate"):
-            rollouts = sample(rooms, prompts, step)
-        sequences, rewards = splice(rooms, prompts, rollouts)
-    rows = pack(sequences, rooms.config.model.tokens_per_micro_batch, rooms.config.model.segment_multiple)
-
-    with tracker.timer("logprobs"):
-        scores = actor.get_inference_log_probs(rows if rollouts else [], len(sequences))
-    with tracker.timer("init_logprobs"):
-        reference = actor.get_init_policy_logprobs(rows, len(sequences))
-
-    groups = group_scores(sequences, scores, reference, rewards, len(sequences) // len(prompts))
-    fp8_figures = guard_fp8(actor, sequences, rows, groups, step, tracker.say) if rollouts else {}
-    credits = sample_credits(rule, groups, layout.sum_over_data_parallel, layout.max_over_data_parallel)
-    weights = weigh_tokens(rule, sequences, scores, reference, credits)
-    with tracker.timer("train_time"):
-        optim = actor.train_step(rows, weights)
-
-    figures = update_metrics(rule, groups, credits)
+def report_rollouts(
+    t: Trainer,
+    prompts: Sequence[Prompt],
+    rollouts: Sequence[Rollout],
+    scored: Scored,
+    weights: SampleWeights,
+    step: int,
+    tracker: SilentTracker,
+) -> dict[str, float]:
+    """The batch's metrics, the same on every rank; a few of its rollouts go to the tracker, token by token."""
     if rollouts:
-        figures |= rollout_metrics(sequences, rollouts, scores, step)
-        figures |= {name: (count, 1.0) for name, count in rooms.sampler_counts.items()}
-        tables = {"advantage": credits.advantage, "credit": credits.credit, "answer_weight": credits.answer_weight}
-        shown = sequences[: rooms.config.trainer.jepo.log_rollouts]
-        readers = rooms.tokenizer.decode, rooms.splicer.marker_span
-        tracker.log_rollouts(step + 1, rollout_records(prompts, shown, scores, tables, *readers))
-    tracker.count_tokens(phase_tokens(sequences, rollouts, layout.data_parallel_size))
-    means = merge(figures, layout.sum_over_data_parallel) | fp8_figures
+        tables = {name: getattr(weights, name) for name in ("advantage", "policy_weight", "answer_weight")}
+        shown = scored.sequences[: t.config.trainer.jepo.log_rollouts]
+        readers = t.tokenizer.decode, t.splicer.marker_span
+        tracker.log_rollouts(step + 1, rollout_records(prompts, shown, scored.policy, tables, *readers))
+    tracker.count_tokens(phase_tokens(scored.sequences, rollouts, t.layout.data_parallel_size))
+    metrics = step_metrics(t.rule, scored, weights, rollouts, step, t.rollouts.counts)
+    means = merge(metrics, t.layout.sum_over_data_parallel)
     if means.get("valid_rate") == 0:
         tracker.say(f"step {step + 1}: no valid sample (answer.marker), so only the format loss and the KL act")
+    return with_prefix("train_rollouts", means)
+
+
+def report_update(optim: dict[str, float], step: int, tracker: SilentTracker) -> dict[str, float]:
+    """The optimizer's metrics; an update that was left out is said."""
     if optim["skipped_step"]:
         tracker.say(f"step {step + 1}: the gradient is not finite, so the weights stay as they are")
-    return with_prefix("train_rollouts", means) | with_prefix("train_optim", optim)
+    return with_prefix("train_optim", optim)
 
 
-def fit(rooms: Rooms, folder: Path, tracker: SilentTracker, interrupted: Callable[[], bool]) -> int:
+def fit(t: Trainer, folder: Path, tracker: SilentTracker, interrupted: Callable[[], bool]) -> int:
     """Train from the last checkpoint of the run, or from the initial weights, to the end.
 
     Args:
         folder: the run's folder.
-        interrupted: asked after every step; True saves and ends.
+        interrupted: asked after every step and between the batches of a validation; True saves and ends.
     Returns:
         DONE, or INTERRUPTED after saving, also where no server is left to sample from; FAILED where none ever was.
     """
-    loop, stream, layout = rooms.config.trainer.jepo, rooms.stream, rooms.layout
-    rooms.actor.start_training(rooms.config.model.optim, loop.gradient_clip_val, loop.max_steps)
-    step = resume(rooms, folder)
+    loop = t.config.trainer.jepo
+    t.actor.start_training(t.config.model.optim, loop.gradient_clip_val, loop.max_steps)
+    step = resume(t, folder)
     tracker.rewind(step if step else -1)
+    metrics = unreported_metrics(folder, step)  # of a step that is done and not in metrics.jsonl yet
+    if metrics is None and step == 0 and loop.val_at_start:
+        metrics = {}
     try:
-        if step == 0 and loop.val_at_start:
-            tracker.log(validate(rooms, step, tracker), step)
-        while step < loop.max_steps and (loop.max_epochs is None or stream.epoch < loop.max_epochs):
+        if metrics is not None:
+            tracker.log(metrics | validate(t, step, tracker, interrupted), step)
+            metrics = None
+            forget_unreported(t, folder)
+        while not has_ended(t, step):
             with tracker.timer("step_time"):
-                metrics = run_step(rooms, rooms.own_share(stream.upcoming()), step, tracker)
-            stream.next_batch()  # these prompts are trained on
+                metrics = run_step(t, t.upcoming(), step, tracker)
+            t.stream.next_batch()  # these prompts are trained on
             step += 1
-            stop = layout.any_over_world(interrupted())
-            ended = step == loop.max_steps or (loop.max_epochs is not None and stream.epoch >= loop.max_epochs)
-            try:
-                if ended or (loop.val_check_interval and step % loop.val_check_interval == 0):
-                    metrics |= validate(rooms, step, tracker)
-            finally:
-                tracker.log(metrics, step)
-            if stop or ended or (loop.save_interval and step % loop.save_interval == 0):
-                with tracker.timer("save_time"):
-                    save(rooms, step, last=stop or ended)
-            elif rooms.checkpoints.pending:
-                with tracker.timer("save_time"):
-                    rooms.checkpoints.complete_if_written()
-            if stop and not ended:
+            if has_ended(t, step) or (loop.val_check_interval and step % loop.val_check_interval == 0):
+                metrics |= validate(t, step, tracker, interrupted)
+            tracker.log(metrics, step)
+            metrics = None
+            stop = t.layout.any_over_world(interrupted())
+            save_if_due(t, step, stop, tracker)
+            if stop and not has_ended(t, step):
                 return INTERRUPTED
-    except SamplersLost as lost:
-        tracker.say(f"no server is left to sample from, so the run saves after step {step} and ends: {lost}")
-        save(rooms, step, last=True)
-        return INTERRUPTED if step else FAILED
+    except (SamplersLost, SamplingStopped) as error:
+        if isinstance(error, SamplersLost):
+            tracker.say(f"no server is left to sample from, so the run saves after step {step} and ends: {error}")
+        if step and metrics is not None:
+            keep_unreported(t, folder, step, metrics)
+        save(t, step, last=True)
+        return FAILED if isinstance(error, SamplersLost) and not step else INTERRUPTED
     return DONE
 
 
-def validate(rooms: Rooms, step: int, tracker: SilentTracker) -> dict[str, float]:
-    """Held-out figures under val_rollouts/; nothing without validation prompts."""
-    if not rooms.validation:
+def has_ended(t: Trainer, step: int) -> bool:
+    """Whether the run has made all its steps or epochs."""
+    loop = t.config.trainer.jepo
+    return step >= loop.max_steps or (loop.max_epochs is not None and t.stream.epoch >= loop.max_epochs)
+
+
+def save_if_due(t: Trainer, step: int, stop: bool, tracker: SilentTracker) -> None:
+    """A checkpoint where the run ends or its interval says so; else a look after the one that is being written."""
+    last, interval = stop or has_ended(t, step), t.config.trainer.jepo.save_interval
+    if last or (interval and step % interval == 0):
+        with tracker.timer("save_time"):
+            save(t, step, last)
+    elif t.checkpoints.pending:
+        with tracker.timer("save_time"):
+            t.checkpoints.complete_if_written()
+
+
+def validate(t: Trainer, step: int, tracker: SilentTracker, stop: Callable[[], bool]) -> dict[str, float]:
+    """Held-out metrics under val_rollouts/; nothing without validation prompts. Raises as `evaluate` does."""
+    if not t.validation:
         return {}
     with tracker.timer("validation_time"):
-        figures, records = evaluate(rooms, rooms.validation)
+        metrics, records = evaluate(t, t.validation, stop)
     tracker.log_rollouts(step, records, "validation")
-    return with_prefix("val_rollouts", figures)
+    return with_prefix("val_rollouts", metrics)
+
+
+# ---- a step whose validation was interrupted ------------------------------------------------------------------------
+
+
+def keep_unreported(t: Trainer, folder: Path, step: int, metrics: dict[str, float]) -> None:
+    """Write down a step's own metrics, for the start that validates it; before its checkpoint, which it waits for."""
+    if t.layout.rank == 0:
+        write_atomically(folder / "unreported.json", json.dumps({"step": step, "metrics": metrics}))
+
+
+def unreported_metrics(folder: Path, step: int) -> dict[str, float] | None:
+    """The own metrics of this step, if an earlier start ended during its validation."""
+    path = folder / "unreported.json"
+    kept = json.loads(path.read_text()) if path.exists() else {"step": None}
+    return kept["metrics"] if kept["step"] == step else None
+
+
+def forget_unreported(t: Trainer, folder: Path) -> None:
+    """They are in metrics.jsonl now."""
+    if t.layout.rank == 0:
+        (folder / "unreported.json").unlink(missing_ok=True)
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+class Interrupt:
+    """Set by SIGTERM, SIGINT or SIGUSR1; the run finishes its step, saves and ends. A second SIGINT ends at once."""
+
+    def __init__(self) -> None:
+        self._received = False
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self._received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._received = True
+
+    def __call__(self) -> bool:
+        return self._received
+
+
+def main(config: Config) -> int:
+    """The warm-up if one is asked for, then the main run; both resume where they were."""
+    init_distributed()
+    init_model_parallel(config.model)
+    interrupt, folder, splits = Interrupt(), config.run_folder, PromptSplits()
+    with OwnServers(folder) as servers:
+        if config.warmup.max_steps:
+            code = run(warmup_config(config), folder / "warmup", servers, splits, interrupt)
+            if code:
+                return code
+            checkpoint = latest_checkpoint(folder / "warmup" / "checkpoints")
+            assert checkpoint is not None, "a warm-up that ended has saved"
+            config = after_warmup(config, checkpoint)
+        return run(config, folder, servers, splits, interrupt)
+
+
+def run(config: Config, folder: Path, servers: OwnServers, splits: PromptSplits, interrupt: Callable[[], bool]) -> int:
+    """One training run from where it was to its end; nothing is built where it has ended. Returns `fit`'s code."""
+    layout, steps = Layout(), config.trainer.jepo.max_steps
+    newest = latest_checkpoint(folder / "checkpoints")
+    done = 0 if newest is None else step_of(newest)
+    reported = unreported_metrics(folder, done) is None
+    layout.barrier()  # nobody looks for checkpoints while rank 0 already writes one
+    if newest is not None and not config.exp_manager.resume_if_exists:
+        fix = "Choose another name, or exp_manager.resume_if_exists=true"
+        raise ConfigError("exp_manager.name", config.exp_manager.name, f"{newest} exists", fix)
+    if done >= steps and reported:
+        return DONE
+    t = build(config, folder, layout, servers, splits)
+    tracker = Tracker(folder, config.exp_manager, steps, done + 1) if layout.rank == 0 else SilentTracker()
+    with closing(t), tracker:
+        tracker.save_config(to_yaml(config))
+        return fit(t, folder, tracker, interrupt)

@@ -1,9 +1,9 @@
-"""The frozen records that pass between rooms.
+"""The frozen records that pass through one step.
 
     dataset row -> Prompt -> Rollout -> Spliced -> PackedRow -> scores -> token weights
 
 Shape letters: P prompts, G rollouts per prompt, N = P * G sequences, T tokens, S scored tokens.
-Token ids are the sampler's own from the moment they are drawn: nothing here holds text that is tokenised again.
+Token ids are the sampler's own from the moment they are drawn: nothing here holds text that is tokenized again.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,9 @@ from typing import Literal
 from torch import Tensor
 
 FinishReason = Literal["stop", "length", "failed"]
+
+Pair = tuple[float, float]
+"""(sum, count) of a metric: added over ranks, then divided."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,7 @@ class Spliced:
     valid: bool
     """Holds the marker, aligned to a token end, long enough: counts in bound, baseline and supervised term."""
     has_marker: bool
-    """Earns the format credit. True and not valid: the marker ended inside a token (or the chain was too short)."""
+    """Earns the format reward. True and not valid: the marker ended inside a token (or the chain was too short)."""
     misaligned: bool = False
     """The marker's end fell inside a token."""
     own_answer: bool = False
@@ -75,6 +78,11 @@ class Spliced:
     """Counts nowhere."""
     generation_logprobs: tuple[float, ...] = ()
     """[chain_length], or [chain_length + answer_length] with own_answer; empty when nothing was sampled (sft)."""
+
+    @property
+    def sampled(self) -> bool:
+        """Holds tokens that a sampler drew; False for a supervised target, which nobody scores."""
+        return bool(self.generation_logprobs)
 
     @property
     def length(self) -> int:

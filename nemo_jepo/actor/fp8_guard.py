@@ -12,16 +12,15 @@ Shape letters: P prompts of this rank, G sequences per prompt, N = P * G.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nemo_jepo.actor.actor import MegatronJEPOActor
-from nemo_jepo.objective.records import GroupScores
-from nemo_jepo.objective.tables import group_scores
-from nemo_jepo.types import PackedRow, Spliced
+from nemo_jepo.actor.scoring import rescore_in_bf16
+from nemo_jepo.objective.records import Scored
 
 
 def squared_error(answer_logprob: Tensor, exact: Tensor, mask: Tensor) -> Tensor:
@@ -67,7 +66,7 @@ class Reading:
             return math.inf if self.error else 0.0
         return self.error / self.spread
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """As they are reported."""
         return {
             "fp8_logprob_error": self.error,
@@ -76,30 +75,23 @@ class Reading:
         }
 
 
-def guard_fp8(
-    actor: MegatronJEPOActor,
-    sequences: Sequence[Spliced],
-    rows: Sequence[PackedRow],
-    groups: GroupScores,
-    step: int,
-    say: Callable[[str], None],
-) -> dict[str, float]:
+def guard_fp8(actor: MegatronJEPOActor, scored: Scored, step: int, say: Callable[[str], None]) -> dict[str, float]:
     """Every model.fp8_guard_interval steps compare, report, and warn or turn to BF16; every rank must call.
 
     Each replica scores one of its rows, another one every time. The sums are reduced over the data-parallel group, so
     every rank finds the same ratio and does the same.
 
     Args:
-        sequences, rows, groups: of this step, groups from FP8 scores under the weights that the actor has now.
+        scored: of this step, by FP8 under the weights that the actor has now.
         step: optimizer steps done.
         say: shows a line to whoever watches the run.
     Returns:
-        `Reading.figures`; {} where nothing is due, or no sample or no group could be compared.
+        `Reading.metrics`; {} where nothing is due, or no sample or no group could be compared.
     """
     model = actor.model_config
     if model.fp8 is None or actor.scores_in_bf16 or not model.fp8_guard_interval or step % model.fp8_guard_interval:
         return {}
-    reading = _compare(actor, sequences, rows, groups, turn=step // model.fp8_guard_interval)
+    reading = _compare(actor, scored, turn=step // model.fp8_guard_interval)
     if reading is None:
         return {}
     if not reading.ratio <= model.fp8_guard_ratio:  # not a number is no good ratio either
@@ -108,21 +100,18 @@ def guard_fp8(
         actor.scores_in_bf16 = model.fp8_guard_action == "bf16"
         remedy = "scoring in BF16 from now on" if actor.scores_in_bf16 else "model.fp8_guard_action=bf16 would help"
         say(f"step {step + 1}: {found}; {remedy}")
-    return reading.figures()
+    return reading.metrics()
 
 
-def _compare(
-    actor: MegatronJEPOActor, sequences: Sequence[Spliced], rows: Sequence[PackedRow], groups: GroupScores, turn: int
-) -> Reading | None:
+def _compare(actor: MegatronJEPOActor, scored: Scored, turn: int) -> Reading | None:
     """One row of each replica against BF16, all replicas together; None without a sample or a group to compare."""
-    chosen = [rows[turn % len(rows)]] if rows else []
-    with actor.in_bf16():
-        scores = actor.get_inference_log_probs(chosen, len(sequences))
-    exact = group_scores(sequences, scores, None, None, groups.valid_mask.shape[-1]).answer_logprob
-    scored = torch.zeros(len(sequences), dtype=torch.bool)
+    groups = scored.groups
+    chosen = [scored.rows[turn % len(scored.rows)]] if scored.rows else []
+    exact = rescore_in_bf16(actor, scored, chosen).answer_logprob
+    in_row = torch.zeros(len(scored.sequences), dtype=torch.bool)
     for row in chosen:
-        scored[row.sequence_index[row.scored_mask]] = True
-    mask = groups.valid_mask & scored.view_as(groups.valid_mask)
+        in_row[row.sequence_index[row.scored_mask]] = True
+    mask = groups.valid_mask & in_row.view_as(groups.valid_mask)
     sums = [squared_error(groups.answer_logprob, exact, mask), squared_spread(groups.answer_logprob, groups.valid_mask)]
     (error, samples), (spread, freedom) = actor.layout.sum_over_data_parallel(torch.stack(sums)).tolist()
     if not samples or not freedom:

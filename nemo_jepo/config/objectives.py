@@ -20,6 +20,8 @@ class ObjectiveKind:
     """The whole gradient has a leave-one-out baseline: nothing is left of it with one generation a prompt."""
     answer_term: bool = True
     """beta_sup weighs a gradient through the answer's own tokens."""
+    mean_over_tokens: bool = False
+    """Its score is a mean over the answer's tokens already, so length_normalization=tokens would divide twice."""
     no_chain_score: bool = False
     """Reads the reference answer's log-prob without a chain: one more segment a prompt."""
 
@@ -46,6 +48,7 @@ OBJECTIVES = {
     "jepo_rl": ObjectiveKind(reward="verifier_or_likelihood", needs_siblings=True),
     "vr_cli": ObjectiveKind(needs_siblings=True, answer_term=False),
     "prob_pg": ObjectiveKind(),
+    "avg_logprob": ObjectiveKind(mean_over_tokens=True),
     "sft": ObjectiveKind(reward="none", answer_term=False),
 }
 """objective.name -> kind."""

@@ -1,5 +1,6 @@
 """A split of a data set, ready to sample from: the one place that knows every data set by name."""
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from nemo_jepo.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 Split = Literal["train", "validation", "warmup"]
 
@@ -55,8 +58,40 @@ def load_prompts(config: DataConfig, split: Split, tokenizer: "PreTrainedTokeniz
     return Dataset(tuple(prompts), tuple(bad_rows))
 
 
+class PromptSplits:
+    """The prompts of each split, loaded when first asked for: a warm-up and the run after it read their files once.
+
+    The tokenizer of a run is one and the same from its warm-up to its end, so that prompts are encoded once as well.
+    """
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, tuple[Prompt, ...]] = {}
+
+    def get(self, config: DataConfig, split: Split, tokenizer: "PreTrainedTokenizerBase") -> tuple[Prompt, ...]:
+        """The split's prompts; rows that were skipped are listed in the log. Errors: see `load_prompts`."""
+        source = "train" if split == "warmup" and config.name != "arithmetic" else split
+        if source not in self._loaded:
+            dataset = load_prompts(config, split, tokenizer)
+            for row in dataset.bad_rows[:20]:
+                log.warning("skipped: %s", row)
+            if dataset.bad_rows:
+                log.warning("%s: %d bad rows skipped, %d used", split, len(dataset.bad_rows), len(dataset.prompts))
+            self._loaded[source] = dataset.prompts
+        return self._loaded[source]
+
+
+def has_split(config: DataConfig, split: Split) -> bool:
+    """Whether the data set has such rows: a validation split needs a file of its own."""
+    return split != "validation" or config.name == "arithmetic" or config.validation_path is not None
+
+
+def has_oracle(config: DataConfig) -> bool:
+    """Whether `nemo_jepo.data.oracle` knows which answers are true: of generated problems alone."""
+    return config.name == "arithmetic"
+
+
 def training_texts(config: DataConfig) -> Iterator[str]:
-    """Everything that the training split reads as, for training a tokeniser: prompts, chains of thought, answers."""
+    """Everything that the training split reads as, for training a tokenizer: prompts, chains of thought, answers."""
     for row in _rows(config, "warmup"):
         if isinstance(row, Row):
             yield "\n".join(text for text in (row.question, row.chain_of_thought, row.answer) if text)

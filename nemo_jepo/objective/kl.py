@@ -1,4 +1,4 @@
-"""KL(pi, pi_ref) of the chain of thought: what is reported, and which gradient each loss has.
+"""KL(pi, pi_ref) of the chain of thought, and importance ratios between pi and the sampler's mu.
 
 T tokens of one chain, r_t = log pi(c_t|.) - log pi_ref(c_t|.) in nats, c sampled from pi. An estimate and a loss are
 different things: two losses with the same mean can have different gradients. Here a loss is given by the coefficients
@@ -95,3 +95,48 @@ KL_GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
     "k1_reward": torch.zeros_like,  # acts through the advantage
 }
 """kl.estimator -> g_t of the loss."""
+
+
+# ---- importance ratios: the sampler may hold older weights, compute in another precision, and reports log-probs at its
+# own temperature. Truncation from above bounds the variance; ratios below 1 pass. ----------------------------------
+
+
+def token_truncated(policy_logprobs: Tensor, generation_logprobs: Tensor, cap: float) -> Tensor:
+    """min(pi(y_t) / mu(y_t), cap) of each token: little variance, ignores how prefixes differ.
+
+    Args:
+        policy_logprobs: [T] nats, by the weights that are updated.
+        generation_logprobs: [T] nats, as the sampler reported them.
+        cap: largest ratio.
+    Returns:
+        [T], detached.
+    Source: truncated importance sampling, Ionides 2008; rho-bar of arXiv 1802.01561 (IMPALA).
+    """
+    return (policy_logprobs - generation_logprobs).detach().exp().clamp(max=cap)
+
+
+def sequence_truncated(policy_logprobs: Tensor, generation_logprobs: Tensor, cap: float) -> Tensor:
+    """min(prod_t pi(y_t) / mu(y_t), cap) on every token: unbiased below the cap.
+
+    Args:
+        policy_logprobs: [T] nats, by the weights that are updated.
+        generation_logprobs: [T] nats, as the sampler reported them.
+        cap: largest ratio.
+    Returns:
+        [T], detached.
+    """
+    log_ratio = (policy_logprobs - generation_logprobs).detach()
+    return log_ratio.sum().exp().clamp(max=cap).expand_as(log_ratio)
+
+
+def no_correction(policy_logprobs: Tensor, generation_logprobs: Tensor, cap: float) -> Tensor:
+    """1 on every token."""
+    return torch.ones_like(policy_logprobs)
+
+
+IMPORTANCE_RATIOS = {
+    "none": no_correction,
+    "token_truncated": token_truncated,
+    "sequence_truncated": sequence_truncated,
+}
+"""objective.importance_sampling -> ratio."""

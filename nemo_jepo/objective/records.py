@@ -1,15 +1,16 @@
-"""The records of the objective: settings and scores in, credits out.
+"""The records of the objective: settings and scores in, weights out.
 
-P prompts, G samples per prompt. They are read by `nemo_jepo.objective.update` and `nemo_jepo.objective.metrics`.
+P prompts, G samples per prompt. They are read by `nemo_jepo.objective.update` and `nemo_jepo.metrics`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from torch import Tensor
 
-from nemo_jepo.objective.importance import IMPORTANCE_RATIOS
-from nemo_jepo.objective.kl import KL_GRADIENTS
-from nemo_jepo.objective.registry import OBJECTIVE_TERMS
+from nemo_jepo.config.objectives import OBJECTIVES
+from nemo_jepo.objective.kl import IMPORTANCE_RATIOS, KL_GRADIENTS
+from nemo_jepo.types import PackedRow, Scores, Spliced
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +32,7 @@ class UpdateRule:
 
     def __post_init__(self) -> None:
         for key, allowed in (
-            ("name", [*OBJECTIVE_TERMS, "sft"]),
+            ("name", list(OBJECTIVES)),
             ("rl_reduction", ["mean", "sum"]),
             ("length_normalization", ["none", "tokens"]),
             ("importance_sampling", list(IMPORTANCE_RATIOS)),
@@ -53,7 +54,7 @@ class GroupScores:
     arrived_mask: Tensor
     """bool: False = failed, counts nowhere."""
     has_marker: Tensor
-    """bool: earns the format credit."""
+    """bool: earns the format reward."""
     chain_length: Tensor
     """int: scored tokens of c_i (of the whole generation where not valid)."""
     answer_length: Tensor
@@ -74,10 +75,10 @@ class GroupScores:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SampleCredits:
+class SampleWeights:
     """Coefficients of each sample, global denominators included; [P, G] float64 unless stated."""
 
-    credit: Tensor
+    policy_weight: Tensor
     """Of grad log pi on every policy-gradient token."""
     answer_weight: Tensor
     """Of grad log pi on every reference-answer token."""
@@ -87,6 +88,20 @@ class SampleCredits:
     """After scaling and clipping, without the format part."""
     advantage_std: Tensor
     """[3], over the global batch: of the likelihood, the verifiable and the format advantage before scaling."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """A batch of this rank after the scoring pass; N sequences ordered by (group, sample)."""
+
+    sequences: Sequence[Spliced]
+    rows: Sequence[PackedRow]
+    """The sequences packed."""
+    policy: Scores
+    """Log-probs under the current weights; empty tensors for targets that nobody sampled (sft)."""
+    reference: Scores | None
+    """The same under the reference policy; None where beta = 0."""
+    groups: GroupScores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,8 @@
-"""What each objective credits: the advantage of a sampled chain of thought, and the weight of its reference answer.
+"""What each objective does with the likelihood of the reference answer. One line a name; what objectives share (std,
+clipping, denominators, format, KL) is in `nemo_jepo.objective.update`, and what kind each one is in
+`nemo_jepo.config.objectives`.
 
-P prompts, G samples per prompt. One line of the table per objective; everything that objectives share (std, clipping,
-denominators, format, KL) is in `nemo_jepo.objective.update`.
+P prompts, G samples per prompt, l_i = log pi(a*|x, c_i), T_i tokens of the answer.
 """
 
 from collections.abc import Callable
@@ -10,91 +11,53 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemo_jepo.objective.advantages import leave_one_out_advantage, multi_sample_advantage, probability_advantage
-from nemo_jepo.objective.bounds import bound_weights
-from nemo_jepo.objective.groups import masked, share
+from nemo_jepo.config.objectives import OBJECTIVES
+from nemo_jepo.objective.estimators import (
+    bound_weights,
+    leave_one_out_advantage,
+    mean_logprob,
+    mean_weights,
+    multi_sample_advantage,
+    probability,
+    sum_logprob,
+)
 
-PromptTerm = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(answer_logprob [P, G], valid_mask [P, G], log_scale scalar) -> [P, G]."""
-
-
-def _multi_sample(answer_logprob: Tensor, valid_mask: Tensor, log_scale: Tensor) -> Tensor:
-    return multi_sample_advantage(answer_logprob, valid_mask)
-
-
-def _single_sample(answer_logprob: Tensor, valid_mask: Tensor, log_scale: Tensor) -> Tensor:
-    return leave_one_out_advantage(answer_logprob, valid_mask)
-
-
-def _softmax_share(answer_logprob: Tensor, valid_mask: Tensor, log_scale: Tensor) -> Tensor:
-    """grad L_m = sum_i w_i grad l_i."""
-    return bound_weights(answer_logprob, valid_mask)
-
-
-def _equal_share(answer_logprob: Tensor, valid_mask: Tensor, log_scale: Tensor) -> Tensor:
-    """grad L_1 = 1/m sum_i grad l_i."""
-    return valid_mask * share(valid_mask.sum(-1, keepdim=True))
-
-
-def _probability_share(answer_logprob: Tensor, valid_mask: Tensor, log_scale: Tensor) -> Tensor:
-    """grad 1/m sum_i pi(a*|x, c_i) = 1/m sum_i exp(l_i) grad l_i."""
-    probability = masked(answer_logprob - log_scale, valid_mask).exp()
-    return probability * _equal_share(answer_logprob, valid_mask, log_scale)
-
-
-def _no_share(answer_logprob: Tensor, valid_mask: Tensor, log_scale: Tensor) -> Tensor:
-    return torch.zeros_like(answer_logprob)
-
-
-def _never(verifiable_reward: Tensor) -> Tensor:
-    return torch.zeros(verifiable_reward.shape[0], dtype=torch.bool, device=verifiable_reward.device)
-
-
-def _always(verifiable_reward: Tensor) -> Tensor:
-    return ~_never(verifiable_reward)
-
-
-def _where_one_succeeds(verifiable_reward: Tensor) -> Tensor:
-    return (verifiable_reward > 0).any(-1)
+PerSample = Callable[[Tensor, Tensor], Tensor]
+"""(score r [P, G], valid_mask [P, G]) -> [P, G]."""
 
 
 @dataclass(frozen=True, slots=True)
-class ObjectiveTerms:
-    """One objective."""
+class LikelihoodTerms:
+    """One objective, on the prompts that the reference answer's likelihood scores."""
 
-    advantage: PromptTerm
-    """Raw advantage of the chain of thought, for prompts scored by the reference answer's likelihood."""
-    answer_weight: PromptTerm
-    """Weight of grad l_i within a prompt; beta_sup and the mean over prompts come later."""
-    verifiable: Callable[[Tensor], Tensor] = _never
-    """verifiable_reward [P, G] -> [P] bool: prompts scored by the verifiable reward of their own answers instead."""
-    reads_probability: bool = False
-    """The reward is exp(l_i), which needs a common scale."""
-
-    @property
-    def reads_verifiable_reward(self) -> bool:
-        """Some prompts may train on it."""
-        return self.verifiable is not _never
+    score: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    """(l, T), both [P, G] -> (r, d r / d l): what a sample is worth."""
+    advantage: PerSample
+    """Raw advantage of the chain of thought."""
+    answer_weight: PerSample | None
+    """Weight of grad r_i within a prompt; beta_sup and the mean over prompts come later. None: no supervised term."""
+    common_scale: bool = False
+    """r is proportional to exp(l): the batch's largest l is subtracted where the std divides the scale out again."""
 
 
-OBJECTIVE_TERMS = {
-    "jepo": ObjectiveTerms(_multi_sample, _softmax_share),
-    "jepo_single": ObjectiveTerms(_single_sample, _equal_share),
-    "vr_cli": ObjectiveTerms(_single_sample, _no_share),
-    "prob_pg": ObjectiveTerms(probability_advantage, _probability_share, _never, True),
-    "rloo": ObjectiveTerms(_multi_sample, _no_share, _always),
-    "jepo_rl": ObjectiveTerms(_multi_sample, _softmax_share, _where_one_succeeds),
+LIKELIHOOD_TERMS = {
+    "jepo": LikelihoodTerms(sum_logprob, multi_sample_advantage, bound_weights),
+    "jepo_single": LikelihoodTerms(sum_logprob, leave_one_out_advantage, mean_weights),
+    "jepo_rl": LikelihoodTerms(sum_logprob, multi_sample_advantage, bound_weights),
+    "vr_cli": LikelihoodTerms(sum_logprob, leave_one_out_advantage, None),
+    "prob_pg": LikelihoodTerms(probability, leave_one_out_advantage, mean_weights, common_scale=True),
+    "avg_logprob": LikelihoodTerms(mean_logprob, leave_one_out_advantage, mean_weights),
 }
-"""objective.name -> terms; sft has neither advantage nor groups and is `supervised_credits`."""
+"""objective.name -> terms, of every objective that reads the likelihood: not rloo, not sft."""
 
 
-def uses_verifiable_reward(rule_name: str, verifiable_reward: Tensor) -> Tensor:
+def uses_verifiable_reward(name: str, verifiable_reward: Tensor) -> Tensor:
     """Which prompts are trained on the verifiable reward of their own answers, and so keep them in the splice.
 
-    rloo: all. jepo_rl: those where at least one generation earned a positive reward. Others: none.
+    verifier: all. verifier_or_likelihood: those where at least one generation earned a positive reward. Others: none.
 
     Args:
-        rule_name: objective.name.
+        name: objective.name.
         verifiable_reward: [P, G]; 0 or NaN where no reward could be had.
     Returns:
         [P] bool.
@@ -102,8 +65,9 @@ def uses_verifiable_reward(rule_name: str, verifiable_reward: Tensor) -> Tensor:
         ValueError: no such objective.
     Source: arXiv 2503.19618, Section 7.
     """
-    if rule_name == "sft":
-        return _never(verifiable_reward)
-    if rule_name not in OBJECTIVE_TERMS:
-        raise ValueError(f"no objective {rule_name!r}; there are {', '.join([*OBJECTIVE_TERMS, 'sft'])}")
-    return OBJECTIVE_TERMS[rule_name].verifiable(verifiable_reward)
+    if name not in OBJECTIVES:
+        raise ValueError(f"no objective {name!r}; there are {', '.join(OBJECTIVES)}")
+    kind = OBJECTIVES[name]
+    if not kind.reads_verifier:
+        return torch.zeros(len(verifiable_reward), dtype=torch.bool, device=verifiable_reward.device)
+    return (verifiable_reward > 0).any(-1) if kind.reads_likelihood else torch.ones_like(verifiable_reward[:, 0]).bool()

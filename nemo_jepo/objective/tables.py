@@ -1,4 +1,4 @@
-"""Between per-sequence scores and the objective's [P, G] tables: tables in, one weight per token out.
+"""Per-sequence scores as the objective's [P, G] tables.
 
 P prompts of this rank, G sequences per prompt, N = P * G sequences ordered by (group, sample).
 """
@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from nemo_jepo.objective.kl import k1_estimate, k3_estimate
-from nemo_jepo.objective.records import GroupScores, SampleCredits, SequenceLogprobs, UpdateRule
-from nemo_jepo.objective.update import token_weights
+from nemo_jepo.objective.records import GroupScores
 from nemo_jepo.types import Scores, Spliced
 
 
@@ -62,31 +61,3 @@ def group_scores(
         chain_k3=None if reference is None else table(k3),
         verifiable_reward=None if rewards is None else table([reward or 0.0 for reward in rewards]),
     )
-
-
-def weigh_tokens(
-    rule: UpdateRule,
-    sequences: Sequence[Spliced],
-    scores: Scores,
-    reference: Scores | None,
-    credits: SampleCredits,
-) -> list[Tensor]:
-    """Each sequence's token weights, [chain_length + answer_length] fp32: what the training pass multiplies with."""
-    credit, answer_weight, kl_weight = (
-        table.flatten().tolist() for table in (credits.credit, credits.answer_weight, credits.kl_weight)
-    )
-    weights = []
-    for index, sequence in enumerate(sequences):
-        if sequence.failed:
-            weights.append(torch.zeros(0))
-            continue
-        logprobs = SequenceLogprobs(
-            chain_length=sequence.chain_length,
-            answer_length=sequence.answer_length,
-            own_answer=sequence.own_answer,
-            policy_logprobs=scores.policy_logprobs[index] if len(scores.policy_logprobs) else None,
-            reference_logprobs=None if reference is None else reference.policy_logprobs[index],
-            generation_logprobs=torch.tensor(sequence.generation_logprobs),
-        )
-        weights.append(token_weights(rule, logprobs, credit[index], answer_weight[index], kl_weight[index]))
-    return weights

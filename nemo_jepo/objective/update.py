@@ -14,19 +14,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nemo_jepo.objective.advantages import (
+from nemo_jepo.config.objectives import OBJECTIVES
+from nemo_jepo.objective.estimators import (
     format_advantage,
     group_std,
     leave_one_out_advantage,
+    masked,
     moments,
     scale_and_clip,
+    share,
     std_from_moments,
 )
-from nemo_jepo.objective.groups import masked, share
-from nemo_jepo.objective.importance import IMPORTANCE_RATIOS
-from nemo_jepo.objective.kl import KL_GRADIENTS
-from nemo_jepo.objective.records import GroupScores, SampleCredits, SequenceLogprobs, UpdateRule
-from nemo_jepo.objective.registry import OBJECTIVE_TERMS, uses_verifiable_reward
+from nemo_jepo.objective.kl import IMPORTANCE_RATIOS, KL_GRADIENTS
+from nemo_jepo.objective.records import GroupScores, SampleWeights, Scored, SequenceLogprobs, UpdateRule
+from nemo_jepo.objective.registry import LIKELIHOOD_TERMS, uses_verifiable_reward
 
 Reduce = Callable[[Tensor], Tensor]
 """A tensor of this rank -> its sum (or maximum) over data-parallel ranks."""
@@ -37,12 +38,12 @@ def only_rank(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def sample_credits(
+def sample_weights(
     rule: UpdateRule, scores: GroupScores, reduce_sum: Reduce = only_rank, reduce_max: Reduce = only_rank
-) -> SampleCredits:
+) -> SampleWeights:
     """Coefficients of every sample of this rank in the global batch's update.
 
-        credit_i        = (A~_i * (1/n | 1) / P_valid  +  A~fmt_i / (n P_arrived))  [/ policy tokens]
+        policy_weight_i = (A~_i * (1/n | 1) / P_valid  +  A~fmt_i / (n P_arrived))  [/ policy tokens]
         answer_weight_i = beta_sup * w_i / P_valid                                  [/ answer tokens]
         kl_weight_i     = beta / (n P_arrived)
 
@@ -55,13 +56,13 @@ def sample_credits(
         reduce_sum: sum over the data-parallel group; called once, on [11] float64 ([2] for sft).
         reduce_max: maximum over the same group; called once, on a scalar, for prob_pg alone.
     Returns:
-        SampleCredits.
+        SampleWeights.
     Raises:
         ValueError: a valid sample's l_i is not finite; a verifiable objective without verifiable_reward; bad shapes.
     Source: arXiv 2503.19618, App. B.2, Eqs. 5, 7, 10.
     """
-    if rule.name == "sft":
-        return supervised_credits(rule, scores, reduce_sum)
+    if OBJECTIVES[rule.name].supervised:
+        return supervised_weights(rule, scores, reduce_sum)
     verifiable = _verifiable_prompts(rule, scores)
     likelihood_mask, reward_mask = scores.valid_mask & ~verifiable, scores.valid_mask & verifiable
     _require_finite(scores.answer_logprob, likelihood_mask)
@@ -84,8 +85,8 @@ def sample_credits(
     rl_share = sample_share if rule.rl_reduction == "mean" else scores.arrived_mask.double()
     policy_tokens, answer_tokens = _token_divisors(rule, scores, verifiable)
     kl_beta = 0.0 if rule.kl_estimator == "k1_reward" else rule.kl_beta
-    return SampleCredits(
-        credit=(advantage * rl_share * per_valid + format_term * sample_share * per_arrived) / policy_tokens,
+    return SampleWeights(
+        policy_weight=(advantage * rl_share * per_valid + format_term * sample_share * per_arrived) / policy_tokens,
         answer_weight=rule.beta_sup * answer_share * per_valid / answer_tokens,
         kl_weight=kl_beta * sample_share * per_arrived,
         advantage=advantage,
@@ -93,8 +94,8 @@ def sample_credits(
     )
 
 
-def supervised_credits(rule: UpdateRule, scores: GroupScores, reduce_sum: Reduce = only_rank) -> SampleCredits:
-    """Credits of -log pi(target): the same weight on every chain and answer token. Reads masks and lengths alone.
+def supervised_weights(rule: UpdateRule, scores: GroupScores, reduce_sum: Reduce = only_rank) -> SampleWeights:
+    """Weights of -log pi(target): the same weight on every chain and answer token. Reads masks and lengths alone.
 
         none:   mean over prompts of sum_t log pi(target_t)        tokens: mean over all target tokens
 
@@ -103,7 +104,7 @@ def supervised_credits(rule: UpdateRule, scores: GroupScores, reduce_sum: Reduce
         scores: this rank's targets, usually G = 1; arrived_mask says which count.
         reduce_sum: sum over the data-parallel group; called once, on [2] float64.
     Returns:
-        SampleCredits with credit = answer_weight and no KL.
+        SampleWeights with policy_weight = answer_weight and no KL.
     """
     arrived = scores.arrived_mask
     tokens = ((scores.chain_length + scores.answer_length) * arrived).sum().double()
@@ -111,8 +112,12 @@ def supervised_credits(rule: UpdateRule, scores: GroupScores, reduce_sum: Reduce
     per_prompt = arrived * share(arrived.sum(-1, keepdim=True)) * share(total[0])
     weight = arrived * share(total[1]) if rule.length_normalization == "tokens" else per_prompt
     nothing = torch.zeros_like(weight)
-    return SampleCredits(
-        credit=weight, answer_weight=weight, kl_weight=nothing, advantage=nothing, advantage_std=nothing.new_zeros(3)
+    return SampleWeights(
+        policy_weight=weight,
+        answer_weight=weight,
+        kl_weight=nothing,
+        advantage=nothing,
+        advantage_std=nothing.new_zeros(3),
     )
 
 
@@ -120,7 +125,7 @@ def _verifiable_prompts(rule: UpdateRule, scores: GroupScores) -> Tensor:
     """[P, 1] bool: prompts that train on the verifiable reward."""
     if scores.verifiable_reward is not None:
         return uses_verifiable_reward(rule.name, scores.verifiable_reward).unsqueeze(-1)
-    if OBJECTIVE_TERMS[rule.name].reads_verifiable_reward:
+    if OBJECTIVES[rule.name].reads_verifier:
         raise ValueError(f"objective {rule.name} needs verifiable_reward")
     return torch.zeros_like(scores.valid_mask[:, :1])
 
@@ -137,19 +142,29 @@ def _raw_terms(
     rule: UpdateRule, scores: GroupScores, likelihood_mask: Tensor, reward_mask: Tensor, reduce_max: Reduce
 ) -> tuple[Tensor, Tensor]:
     """Advantages before scaling, and the answer weights within each prompt; both [P, G] float64."""
-    terms = OBJECTIVE_TERMS[rule.name]
-    logprob = masked(scores.answer_logprob, likelihood_mask)
-    if rule.length_normalization == "tokens":
-        logprob = logprob / scores.answer_length.clamp(min=1)
-    log_scale = logprob.new_zeros(())
-    if terms.reads_probability and rule.normalize:
-        log_scale = reduce_max(logprob.masked_fill(~likelihood_mask, -torch.inf).amax())
-    raw = terms.advantage(logprob, likelihood_mask, log_scale)
+    raw, weight = torch.zeros_like(scores.answer_logprob).double(), torch.zeros_like(scores.answer_logprob).double()
+    if OBJECTIVES[rule.name].reads_likelihood:
+        raw, weight = _likelihood_terms(rule, scores, likelihood_mask, reduce_max)
     if scores.verifiable_reward is not None:
         raw = raw + leave_one_out_advantage(scores.verifiable_reward.double(), reward_mask)
     if rule.kl_estimator == "k1_reward" and rule.kl_beta > 0:
         raw = raw - _kl_in_reward(rule, scores)
-    return raw, terms.answer_weight(logprob, likelihood_mask, log_scale)
+    return raw, weight
+
+
+def _likelihood_terms(rule: UpdateRule, scores: GroupScores, mask: Tensor, reduce_max: Reduce) -> tuple[Tensor, Tensor]:
+    """Raw advantages, and weights of grad l_i within each prompt, where the answer's likelihood scores."""
+    terms = LIKELIHOOD_TERMS[rule.name]
+    logprob = masked(scores.answer_logprob, mask)
+    if rule.length_normalization == "tokens":
+        logprob = logprob / scores.answer_length.clamp(min=1)
+    if terms.common_scale and rule.normalize:
+        logprob = logprob - reduce_max(logprob.masked_fill(~mask, -torch.inf).amax())
+    score, slope = (masked(values, mask) for values in terms.score(logprob, scores.answer_length))
+    raw = terms.advantage(score, mask)
+    if terms.answer_weight is None:
+        return raw, torch.zeros_like(raw)
+    return raw, terms.answer_weight(score, mask) * slope
 
 
 def _kl_in_reward(rule: UpdateRule, scores: GroupScores) -> Tensor:
@@ -173,7 +188,7 @@ def _post_process(rule: UpdateRule, raw: Tensor, mask: Tensor, batch_std: Tensor
 
 
 def _token_divisors(rule: UpdateRule, scores: GroupScores, verifiable: Tensor) -> tuple[Tensor, Tensor]:
-    """What length_normalization divides the policy-gradient credit and the answer weight by."""
+    """What length_normalization divides the policy weight and the answer weight by."""
     if rule.length_normalization == "none":
         one = torch.ones_like(scores.chain_length)
         return one, one
@@ -181,13 +196,45 @@ def _token_divisors(rule: UpdateRule, scores: GroupScores, verifiable: Tensor) -
     return policy_tokens.clamp(min=1), scores.answer_length.clamp(min=1)
 
 
-def token_weights(
-    rule: UpdateRule, sequence: SequenceLogprobs, credit: float, answer_weight: float, kl_weight: float
+def token_weights(rule: UpdateRule, scored: Scored, weights: SampleWeights) -> list[Tensor]:
+    """The weight of every token's log-prob in the update: the one place where an objective meets tokens.
+
+    Args:
+        rule: settings.
+        scored: N sequences, ordered by (group, sample), with their log-probs.
+        weights: of the same samples.
+    Returns:
+        N tensors [chain_length + answer_length] float32, detached; loss = -sum(weights * log-probs). Empty for a
+        failed sample.
+    Raises:
+        ValueError: see `sequence_weights`.
+    """
+    tables = (weights.policy_weight, weights.answer_weight, weights.kl_weight)
+    samples = zip(*(table.flatten().tolist() for table in tables), strict=True)
+    token_weights = []
+    for index, (sequence, of_sample) in enumerate(zip(scored.sequences, samples, strict=True)):
+        if sequence.failed:
+            token_weights.append(torch.zeros(0))
+            continue
+        logprobs = SequenceLogprobs(
+            chain_length=sequence.chain_length,
+            answer_length=sequence.answer_length,
+            own_answer=sequence.own_answer,
+            policy_logprobs=scored.policy.policy_logprobs[index] if scored.policy.policy_logprobs else None,
+            reference_logprobs=None if scored.reference is None else scored.reference.policy_logprobs[index],
+            generation_logprobs=torch.tensor(sequence.generation_logprobs),
+        )
+        token_weights.append(sequence_weights(rule, logprobs, *of_sample))
+    return token_weights
+
+
+def sequence_weights(
+    rule: UpdateRule, sequence: SequenceLogprobs, policy_weight: float, answer_weight: float, kl_weight: float
 ) -> Tensor:
     """Weight of each token's log-prob in the update.
 
-        chain:             credit * ratio_t - kl_weight * g_t
-        own answer:        credit * ratio_t
+        chain:             policy_weight * ratio_t - kl_weight * g_t
+        own answer:        policy_weight * ratio_t
         reference answer:  answer_weight
 
     ratio_t is the importance ratio and g_t the gradient of the KL loss in log pi(c_t).
@@ -195,7 +242,7 @@ def token_weights(
     Args:
         rule: settings.
         sequence: lengths of one sample, and the log-probs that the rule reads.
-        credit, answer_weight, kl_weight: this sample's entries of `SampleCredits`.
+        policy_weight, answer_weight, kl_weight: this sample's entries of `SampleWeights`.
     Returns:
         [chain_length + answer_length] float32, detached; loss = -(weights * log-probs).sum().
     Raises:
@@ -204,7 +251,7 @@ def token_weights(
     chain, total = sequence.chain_length, sequence.chain_length + sequence.answer_length
     num_sampled = total if sequence.own_answer else chain
     weights = torch.full((total,), float(answer_weight), dtype=torch.float64)
-    weights[:num_sampled] = float(credit)
+    weights[:num_sampled] = float(policy_weight)
     if rule.importance_sampling != "none":
         policy = _required("policy_logprobs", sequence.policy_logprobs, total)[:num_sampled]
         generation = _required("generation_logprobs", sequence.generation_logprobs, num_sampled)

@@ -1,13 +1,13 @@
-"""Second opinions on answers that the rule calls wrong, as figures of an evaluation. No objective reads them.
+"""A judge's verdicts on answers that the verifier calls wrong, as metrics of an evaluation. No objective reads them.
 
-    r = r_rule + r_judge 1{r_rule = 0}
+    r = r_verifier + r_judge 1{r_verifier = 0}
     combined accuracy = mean(r) = accuracy + asked_rate * correct_rate
 
-    asked_rate     share of samples that are wrong by the rule and hold an answer; without one r = 0, nobody is asked
+    asked_rate     share of samples that are wrong by the verifier and hold an answer; without one r = 0, none is asked
     correct_rate   share of those, where there is a verdict, that the judge calls correct
 
 An answer without a verdict has no value of r and is in neither part of correct_rate: the mean over the others of its
-kind stands for it. To average r over the samples that have one would drop answers that the rule calls wrong and no
+kind stands for it. To average r over the samples that have one would drop answers that the verifier calls wrong and no
 others, and an endpoint that is down would make the accuracy 1.
 
 Source: arXiv 2503.19618 (the combined score, r_judge the majority of 5 votes).
@@ -15,89 +15,112 @@ Source: arXiv 2503.19618 (the combined score, r_judge the majority of 5 votes).
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_jepo.config.judge import RUN_SERVERS, JudgeConfig
-from nemo_jepo.metrics import Pair
+from nemo_jepo.config.schema import EvaluationConfig
 from nemo_jepo.rewards.judge import Judge
 from nemo_jepo.rewards.judge_prompt import Case
 from nemo_jepo.rewards.verdict_cache import VerdictCache
-from nemo_jepo.setup import Rooms
-from nemo_jepo.types import Prompt, Rollout
+from nemo_jepo.types import Pair, Prompt, Rollout
 
 log = logging.getLogger(__name__)
 
 ACCURACY = {"judge": "combined_accuracy", "model_verifier": "model_verified_accuracy"}
-"""Settings node below `evaluation` -> the figure it adds."""
+"""Settings node below `evaluation` -> the metric it adds."""
 
 
-def opinion_figures(
-    rooms: Rooms, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], verdicts: Sequence[float | None]
-) -> dict[str, Pair]:
-    """asked_rate, correct_rate and faults of every second opinion that is configured; all ranks of a replica call.
+def cases_to_judge(
+    prompts: Sequence[Prompt],
+    rollouts: Sequence[Rollout],
+    answers: Sequence[str | None],
+    verdicts: Sequence[float | None],
+) -> list[Case]:
+    """The samples that are wrong by the verifier and hold an answer.
 
     Args:
         prompts: [P], indexed by `Rollout.group`.
         rollouts: [N].
-        verdicts: [N], the rule's: 1, 0, or None after a fault, about which nobody is asked.
+        answers: [N], each sample's own.
+        verdicts: [N], the verifier's: 1, 0, or None after a fault, about which nobody is asked.
     """
-    figures = {}
-    for name in ACCURACY:
-        if getattr(rooms.config.evaluation, name).url is None:
-            continue
-        opinions = None if rooms.sampler is None else _ask(rooms, name, _cases(rooms, prompts, rollouts, verdicts))
-        opinions = rooms.layout.share_in_replica(opinions)
-        known = [opinion for opinion in opinions if opinion is not None]
-        num_ruled = sum(verdict is not None for verdict in verdicts)
-        figures[f"{name}_asked_rate"] = (float(len(opinions)), float(num_ruled))
-        figures[f"{name}_correct_rate"] = (float(sum(known)), float(len(known)))
-        figures[f"{name}_faults"] = (float(len(opinions) - len(known)), float(rooms.layout.data_parallel_rank == 0))
-    return figures
+    cases = []
+    for rollout, answer, verdict in zip(rollouts, answers, verdicts, strict=True):
+        if verdict == 0 and answer:
+            prompt = prompts[rollout.group]
+            cases.append(Case(prompt.question, prompt.answer, answer))
+    return cases
 
 
-def combined_accuracies(figures: Mapping[str, float]) -> dict[str, float]:
-    """combined_accuracy and its like from merged figures; one for which a part was never measured is left out."""
+@dataclass(frozen=True, slots=True)
+class Judges:
+    """The judges of a run: none, one, or one and a model verifier."""
+
+    evaluation: EvaluationConfig
+    cache_folder: Path
+    """What a judge's `cache` is relative to."""
+    run_servers: tuple[Sequence[str], str] | None = None
+    """Addresses and key of the run's own vLLM servers, for a judge that shares them."""
+
+    @property
+    def names(self) -> list[str]:
+        """Settings nodes of the judges that have an endpoint."""
+        return [name for name in ACCURACY if self.settings(name).url is not None]
+
+    def settings(self, name: str) -> JudgeConfig:
+        """Those of one judge."""
+        return getattr(self.evaluation, name)
+
+    def ask(self, name: str, cases: Sequence[Case]) -> list[bool | None]:
+        """The verdicts of one judge, None where there is none; what is missing is one line of the log."""
+        try:
+            judge = self._open(name, self.settings(name))
+            verdicts, fault = judge.judge(cases), judge.fault
+        except (ValueError, OSError) as error:  # the file of its key is gone since the run began
+            verdicts, fault = [None] * len(cases), str(error)
+        num_missing = verdicts.count(None)
+        if num_missing:
+            others = len(cases) - num_missing
+            rest = f"the other {others} stand for them" if others else "it is left out"
+            message = "%s: %d of %d answers have no verdict, which counts as neither right nor wrong (%s: %s); %s"
+            log.warning(message, name, num_missing, len(cases), ACCURACY[name], rest, fault)
+        return verdicts
+
+    def _open(self, name: str, settings: JudgeConfig) -> Judge:
+        if settings.url == RUN_SERVERS:
+            assert self.run_servers is not None, "config.check asks for rollout=vllm"
+            urls, key = self.run_servers
+            return Judge(settings, [f"{url}/v1" for url in urls], key, cache=None)
+        cache = VerdictCache(self.cache_folder / settings.cache) if settings.cache else None
+        return Judge(settings, [str(settings.url)], settings.key(f"evaluation.{name}"), cache)
+
+
+def judge_metrics(
+    name: str, judged: Sequence[bool | None], num_verified: int, is_first_replica: bool
+) -> dict[str, Pair]:
+    """asked_rate, correct_rate and faults of one judge.
+
+    Args:
+        judged: its verdicts on this replica's cases.
+        num_verified: samples of this replica about which the verifier said something.
+        is_first_replica: faults are summed over replicas, and counted once.
+    """
+    known = [verdict for verdict in judged if verdict is not None]
+    return {
+        f"{name}_asked_rate": (float(len(judged)), float(num_verified)),
+        f"{name}_correct_rate": (float(sum(known)), float(len(known))),
+        f"{name}_faults": (float(len(judged) - len(known)), float(is_first_replica)),
+    }
+
+
+def combined_accuracies(metrics: Mapping[str, float]) -> dict[str, float]:
+    """combined_accuracy and its like from merged metrics; one for which a part was never measured is left out."""
     combined = {}
     for name, accuracy in ACCURACY.items():
-        asked, correct = figures.get(f"{name}_asked_rate"), figures.get(f"{name}_correct_rate")
+        asked, correct = metrics.get(f"{name}_asked_rate"), metrics.get(f"{name}_correct_rate")
         if asked == 0:
-            combined[accuracy] = figures["accuracy"]
+            combined[accuracy] = metrics["accuracy"]
         elif asked is not None and correct is not None:
-            combined[accuracy] = figures["accuracy"] + asked * correct
+            combined[accuracy] = metrics["accuracy"] + asked * correct
     return combined
-
-
-def _cases(
-    rooms: Rooms, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], verdicts: Sequence[float | None]
-) -> list[Case]:
-    """The samples that are wrong by the rule and hold an answer."""
-    wrong = [rollout for rollout, verdict in zip(rollouts, verdicts, strict=True) if verdict == 0]
-    answers = [rooms.splicer.own_answer_text(rollout) for rollout in wrong]
-    asked = [prompts[rollout.group] for rollout in wrong]
-    return [Case(p.question, p.answer, own) for p, own in zip(asked, answers, strict=True) if own]
-
-
-def _ask(rooms: Rooms, name: str, cases: Sequence[Case]) -> list[bool | None]:
-    """The verdicts of one second opinion; what is missing is one line of the log."""
-    settings: JudgeConfig = getattr(rooms.config.evaluation, name)
-    try:
-        judge = _open(rooms, name, settings)
-        opinions, fault = judge.judge(cases), judge.fault
-    except (ValueError, OSError) as error:  # the file of its key is gone since the run began
-        opinions, fault = [None] * len(cases), str(error)
-    num_missing = opinions.count(None)
-    if num_missing:
-        rest = f"the other {len(cases) - num_missing} stand for them" if num_missing < len(cases) else "it is left out"
-        message = "%s: %d of %d answers have no verdict, which counts as neither right nor wrong (%s: %s); %s"
-        log.warning(message, name, num_missing, len(cases), ACCURACY[name], rest, fault)
-    return opinions
-
-
-def _open(rooms: Rooms, name: str, settings: JudgeConfig) -> Judge:
-    if settings.url == RUN_SERVERS:
-        assert rooms.servers is not None, "settings.check asks for rollout=vllm"
-        urls, key = rooms.servers
-        return Judge(settings, [f"{url}/v1" for url in urls], key, cache=None)
-    cache = Path(rooms.config.exp_manager.exp_dir) / settings.cache if settings.cache else None
-    key_or_none = settings.key(f"evaluation.{name}")
-    return Judge(settings, [str(settings.url)], key_or_none, VerdictCache(cache) if cache else None)

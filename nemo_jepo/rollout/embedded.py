@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
 
 from nemo_jepo.config.schema import RolloutConfig
-from nemo_jepo.rollout.sampler import GenerationRequest
+from nemo_jepo.rollout.sampler import GenerationRequest, SamplingStopped, never
 from nemo_jepo.types import FinishReason, Prompt, Rollout
 
 
@@ -128,10 +128,15 @@ class EmbeddedSampler:
             raise ValueError(f"no weights for {len(waiting)} parameters: {', '.join(sorted(waiting)[:5])}")
         self._policy_version = policy_version
 
-    def submit(self, prompts: Sequence[Prompt], request: GenerationRequest) -> "Future[list[Rollout]]":
+    def submit(
+        self, prompts: Sequence[Prompt], request: GenerationRequest, stop: Callable[[], bool] = never
+    ) -> "Future[list[Rollout]]":
         """The rollouts, drawn before this returns. See `Sampler`."""
         drawn: Future[list[Rollout]] = Future()
-        drawn.set_result(self.generate(prompts, request))
+        try:
+            drawn.set_result(self.generate(prompts, request, stop))
+        except SamplingStopped as stopped:
+            drawn.set_exception(stopped)
         return drawn
 
     def probe(self, prompts: Sequence[Prompt], request: GenerationRequest) -> dict[str, list[Rollout]]:
@@ -146,10 +151,13 @@ class EmbeddedSampler:
         """See `Sampler`."""
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[Prompt], request: GenerationRequest) -> list[Rollout]:
+    def generate(
+        self, prompts: Sequence[Prompt], request: GenerationRequest, stop: Callable[[], bool] = never
+    ) -> list[Rollout]:
         """Completes every prompt G times, ordered by (group, sample). See `Sampler`.
 
         Raises:
+            SamplingStopped: `stop`, which is asked before every batch, said so.
             RuntimeError: no weights were loaded.
             ValueError: a prompt without tokens.
         """
@@ -164,6 +172,8 @@ class EmbeddedSampler:
             raise ValueError("a prompt needs at least one token")
         by_length = sorted(rows, key=lambda row: len(row.prompt))  # little padding
         for start in range(0, len(rows), self._rollout.batch_size):
+            if stop():
+                raise SamplingStopped(f"told to stop with {start} of {len(rows)} samples drawn")
             self._decode(by_length[start : start + self._rollout.batch_size], request)
         return [
             Rollout(

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nemo_jepo.cli import run_folder
 from nemo_jepo.config import compose
 
 ROWS = (
@@ -63,7 +62,7 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
 
 def main(overrides: list[str]) -> int:
     """Train (or find the finished run), print the table, three chains before and after, and draw the curves."""
-    folder = run_folder(compose.resolve(compose.compose("demo", overrides)))
+    folder = compose.resolve(compose.compose("demo", overrides)).run_folder
     command = [sys.executable, "-m", "nemo_jepo.cli", "train", "--config-name", "demo", *overrides]
     code = subprocess.run(command, env={"OMP_NUM_THREADS": str(os.cpu_count())} | os.environ).returncode
     if code:

@@ -25,9 +25,9 @@ from nemo_jepo.actor.weights.load import load_stage, open_source  # noqa: E402
 from nemo_jepo.actor.weights.stream import weight_stream  # noqa: E402
 from nemo_jepo.config.schema import ModelConfig, OptimConfig  # noqa: E402
 from nemo_jepo.data.packing import pack, padded_rows  # noqa: E402
-from nemo_jepo.objective.records import UpdateRule  # noqa: E402
-from nemo_jepo.objective.tables import group_scores, weigh_tokens  # noqa: E402
-from nemo_jepo.objective.update import sample_credits  # noqa: E402
+from nemo_jepo.objective.records import Scored, UpdateRule  # noqa: E402
+from nemo_jepo.objective.tables import group_scores  # noqa: E402
+from nemo_jepo.objective.update import sample_weights, token_weights  # noqa: E402
 from nemo_jepo.types import Spliced  # noqa: E402
 
 
@@ -66,8 +66,9 @@ def update(job: dict) -> tuple[dict[str, torch.Tensor], parallel.Layout]:
     scores = actor.get_inference_log_probs(rows, len(sequences))
     reference = reference_actor.get_inference_log_probs(rows, len(sequences))
     groups = group_scores(sequences, scores, reference, None, job["group_size"])
-    credits = sample_credits(rule, groups, layout.sum_over_data_parallel, layout.max_over_data_parallel)
-    weights = weigh_tokens(rule, sequences, scores, reference, credits)
+    coefficients = sample_weights(rule, groups, layout.sum_over_data_parallel, layout.max_over_data_parallel)
+    scored = Scored(sequences=sequences, rows=rows, policy=scores, reference=reference, groups=groups)
+    weights = token_weights(rule, scored, coefficients)
     metrics = actor.train_step(rows, weights)
 
     after = dict(weight_stream(actor.chunks, actor.hf_config, layout))

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nemo_jepo.evaluate import _bounds, grade
+from nemo_jepo.evaluate import bounds, grade
 from nemo_jepo.objective.records import GroupScores
 from nemo_jepo.types import Prompt, Rollout
+from tests.support.one_rank import OneRank
 
 NAN = math.nan
 
@@ -29,7 +30,7 @@ def groups(answer_logprob: list[list[float]], valid: list[list[int]], **tables: 
 
 
 def means(scores: GroupScores) -> dict[str, float]:
-    return {name: total / count for name, (total, count) in _bounds(scores).items()}
+    return {name: total / count for name, (total, count) in bounds(scores).items()}
 
 
 def test_proxy_nll_is_minus_log_of_the_mean_likelihood():
@@ -90,7 +91,7 @@ def test_a_rank_without_prompts_adds_nothing():
         answer_length=empty.long(),
         chain_log_ratio=empty,
     )
-    assert set(_bounds(none).values()) == {(0.0, 0.0)}
+    assert set(bounds(none).values()) == {(0.0, 0.0)}
 
 
 def test_a_right_answer_earns_one_none_or_a_wrong_one_zero_and_a_fault_nothing():
@@ -102,21 +103,15 @@ def test_a_right_answer_earns_one_none_or_a_wrong_one_zero_and_a_fault_nothing()
         asked.extend(pairs)
         return [None if own == "slow" else own == reference for own, reference in pairs]
 
-    rooms = SimpleNamespace(
-        sampler=object(),
-        layout=SimpleNamespace(share_in_replica=lambda value: value),
-        splicer=SimpleNamespace(own_answer_text=lambda rollout: texts[rollout.sample]),
-        verifier=SimpleNamespace(verify=verify),
-    )
+    splicer = SimpleNamespace(own_answer_text=lambda rollout: texts[rollout.sample])
+    verifier = SimpleNamespace(verify=verify)
     prompts = [Prompt(0, (1,), "q", "unused"), Prompt(1, (1,), "2+2", "4")]
     finish = ["stop", "stop", "length", "stop", "failed"]
     rollouts = [Rollout(1, sample, (1,), (0.0,), reason) for sample, reason in enumerate(finish)]
-    assert grade(rooms, prompts, rollouts) == [1.0, 0.0, 0.0, None, None]
+    assert grade(verifier, splicer, OneRank(), prompts, rollouts) == [1.0, 0.0, 0.0, None, None]
     assert asked == [("4", "4"), ("5", "4"), ("slow", "4")]
 
 
 def test_ranks_without_a_sampler_are_told_the_verdicts():
-    rooms = SimpleNamespace(
-        sampler=None, layout=SimpleNamespace(share_in_replica=lambda value: (value, [1.0, None])[1])
-    )
-    assert grade(rooms, [], []) == [1.0, None]
+    other_rank = OneRank(is_replica_head=False, share_in_replica=lambda value: [1.0, None])
+    assert grade(None, None, other_rank, [], []) == [1.0, None]

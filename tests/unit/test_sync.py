@@ -1,16 +1,17 @@
 """The comparison after a weight sync: it passes equal log-probs, and stops a run whose sampler holds other weights."""
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from nemo_jepo.config.schema import Config, ExpManagerConfig, ModelConfig, RolloutConfig, TrainerConfig, VLLMConfig
+from nemo_jepo.config.schema import ModelConfig
+from nemo_jepo.rollout.queue import RolloutQueue
 from nemo_jepo.rollout.sampler import GenerationRequest, SamplerMismatch
 from nemo_jepo.types import PackedRow, Prompt, Rollout, Scores
-from nemo_jepo.weight_sync import check_parity
+from nemo_jepo.weight_sync import PARITY_TOLERANCE, PROBE_TOKENS, check_parity
+from tests.support.one_rank import OneRank
 
 PROMPTS = [Prompt(i, (5, 6 + i), "question", "answer") for i in range(2)]
 TRAINER = {(7, 8): (-1.0, -2.0), (9,): (-0.5,)}
@@ -34,33 +35,28 @@ class OneProbe:
         }
 
 
-def score(rows: Sequence[PackedRow], num_sequences: int) -> Scores:
-    """What the trainer says of the packed probes."""
-    scores = {}
-    for row in rows:
-        for index in row.sequence_index[row.scored_mask].unique().tolist():
-            tokens = row.token_ids[row.scored_mask & (row.sequence_index == index)]
-            scores[index] = torch.tensor(TRAINER[tuple(tokens.tolist())])
-    logprobs = tuple(scores[index] for index in range(num_sequences))
-    return Scores(policy_logprobs=logprobs, entropies=logprobs)
+class KnownActor:
+    """An actor that says of the packed probes what TRAINER says."""
+
+    def __init__(self, layout: OneRank) -> None:
+        self.layout = layout
+        self.model_config = ModelConfig(tokens_per_micro_batch=8)  # several rows
+
+    def get_inference_log_probs(self, rows: Sequence[PackedRow], num_sequences: int) -> Scores:
+        scores = {}
+        for row in rows:
+            for index in row.sequence_index[row.scored_mask].unique().tolist():
+                tokens = row.token_ids[row.scored_mask & (row.sequence_index == index)]
+                scores[index] = torch.tensor(TRAINER[tuple(tokens.tolist())])
+        logprobs = tuple(scores[index] for index in range(num_sequences))
+        return Scores(policy_logprobs=logprobs, entropies=logprobs)
 
 
-def check(sampler: OneProbe, precision: str = "fp32", tolerance: float | None = None, **layout: Any) -> None:
-    one_rank = {"share_in_replica": lambda value: value, "any_over_world": lambda flag: flag}
-    config = Config(
-        trainer=TrainerConfig(precision=precision),
-        model=ModelConfig(tokens_per_micro_batch=8),  # several rows
-        rollout=RolloutConfig(name="vllm", vllm=VLLMConfig(parity_tolerance=tolerance)),
-        exp_manager=ExpManagerConfig(name="run"),
-    )
-    rooms = SimpleNamespace(
-        config=config,
-        sampler=sampler,
-        sampler_version=3,
-        layout=SimpleNamespace(**(one_rank | layout)),
-        actor=SimpleNamespace(get_inference_log_probs=score),
-    )
-    check_parity(rooms, PROMPTS)
+def check(sampler: OneProbe, tolerance: float = PARITY_TOLERANCE["fp32"], **layout: Any) -> None:
+    one_rank = OneRank(**layout)
+    rollouts = RolloutQueue(sampler, one_rank, None, None, max_staleness=0, max_steps=1)
+    rollouts.version = 3
+    check_parity(KnownActor(one_rank), rollouts, PROMPTS, PROBE_TOKENS, tolerance)
 
 
 def test_equal_log_probs_pass():
@@ -77,10 +73,10 @@ def test_a_server_with_other_weights_is_named_with_its_difference():
 
 def test_half_precision_and_the_user_may_allow_more():
     almost = OneProbe(a=[(-1.09, -2.09), (-0.59,)])
-    check(almost, precision="bf16")
-    check(almost, tolerance=0.1)
+    check(almost, PARITY_TOLERANCE["bf16"])
+    check(almost, 0.1)
     with pytest.raises(SamplerMismatch):
-        check(almost, precision="bf16", tolerance=0.05)
+        check(almost, 0.05)
 
 
 def test_a_difference_that_is_not_a_number_is_no_parity():

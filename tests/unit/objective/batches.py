@@ -1,13 +1,13 @@
-"""Random batches with every kind of sample, and how to compare their credits."""
+"""Random batches with every kind of sample, and how to compare their coefficients."""
 
 from dataclasses import fields, replace
 
 import torch
 
-from nemo_jepo.objective import GroupScores, SampleCredits
+from nemo_jepo.config.objectives import OBJECTIVES as OBJECTIVES
+from nemo_jepo.objective import GroupScores, SampleWeights
 from tests.unit.objective.tabular import PLAIN
 
-OBJECTIVES = ("jepo", "jepo_single", "vr_cli", "prob_pg", "rloo", "jepo_rl", "sft")
 PAPER = replace(PLAIN, normalize=True, format_penalty=10.0, kl_beta=1e-3)
 """App. B.2: scaled, clipped, with format loss and KL."""
 
@@ -47,7 +47,7 @@ def map_tensors(record, function):
     return replace(record, **{name: function(name, value) for name, value in tensors.items() if value is not None})
 
 
-def credits_equal(left: SampleCredits, right: SampleCredits, tolerance: float = 0.0) -> None:
-    for field in fields(SampleCredits):
+def weights_equal(left: SampleWeights, right: SampleWeights, tolerance: float = 0.0) -> None:
+    for field in fields(SampleWeights):
         values = getattr(left, field.name), getattr(right, field.name)
         torch.testing.assert_close(*values, rtol=tolerance, atol=tolerance, msg=lambda m, f=field: f"{f.name}: {m}")

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nemo_jepo.objective import GroupScores, SequenceLogprobs, UpdateRule, sample_credits, token_weights
+from nemo_jepo.objective import GroupScores, SequenceLogprobs, UpdateRule, sample_weights
+from nemo_jepo.objective.update import sequence_weights
 
 MARKER = 2
 CHAINS = ((2,), (0, 2), (1, 2), (0, 0), (0, 1), (1, 0), (1, 1))
@@ -120,7 +121,7 @@ def group_update(rule: UpdateRule, group: Sequence[Sample], reference: TabularPo
         chain_log_ratio=torch.tensor([log_ratio], dtype=torch.float64),
         verifiable_reward=torch.tensor([[float(s.own and s.answer == REFERENCE_ANSWER) for s in group]]),
     )
-    credits = sample_credits(rule, scores)
+    coefficients = sample_weights(rule, scores)
     update = torch.zeros(NUM_PARAMETERS, dtype=torch.float64)
     for i, (sample, logprobs) in enumerate(zip(group, reference_logprobs, strict=True)):
         sequence = SequenceLogprobs(
@@ -130,8 +131,8 @@ def group_update(rule: UpdateRule, group: Sequence[Sample], reference: TabularPo
             policy_logprobs=sample.logprobs,
             reference_logprobs=logprobs,
         )
-        entries = (credits.credit[0, i], credits.answer_weight[0, i], credits.kl_weight[0, i])
-        update += token_weights(rule, sequence, *(float(e) for e in entries)).double() @ sample.gradients
+        entries = (coefficients.policy_weight[0, i], coefficients.answer_weight[0, i], coefficients.kl_weight[0, i])
+        update += sequence_weights(rule, sequence, *(float(e) for e in entries)).double() @ sample.gradients
     return update
 
 

@@ -6,26 +6,23 @@ import statistics
 import pytest
 import torch
 
-from nemo_jepo.objective.advantages import (
+from nemo_jepo.objective.estimators import (
     format_advantage,
     group_std,
     leave_one_out_advantage,
+    mean_logprob,
+    mean_weights,
     moments,
     multi_sample_advantage,
-    probability_advantage,
+    multi_sample_bound,
+    probability,
     scale_and_clip,
+    single_sample_bound,
     std_from_moments,
+    sum_logprob,
 )
-from nemo_jepo.objective.bounds import multi_sample_bound
 
-ZERO = torch.zeros((), dtype=torch.float64)
-
-
-def probability_at_scale_zero(answer_logprob, mask):
-    return probability_advantage(answer_logprob, mask, ZERO)
-
-
-FUNCTIONS = (multi_sample_advantage, leave_one_out_advantage, probability_at_scale_zero)
+FUNCTIONS = (multi_sample_advantage, leave_one_out_advantage)
 
 
 def random_group(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,12 +53,28 @@ def test_the_leave_one_out_advantage_is_the_reward_less_the_mean_of_the_others()
     assert (advantage[~mask] == 0).all()
 
 
-def test_the_probability_advantage_is_the_leave_one_out_advantage_of_the_likelihood():
+@pytest.mark.parametrize("score", [sum_logprob, mean_logprob, probability])
+def test_the_slope_of_a_score_is_its_derivative(score):
+    logprob, _ = random_group()
+    logprob.requires_grad_()
+    length = torch.randint(1, 9, logprob.shape)
+    value, slope = score(logprob, length)
+    (exact,) = torch.autograd.grad(value.sum(), logprob)
+    torch.testing.assert_close(slope.detach(), exact)
+
+
+def test_scores_are_the_likelihood_its_logarithm_and_the_mean_over_tokens():
+    logprob, length = torch.tensor([[-6.0, -1.0]]), torch.tensor([[3, 2]])
+    assert sum_logprob(logprob, length)[0].tolist() == [[-6.0, -1.0]]
+    assert mean_logprob(logprob, length)[0].tolist() == [[-2.0, -0.5]]
+    torch.testing.assert_close(probability(logprob, length)[0], torch.tensor([[math.exp(-6), math.exp(-1)]]))
+
+
+def test_mean_weights_are_the_gradient_of_the_single_sample_bound():
     values, mask = random_group()
-    expected = leave_one_out_advantage(values.exp(), mask)
-    torch.testing.assert_close(probability_at_scale_zero(values, mask), expected)
-    scaled = probability_advantage(values, mask, torch.tensor(-2.0, dtype=torch.float64))
-    torch.testing.assert_close(scaled, expected * math.exp(2.0))
+    values.requires_grad_()
+    (exact,) = torch.autograd.grad(single_sample_bound(values, mask).sum(), values)
+    torch.testing.assert_close(mean_weights(values, mask), exact)
 
 
 def test_the_multi_sample_advantage_never_falls_below_log_of_m_minus_1_over_m():

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nemo_jepo.objective.bounds import bound_weights, effective_sample_size, multi_sample_bound, single_sample_bound
+from nemo_jepo.objective.estimators import bound_weights, effective_sample_size, multi_sample_bound, single_sample_bound
 from tests.unit.objective.tabular import CHAINS, REFERENCE_ANSWER, TabularPolicy
 
 ALL = torch.ones(1, 4, dtype=torch.bool)

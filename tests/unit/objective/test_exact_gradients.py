@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_jepo.objective import SequenceLogprobs, sample_credits, token_weights
+from nemo_jepo.objective import SequenceLogprobs, sample_weights
+from nemo_jepo.objective.update import sequence_weights
 from tests.unit.objective.tabular import (
     CHAINS,
     MARKER,
@@ -99,6 +100,14 @@ def test_prob_pg_follows_the_exact_gradient_of_the_answer_probability(policy):
     torch.testing.assert_close(expected_update(rule, reference_answer_samples(policy), 2), exact, **CLOSE)
 
 
+@pytest.mark.parametrize("group_size", [2, 3])
+def test_avg_logprob_follows_the_exact_gradient_of_the_mean_token_log_prob(policy, group_size):
+    """Both the chain's part and the answer's, of E_c[ l / T ]; every answer here has T = 2 tokens."""
+    rule = replace(PLAIN, name="avg_logprob")
+    exact = policy.gradient(expectation(policy, lambda chain: policy.answer_logprobs(chain).mean()))
+    torch.testing.assert_close(expected_update(rule, reference_answer_samples(policy), group_size), exact, **CLOSE)
+
+
 def test_rloo_follows_the_exact_gradient_of_the_accuracy(policy):
     """The verifier says 1 for a* alone, so the expected reward is pi(a*|x); a is sampled and carries the gradient."""
     exact = policy.gradient(exact_probability(policy))
@@ -123,7 +132,7 @@ def test_monte_carlo_converges_to_the_exact_gradient(policy):
 
 
 def test_the_baseline_leaves_the_mean_and_lowers_the_variance(policy):
-    """Without it every sample of a group is credited with R itself: R sum_i grad log pi(c_i) + grad L_n."""
+    """Without it every sample of a group is reinforced with R itself: R sum_i grad log pi(c_i) + grad L_n."""
     samples = reference_answer_samples(policy)
     probability, with_baseline = all_groups(EQ7, samples, 3)
     without_baseline = torch.stack([_update_without_baseline(group) for group in itertools.product(samples, repeat=3)])
@@ -153,7 +162,7 @@ def test_the_format_loss_follows_the_exact_gradient_of_the_format_reward(policy)
 
 
 def test_tokens_after_the_marker_add_nothing_to_the_format_gradient(policy):
-    """Own answers carry the format credit too (rloo): its mean over them is zero."""
+    """Own answers carry the format reward too (rloo): its mean over them is zero."""
     samples = [s for s in own_answer_samples(policy) if MARKER in s.chain]
     samples += [s for s in marked_samples(policy) if MARKER not in s.chain]
     missing = torch.stack([policy.chain_logprobs(c).sum().exp() for c in CHAINS if MARKER not in c]).sum()
@@ -219,7 +228,7 @@ def test_importance_sampling_recovers_the_policy_gradient_from_another_sampler(p
             policy_logprobs=sample.logprobs,
             generation_logprobs=generation,
         )
-        weights = token_weights(rule, sequence, reward[sample.chain], 0.0, 0.0).double()
+        weights = sequence_weights(rule, sequence, reward[sample.chain], 0.0, 0.0).double()
         update = update + generation.sum().exp() * (weights @ sample.gradients)
     exact = policy.gradient(expectation(policy, lambda chain: torch.tensor(reward[chain], dtype=torch.float64)))
     torch.testing.assert_close(update.detach(), exact, **CLOSE)
@@ -232,10 +241,10 @@ def test_sft_follows_the_exact_gradient_of_the_target_log_prob(policy):
     exact = policy.gradient(logprob)
     for normalization, count in (("none", 2), ("tokens", 7)):
         rule = replace(PLAIN, name="sft", length_normalization=normalization)
-        credits = sample_credits(rule, scores_of([[s] for s in targets]))
+        coefficients = sample_weights(rule, scores_of([[s] for s in targets]))
         update = torch.zeros_like(policy.parameters)
         for i, sample in enumerate(targets):
             sequence = SequenceLogprobs(chain_length=len(sample.chain), answer_length=2)
-            entries = (credits.credit[i, 0], credits.answer_weight[i, 0], credits.kl_weight[i, 0])
-            update = update + token_weights(rule, sequence, *map(float, entries)).double() @ sample.gradients
+            entries = (coefficients.policy_weight[i, 0], coefficients.answer_weight[i, 0], coefficients.kl_weight[i, 0])
+            update = update + sequence_weights(rule, sequence, *map(float, entries)).double() @ sample.gradients
         torch.testing.assert_close(update.detach(), exact / count, **CLOSE)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nemo_jepo.objective.importance import sequence_truncated, token_truncated
+from nemo_jepo.objective.kl import sequence_truncated, token_truncated
 
 POLICY = torch.tensor([0.5, 0.2, 0.9], dtype=torch.float64).log()
 GENERATION = torch.tensor([0.25, 0.4, 0.3], dtype=torch.float64).log()

@@ -6,7 +6,8 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from nemo_jepo.objective import GroupScores, SampleCredits, sample_credits, update_metrics
+from nemo_jepo.metrics import update_metrics
+from nemo_jepo.objective import GroupScores, SampleWeights, sample_weights
 from tests.unit.objective.tabular import PLAIN
 
 RULE = replace(PLAIN, normalize=True, kl_beta=1e-3)
@@ -33,7 +34,7 @@ def means(metrics: dict[str, tuple[float, float]]) -> dict[str, float]:
 
 def test_every_figure_of_a_small_batch():
     scores = two_prompts()
-    got = means(update_metrics(RULE, scores, sample_credits(RULE, scores)))
+    got = means(update_metrics(RULE, scores, sample_weights(RULE, scores)))
     multi, single = math.log((0.5 + 0.125) / 2), (math.log(0.5) + math.log(0.125)) / 2
     raw = [multi - math.log(0.125), multi - math.log(0.5)]
     expected = {
@@ -62,33 +63,33 @@ def test_every_figure_of_a_small_batch():
 
 @pytest.mark.parametrize("name", ["jepo", "rloo", "jepo_rl", "sft"])
 def test_figures_of_two_ranks_add_up_to_those_of_the_batch(name):
-    """Each prompt on its own rank, with the credits of the whole batch."""
+    """Each prompt on its own rank, with the coefficients of the whole batch."""
     rule, scores = replace(RULE, name=name), two_prompts()
     scores = replace(scores, verifiable_reward=torch.tensor([[1.0, 0.0], [0.0, math.nan]]))
-    credits = sample_credits(rule, scores)
+    coefficients = sample_weights(rule, scores)
     parts = [
         update_metrics(
             rule,
             GroupScores(**{f.name: getattr(scores, f.name)[p : p + 1] for f in fields(GroupScores)}),
-            SampleCredits(
-                **{f.name: getattr(credits, f.name)[p : p + 1] for f in fields(SampleCredits)}
-                | {"advantage_std": credits.advantage_std}
+            SampleWeights(
+                **{f.name: getattr(coefficients, f.name)[p : p + 1] for f in fields(SampleWeights)}
+                | {"advantage_std": coefficients.advantage_std}
             ),
         )
         for p in range(2)
     ]
     summed = {k: tuple(sum(part[k][i] for part in parts) for i in range(2)) for k in parts[0]}
     assert parts[0].keys() == parts[1].keys()
-    assert means(summed) == pytest.approx(means(update_metrics(rule, scores, credits)))
+    assert means(summed) == pytest.approx(means(update_metrics(rule, scores, coefficients)))
 
 
 def test_prompts_that_train_on_a_reward_have_no_bound():
     rule, scores = replace(RULE, name="rloo"), two_prompts()
-    metrics = update_metrics(rule, scores, sample_credits(rule, scores))
+    metrics = update_metrics(rule, scores, sample_weights(rule, scores))
     assert metrics["bound"] == (0.0, 0.0)
     assert metrics["verifiable_prompt_rate"] == (2.0, 2.0)
 
 
 def test_without_a_kl_term_no_kl_is_reported():
     rule = replace(RULE, kl_beta=0.0)
-    assert not {"kl", "kl_k3"} & update_metrics(rule, two_prompts(), sample_credits(rule, two_prompts())).keys()
+    assert not {"kl", "kl_k3"} & update_metrics(rule, two_prompts(), sample_weights(rule, two_prompts())).keys()

@@ -1,4 +1,4 @@
-"""From one sample's credits to the weight of each of its tokens."""
+"""From one sample's coefficients to the weight of each of its tokens."""
 
 import math
 from dataclasses import replace
@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nemo_jepo.objective import SequenceLogprobs, token_weights
+from nemo_jepo.objective import SequenceLogprobs
+from nemo_jepo.objective.update import sequence_weights
 from tests.unit.objective.batches import PAPER
 from tests.unit.objective.tabular import PLAIN
 
@@ -22,34 +23,34 @@ def sequence(**overrides) -> SequenceLogprobs:
     return SequenceLogprobs(**(given | overrides))
 
 
-def test_credit_falls_on_the_chain_and_answer_weight_on_the_answer():
-    weights = token_weights(PLAIN, sequence(), 0.25, 0.125, 0.0)
+def test_policy_weight_falls_on_the_chain_and_answer_weight_on_the_answer():
+    weights = sequence_weights(PLAIN, sequence(), 0.25, 0.125, 0.0)
     assert weights.tolist() == [0.25, 0.25, 0.25, 0.125, 0.125]
     assert weights.dtype == torch.float32 and not weights.requires_grad
 
 
-def test_own_answers_carry_the_credit_too():
-    assert token_weights(PLAIN, sequence(own_answer=True), 0.25, 0.125, 0.0).tolist() == [0.25] * 5
+def test_own_answers_carry_the_policy_weight_too():
+    assert sequence_weights(PLAIN, sequence(own_answer=True), 0.25, 0.125, 0.0).tolist() == [0.25] * 5
 
 
 def test_kl_falls_on_the_chain_alone_and_pulls_towards_the_reference_policy():
     """r = 0.5, -1, 0: more likely than in the reference policy is pushed down."""
-    assert token_weights(PLAIN, sequence(), 0.0, 0.0, 2.0).tolist() == [-1.0, 2.0, 0.0, 0.0, 0.0]
+    assert sequence_weights(PLAIN, sequence(), 0.0, 0.0, 2.0).tolist() == [-1.0, 2.0, 0.0, 0.0, 0.0]
     rule = replace(PLAIN, kl_estimator="k2_sequence")
-    assert token_weights(rule, sequence(own_answer=True), 0.0, 0.0, 2.0).tolist() == [1.0, 1.0, 1.0, 0.0, 0.0]
+    assert sequence_weights(rule, sequence(own_answer=True), 0.0, 0.0, 2.0).tolist() == [1.0, 1.0, 1.0, 0.0, 0.0]
 
 
 def test_importance_sampling_multiplies_the_policy_gradient_alone():
     """A ratio of 1.5 per token, 1.5^3 = 3.375 capped at 2 per sequence; answer and KL weights are untouched."""
     for kind, ratio in (("token_truncated", 1.5), ("sequence_truncated", 2.0)):
-        weights = token_weights(replace(PLAIN, importance_sampling=kind), sequence(), 1.0, 0.125, 2.0)
+        weights = sequence_weights(replace(PLAIN, importance_sampling=kind), sequence(), 1.0, 0.125, 2.0)
         expected = torch.tensor([ratio - 1.0, ratio + 2.0, ratio, 0.125, 0.125])
         torch.testing.assert_close(weights, expected)
 
 
 def test_every_answer_token_of_a_sample_has_the_same_weight():
     """The misprint sum_t pi(a*_t) would weigh likely tokens more; the log of the product weighs all alike."""
-    weights = token_weights(PAPER, sequence(), 0.1, 0.3, 1e-3)[3:]
+    weights = sequence_weights(PAPER, sequence(), 0.1, 0.3, 1e-3)[3:]
     assert torch.equal(weights, torch.full((2,), 0.3))
 
 
@@ -65,10 +66,10 @@ def test_every_answer_token_of_a_sample_has_the_same_weight():
 )
 def test_log_probs_that_the_rule_reads_must_be_there_and_fit(rule, overrides, name):
     with pytest.raises(ValueError, match=f"^{name}:"):
-        token_weights(rule, sequence(**overrides), 1.0, 1.0, 1.0)
+        sequence_weights(rule, sequence(**overrides), 1.0, 1.0, 1.0)
 
 
 def test_an_empty_sequence_has_no_weights():
     nothing = torch.zeros(0)
     empty = sequence(chain_length=0, answer_length=0, policy_logprobs=nothing, reference_logprobs=nothing)
-    assert token_weights(PLAIN, empty, 1.0, 1.0, 1.0).shape == (0,)
+    assert sequence_weights(PLAIN, empty, 1.0, 1.0, 1.0).shape == (0,)

@@ -1,39 +1,35 @@
 """Combined accuracy: by hand, through `nemo-jepo evaluate` with a judge on the loopback address; never in a reward."""
 
 import json
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from nemo_jepo.config.judge import JudgeConfig, model_verifier_config
-from nemo_jepo.config.schema import Config, EvaluationConfig
-from nemo_jepo.rewards.judged import combined_accuracies, opinion_figures
+from nemo_jepo.config.schema import EvaluationConfig
+from nemo_jepo.evaluate import judged_answers
+from nemo_jepo.rewards.judge_prompt import Case
+from nemo_jepo.rewards.judged import Judges, cases_to_judge, combined_accuracies
 from nemo_jepo.types import Prompt, Rollout
 from nemo_jepo.utils import http
 from tests.support.command_line import metrics, run
 from tests.support.fake_judge import FakeJudge, prompt_of, says, votes
+from tests.support.one_rank import OneRank
 
 PROMPT = Prompt(0, (1,), "2+2", "4")
 ANSWERS = ["4", "four", "5", None, " ", "slow", "IV"]
-RULE = [1.0, 0.0, 0.0, 0.0, 0.0, None, 0.0]
-"""The rule's verdicts on them: "slow" was a fault; without a marker there is no answer."""
+VERDICTS = [1.0, 0.0, 0.0, 0.0, 0.0, None, 0.0]
+"""The verifier's verdicts on them: "slow" was a fault; without a marker there is no answer."""
 
 
-def figures(tmp_path, rule=RULE, answers=ANSWERS, **settings: Any) -> dict[str, float]:
-    """What `evaluate` reports: the rule's accuracy and the second opinions, one replica."""
-    config = Config(evaluation=EvaluationConfig(**settings))
-    config.exp_manager.exp_dir = str(tmp_path)
-    rooms = SimpleNamespace(
-        config=config,
-        sampler=object(),
-        servers=None,
-        layout=SimpleNamespace(share_in_replica=lambda value: value, data_parallel_rank=0),
-        splicer=SimpleNamespace(own_answer_text=lambda rollout: (answers[rollout.sample] or "").strip() or None),
-    )
+def judged(tmp_path, verdicts=VERDICTS, answers=ANSWERS, **settings: Any) -> dict[str, float]:
+    """What `evaluate` reports: the verifier's accuracy and what judges add to it, one replica."""
+    judges = Judges(EvaluationConfig(**settings), tmp_path)
+    own = [(answer or "").strip() or None for answer in answers]
     rollouts = [Rollout(0, sample, (1,), (0.0,), "stop") for sample in range(len(answers))]
-    pairs = opinion_figures(rooms, [PROMPT], rollouts, rule)
-    known = [verdict for verdict in rule if verdict is not None]
+    known = [verdict for verdict in verdicts if verdict is not None]
+    cases = cases_to_judge([PROMPT], rollouts, own, verdicts)
+    pairs = judged_answers(judges, OneRank(), cases, len(known))
     pairs["accuracy"] = (sum(known), len(known))
     means = {name: total / count for name, (total, count) in pairs.items() if count}
     return means | combined_accuracies(means)
@@ -49,10 +45,10 @@ def right(*answers: str):
     return lambda body: says(any(line in answers for line in prompt_of(body).splitlines()))(body)
 
 
-def test_the_judge_is_asked_about_answers_that_the_rule_calls_wrong_and_adds_those_it_calls_right(tmp_path):
-    """Right by the rule: 1 of 6. By the judge: four and IV. r = 1, 1, 0, 0, 0, -, 1: 3 of 6."""
+def test_the_judge_is_asked_about_answers_that_the_verifier_calls_wrong_and_adds_those_it_calls_right(tmp_path):
+    """Right by the verifier: 1 of 6. By the judge: four and IV. r = 1, 1, 0, 0, 0, -, 1: 3 of 6."""
     with FakeJudge(right("four", "IV")) as fake:
-        found = figures(tmp_path, judge=JudgeConfig(url=fake.base))
+        found = judged(tmp_path, judge=JudgeConfig(url=fake.base))
         for answer in ("four", "5", "IV"):
             assert len(fake.about(answer)) == 3
         assert len(fake.requests) == 9
@@ -68,7 +64,7 @@ def test_an_answer_without_a_verdict_is_neither_right_nor_wrong(tmp_path, caplog
     """
     judge = right("four")
     with FakeJudge(lambda body: "?" if "IV" in prompt_of(body).splitlines() else judge(body)) as fake:
-        found = figures(tmp_path, judge=JudgeConfig(url=fake.base))
+        found = judged(tmp_path, judge=JudgeConfig(url=fake.base))
     assert found["combined_accuracy"] == pytest.approx((1 + 3 / 2) / 6)
     assert found["judge_faults"] == 1
     (line,) = caplog.messages
@@ -79,7 +75,7 @@ def test_an_answer_without_a_verdict_is_neither_right_nor_wrong(tmp_path, caplog
 def test_a_judge_that_is_down_is_reported_and_is_no_accuracy_at_all(tmp_path, caplog):
     with FakeJudge() as fake:
         pass
-    found = figures(tmp_path, judge=JudgeConfig(url=fake.base, model="m"))
+    found = judged(tmp_path, judge=JudgeConfig(url=fake.base, model="m"))
     assert "combined_accuracy" not in found
     assert found["judge_faults"] == 3
     assert found["accuracy"] == pytest.approx(1 / 6)
@@ -88,25 +84,25 @@ def test_a_judge_that_is_down_is_reported_and_is_no_accuracy_at_all(tmp_path, ca
     assert f"{fake.base}/chat/completions: ClientConnectorError" in line
 
 
-def test_where_the_rule_calls_nothing_wrong_nobody_is_asked(tmp_path):
+def test_where_the_verifier_calls_nothing_wrong_nobody_is_asked(tmp_path):
     with FakeJudge() as fake:
-        found = figures(tmp_path, rule=[1.0, 1.0], answers=["4", "4.0"], judge=JudgeConfig(url=fake.base))
+        found = judged(tmp_path, verdicts=[1.0, 1.0], answers=["4", "4.0"], judge=JudgeConfig(url=fake.base))
         assert fake.requests == []
     assert found["combined_accuracy"] == 1.0
 
 
-def test_where_the_rule_has_no_verdict_there_is_no_combined_one(tmp_path):
+def test_where_the_verifier_has_no_verdict_there_is_no_combined_one(tmp_path):
     with FakeJudge() as fake:
-        found = figures(tmp_path, rule=[None, None], answers=["4", "5"], judge=JudgeConfig(url=fake.base))
+        found = judged(tmp_path, verdicts=[None, None], answers=["4", "5"], judge=JudgeConfig(url=fake.base))
         assert fake.requests == []
     assert found == {"judge_faults": 0.0}
 
 
-def test_a_model_verifier_is_a_second_figure_by_one_vote_of_its_own(tmp_path):
+def test_a_model_verifier_is_a_second_metric_by_one_vote_of_its_own(tmp_path):
     settings = model_verifier_config()
     with FakeJudge(right("four")) as judge, FakeJudge(right("four", "IV", "5")) as verifier:
         settings.url = verifier.base
-        found = figures(tmp_path, judge=JudgeConfig(url=judge.base), model_verifier=settings)
+        found = judged(tmp_path, judge=JudgeConfig(url=judge.base), model_verifier=settings)
         assert len(verifier.requests) == 3
         assert {body["temperature"] for body in verifier.requests} == {0.0}
     assert found["combined_accuracy"] == pytest.approx(2 / 6)
@@ -115,40 +111,30 @@ def test_a_model_verifier_is_a_second_figure_by_one_vote_of_its_own(tmp_path):
 
 
 def test_without_a_url_nothing_is_added(tmp_path):
-    assert figures(tmp_path) == {"accuracy": pytest.approx(1 / 6)}
+    assert judged(tmp_path) == {"accuracy": pytest.approx(1 / 6)}
 
 
 def test_a_key_that_is_gone_since_the_start_is_reported_like_any_fault(tmp_path, caplog):
-    found = figures(tmp_path, judge=JudgeConfig(url="http://127.0.0.1:9/v1", api_key_file=str(tmp_path / "gone")))
+    found = judged(tmp_path, judge=JudgeConfig(url="http://127.0.0.1:9/v1", api_key_file=str(tmp_path / "gone")))
     assert found["judge_faults"] == 3
     assert "evaluation.judge.api_key_file" in caplog.text and "no such file" in caplog.text
 
 
-def test_ranks_without_a_sampler_are_told_the_opinions():
+def test_ranks_without_a_sampler_are_told_the_verdicts(tmp_path):
     """Two were asked for, of four samples; one has no verdict."""
-    rooms = SimpleNamespace(
-        config=Config(evaluation=EvaluationConfig(judge=JudgeConfig(url="http://127.0.0.1:9/v1"))),
-        sampler=None,
-        layout=SimpleNamespace(share_in_replica=lambda value: (value, [True, None])[1], data_parallel_rank=1),
-    )
-    found = opinion_figures(rooms, [], [], [0.0, 0.0, 1.0, None])
+    other_rank = OneRank(is_replica_head=False, data_parallel_rank=1, share_in_replica=lambda value: [True, None])
+    judges = Judges(EvaluationConfig(judge=JudgeConfig(url="http://127.0.0.1:9/v1")), tmp_path)
+    found = judged_answers(judges, other_rank, [], 3)
     assert found == {"judge_asked_rate": (2.0, 3.0), "judge_correct_rate": (1.0, 1.0), "judge_faults": (1.0, 0.0)}
 
 
 def test_the_runs_own_servers_are_asked_with_their_key_and_their_verdicts_are_not_kept(tmp_path):
     """Their weights change from one evaluation to the next."""
-    config = Config(evaluation=EvaluationConfig(judge=JudgeConfig(url="rollout")))
-    config.exp_manager.exp_dir = str(tmp_path)
     with FakeJudge(says(True)) as one, FakeJudge(says(True)) as two:
         one.key = two.key = "servers-key"
-        rooms = SimpleNamespace(
-            config=config,
-            sampler=object(),
-            servers=((one.url, two.url), "servers-key"),
-            layout=SimpleNamespace(share_in_replica=lambda value: value, data_parallel_rank=0),
-            splicer=SimpleNamespace(own_answer_text=lambda rollout: "four"),
-        )
-        found = opinion_figures(rooms, [PROMPT], [Rollout(0, 0, (1,), (0.0,), "stop")], [0.0])
+        servers = (one.url, two.url), "servers-key"
+        judges = Judges(EvaluationConfig(judge=JudgeConfig(url="rollout")), tmp_path, servers)
+        found = judged_answers(judges, OneRank(), [Case("2+2", "4", "four")], 1)
         assert (len(one.requests), len(two.requests)) == (2, 1)
     assert found["judge_correct_rate"] == (1.0, 1.0)
     assert list(tmp_path.iterdir()) == []

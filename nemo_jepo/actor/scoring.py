@@ -1,0 +1,67 @@
+"""Sequences in, log-probs and the objective's tables out: the one scoring pass of training, evaluation, the weight
+sync's parity probe and the FP8 guard.
+
+P prompts of this rank, G sequences per prompt, N = P * G sequences ordered by (group, sample).
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+from nemo_jepo.actor.actor import MegatronJEPOActor
+from nemo_jepo.data.packing import pack
+from nemo_jepo.objective.records import GroupScores, Scored
+from nemo_jepo.objective.tables import group_scores
+from nemo_jepo.types import PackedRow, Scores, Spliced
+
+Timer = Callable[[str], AbstractContextManager[None]]
+"""A phase's name -> a context that adds its seconds somewhere."""
+
+
+def untimed(phase: str) -> AbstractContextManager[None]:
+    """A timer that measures nothing."""
+    return nullcontext()
+
+
+def score(
+    actor: MegatronJEPOActor,
+    sequences: Sequence[Spliced],
+    rewards: Sequence[float | None] | None,
+    group_size: int,
+    timer: Timer = untimed,
+    *,
+    read_reference: bool = True,
+) -> Scored:
+    """Pack the sequences, and score their tokens under the current weights and the reference policy; all ranks call.
+
+    Supervised targets, which hold nothing that was sampled, are packed and not scored: their update reads lengths
+    alone.
+
+    Args:
+        sequences: N of this replica.
+        rewards: verifiable reward of each sequence, None inside where it could not be had; None where nobody asks.
+        group_size: G.
+        timer: of the phases logprobs and init_logprobs.
+        read_reference: False leaves the reference policy out.
+    Returns:
+        The same on every rank of the replica.
+    """
+    rows = pack(sequences, actor.model_config.tokens_per_micro_batch, actor.model_config.segment_multiple)
+    to_score = rows if any(sequence.sampled for sequence in sequences) else []
+    with timer("logprobs"):
+        policy = actor.get_inference_log_probs(to_score, len(sequences))
+    reference: Scores | None = None
+    if read_reference:
+        with timer("init_logprobs"):
+            reference = actor.get_init_policy_logprobs(to_score, len(sequences))
+    groups = group_scores(sequences, policy, reference, rewards, group_size)
+    return Scored(sequences=sequences, rows=rows, policy=policy, reference=reference, groups=groups)
+
+
+def rescore_in_bf16(actor: MegatronJEPOActor, scored: Scored, rows: Sequence[PackedRow]) -> GroupScores:
+    """The tables again, from a second pass over some of the rows with FP8 left out; all ranks call.
+
+    Sequences of other rows have answer_logprob 0.
+    """
+    with actor.in_bf16():
+        policy = actor.get_inference_log_probs(rows, len(scored.sequences))
+    return group_scores(scored.sequences, policy, None, None, scored.groups.valid_mask.shape[-1])

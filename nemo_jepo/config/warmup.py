@@ -1,0 +1,50 @@
+"""The settings of a warm-up, and of the run that goes on from a checkpoint."""
+
+import dataclasses
+from pathlib import Path
+
+from nemo_jepo.config.schema import Config, PretrainedConfig
+
+
+def warmup_config(config: Config) -> Config:
+    """The supervised run before the main one: the same data, model and machines, its own length and learning rate."""
+    warmup = config.warmup
+    return dataclasses.replace(
+        config,
+        warmup=dataclasses.replace(warmup, max_steps=0),
+        objective=dataclasses.replace(
+            config.objective, name="sft", sft_target=warmup.sft_target, length_normalization="tokens"
+        ),
+        kl=dataclasses.replace(config.kl, beta=0.0),
+        model=dataclasses.replace(
+            config.model, optim=dataclasses.replace(config.model.optim, lr=warmup.lr, sched=warmup.sched)
+        ),
+        trainer=dataclasses.replace(
+            config.trainer,
+            jepo=dataclasses.replace(
+                config.trainer.jepo,
+                max_steps=warmup.max_steps,
+                max_epochs=None,
+                num_prompts_per_step=warmup.num_prompts_per_step,
+                num_generations_per_prompt=1,
+                val_check_interval=0,
+                val_at_start=False,
+                save_interval=warmup.save_interval,
+                keep_checkpoints=1,
+            ),
+        ),
+    )
+
+
+def after_warmup(config: Config, checkpoint: Path) -> Config:
+    """The main run, started from the warm-up's last checkpoint."""
+    return dataclasses.replace(started_from(config, checkpoint), warmup=dataclasses.replace(config.warmup, max_steps=0))
+
+
+def started_from(config: Config, checkpoint: Path) -> Config:
+    """The same run from another start: a checkpoint, which knows its own shape and tokenizer."""
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, hf_config={}, hf_config_path=None),
+        pretrained_checkpoint=PretrainedConfig(restore_from_path=str(checkpoint)),
+    )

@@ -1,0 +1,126 @@
+"""Rollouts for every rank of a replica, from the one sampler that the replica's first rank holds.
+
+    take(step)    this step's rollouts; those of the next max_staleness steps are asked for as well
+    sample        a held-out batch, which a run that is told to stop does not wait for
+    load_weights  the sampler's next weights
+
+Everything that changes while a run samples is here: pending rollouts, the version of the sampler's weights, counts.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+
+from torch import Tensor
+
+from nemo_jepo.actor.parallel import Layout
+from nemo_jepo.rollout.sampler import GenerationRequest, Sampler, SamplersLost, SamplingStopped, never
+from nemo_jepo.types import Prompt, Rollout
+
+
+class RolloutQueue:
+    """What a run samples with. All ranks of the world call every method but `close`.
+
+    Args:
+        sampler: of this replica, on its first rank; None on the others, which are told what it drew.
+        layout: of this rank.
+        request_for: step -> what that training step asks for.
+        upcoming: number of steps ahead -> this replica's prompts of that step.
+        max_staleness: steps that a rollout may be behind the weights that train on it.
+        max_steps: no step from this one on is asked for.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler | None,
+        layout: Layout,
+        request_for: Callable[[int], GenerationRequest],
+        upcoming: Callable[[int], Sequence[Prompt]],
+        max_staleness: int,
+        max_steps: int,
+    ) -> None:
+        self._sampler = sampler
+        self._layout = layout
+        self._request_for = request_for
+        self._upcoming = upcoming
+        self._max_staleness = max_staleness
+        self._max_steps = max_steps
+        self._pending: dict[int, Future[list[Rollout]]] = {}  # by the step that trains on them
+        self.version = -1
+        """Optimizer steps in the sampler's weights."""
+        self.counts: dict[str, float] = {}
+        """`Sampler.counts` of this replica when it was last asked for rollouts."""
+
+    def take(self, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
+        """The rollouts of one training step.
+
+        Args:
+            prompts: this replica's, of that step.
+            step: optimizer steps done.
+        Raises:
+            SamplersLost: on every rank, where any replica has no server left.
+        """
+        for later in range(step, min(step + self._max_staleness + 1, self._max_steps)):
+            if self._sampler is not None and later not in self._pending:
+                batch = prompts if later == step else self._upcoming(later - step)
+                self._pending[later] = self._sampler.submit(batch, self._request_for(later))
+        return self._collect(self._pending.pop(step, None))
+
+    def sample(
+        self, prompts: Sequence[Prompt], request: GenerationRequest, stop: Callable[[], bool] = never
+    ) -> list[Rollout]:
+        """Rollouts of these prompts.
+
+        Raises:
+            SamplersLost: on every rank, where any replica has no server left.
+            SamplingStopped: on every rank, where `stop` became true on any.
+        """
+        if self._layout.any_over_world(stop()):
+            raise SamplingStopped("told to stop before a batch was sampled")
+        rollouts = self._collect(self._sampler.submit(prompts, request, stop) if self._sampler else None)
+        if self._layout.any_over_world(stop()):
+            raise SamplingStopped("told to stop while a batch was sampled")
+        return rollouts
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Give the sampler the weights of one optimizer step.
+
+        Args:
+            weights: (Hugging Face name, tensor); making them is collective, so every rank reads to the end.
+            version: optimizer steps in them.
+        """
+        if self._sampler is not None:
+            self._sampler.load_weights(weights, version)
+        else:
+            for _ in weights:
+                pass
+        self._layout.barrier()  # a sampler that another replica fed is complete as well
+        self.version = version
+
+    def probe(self, prompts: Sequence[Prompt], request: GenerationRequest) -> dict[str, list[Rollout]]:
+        """The same completions by every server that this replica feeds, by the server's name."""
+        return self._layout.share_in_replica(self._sampler.probe(prompts, request) if self._sampler else None) or {}
+
+    def close(self) -> None:
+        """End requests and connections."""
+        for future in self._pending.values():
+            future.cancel()
+        if self._sampler is not None:
+            self._sampler.close()
+
+    def _collect(self, future: "Future[list[Rollout]] | None") -> list[Rollout]:
+        """What the replica's first rank waits for, on every rank of the replica."""
+        drawn, lost, stopped, counts = None, "", False, {}
+        if self._sampler is not None and future is not None:
+            try:
+                drawn = future.result()
+            except SamplersLost as error:
+                lost = str(error)
+            except SamplingStopped:
+                stopped = True
+            counts = self._sampler.counts()
+        drawn, lost, stopped, self.counts = self._layout.share_in_replica((drawn, lost, stopped, counts))
+        if self._layout.any_over_world(bool(lost)):
+            raise SamplersLost(lost or "another replica has no server left")
+        if self._layout.any_over_world(stopped):
+            raise SamplingStopped("told to stop while a batch was sampled")
+        return drawn
