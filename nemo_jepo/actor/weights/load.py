@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nemo_jepo.actor.parallel import Layout
 from nemo_jepo.actor.weights.families import Shape
 from nemo_jepo.actor.weights.hf_folder import SafetensorsFolder
 from nemo_jepo.actor.weights.names import model_parameters
-from nemo_jepo.actor.weights.parameters import Groups, named_parameters
+from nemo_jepo.actor.weights.parameters import named_parameters
 from nemo_jepo.actor.weights.slices import TensorSource
 
 
@@ -46,17 +47,17 @@ def hf_shapes(hf_config: Any) -> dict[str, tuple[int, ...]]:
 
 
 @torch.no_grad()
-def load_stage(chunks: Sequence[nn.Module], hf_config: Any, source: TensorSource, groups: Groups) -> None:
+def load_stage(chunks: Sequence[nn.Module], hf_config: Any, source: TensorSource, layout: Layout) -> None:
     """Write every parameter of this rank.
 
     Args:
         chunks: this rank's GPTModels, unwrapped.
     """
     parameters = {parameter.name: parameter for parameter in model_parameters(Shape.of(hf_config))}
-    own = dict(named_parameters(chunks, groups))
+    own = dict(named_parameters(chunks, layout))
     for name, target in own.items():
         whole = parameters[name].expert is not None
-        rank, size = (0, 1) if whole else (groups.tensor_group.rank(), groups.tensor_group.size())
+        rank, size = (0, 1) if whole else (layout.tensor_group.rank(), layout.tensor_group.size())
         shard = parameters[name].entry.read_shard(source, rank, size)
         assert shard.shape == target.shape, f"{name}: {tuple(shard.shape)} for {tuple(target.shape)}"
         target.copy_(shard)

@@ -2,10 +2,10 @@
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import Protocol
 
-import torch.distributed as dist
 from torch import nn
+
+from nemo_jepo.actor.parallel import Layout
 
 # Transformer Engine folds a norm into the linear layer that follows it.
 _TE_NORMS = {
@@ -16,16 +16,7 @@ _TE_NORMS = {
 _LOCAL_EXPERT = re.compile(r"mlp\.experts\.(?:local_experts\.(?P<outer>\d+)\.)?(?P<linear>\w+)\.weight(?P<inner>\d*)")
 
 
-class Groups(Protocol):
-    """The process groups over which one model is spread."""
-
-    tensor_group: dist.ProcessGroup
-    pipeline_group: dist.ProcessGroup
-    expert_group: dist.ProcessGroup
-    """Read where the model has experts."""
-
-
-def named_parameters(chunks: Iterable[nn.Module], groups: Groups) -> Iterator[tuple[str, nn.Parameter]]:
+def named_parameters(chunks: Iterable[nn.Module], layout: Layout) -> Iterator[tuple[str, nn.Parameter]]:
     """(name in the whole model, parameter) of every chunk on this rank.
 
     Args:
@@ -39,7 +30,7 @@ def named_parameters(chunks: Iterable[nn.Module], groups: Groups) -> Iterator[tu
             parts = name.split(".")
             if parts[:2] == ["decoder", "layers"]:
                 layer = chunk.get_submodule(f"decoder.layers.{parts[2]}")
-                inner = _inner_name(".".join(parts[3:]), layer, groups)
+                inner = _inner_name(".".join(parts[3:]), layer, layout)
                 yield f"decoder.layers.{layer.layer_number - 1}.{inner}", parameter  # type: ignore[operator]
             elif name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
                 yield "embedding.word_embeddings.weight", parameter
@@ -47,11 +38,11 @@ def named_parameters(chunks: Iterable[nn.Module], groups: Groups) -> Iterator[tu
                 yield name, parameter
 
 
-def _inner_name(name: str, layer: nn.Module, groups: Groups) -> str:
+def _inner_name(name: str, layer: nn.Module, layout: Layout) -> str:
     """A parameter's name inside its layer as names.py writes it."""
     expert = _LOCAL_EXPERT.fullmatch(name)
     if expert is None:
         return _TE_NORMS.get(name, name)
     num_local: int = layer.get_submodule("mlp.experts").num_local_experts  # type: ignore[assignment]
-    number = groups.expert_group.rank() * num_local + int(expert["outer"] or expert["inner"])
+    number = layout.expert_group.rank() * num_local + int(expert["outer"] or expert["inner"])
     return f"mlp.experts.{number}.{expert['linear']}.weight"

@@ -12,12 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nemo_jepo.actor.parallel import Layout
 from nemo_jepo.actor.weights.families import Shape
 from nemo_jepo.actor.weights.names import ModelParameter, model_parameters, place_of
-from nemo_jepo.actor.weights.parameters import Groups, named_parameters
+from nemo_jepo.actor.weights.parameters import named_parameters
 
 
-def weight_stream(chunks: Sequence[nn.Module], hf_config: Any, groups: Groups) -> Iterator[tuple[str, Tensor]]:
+def weight_stream(chunks: Sequence[nn.Module], hf_config: Any, layout: Layout) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the model under its Hugging Face name, in the model's order and dtype, on every rank.
 
     A tied output matrix appears once, as model.embed_tokens.weight. Holds one tensor at a time and, while it is joined,
@@ -27,22 +28,22 @@ def weight_stream(chunks: Sequence[nn.Module], hf_config: Any, groups: Groups) -
         chunks: this rank's GPTModels, unwrapped.
     """
     shape = Shape.of(hf_config)
-    own = {name: parameter.detach() for name, parameter in named_parameters(chunks, groups)}
-    stages = _owning_stages(own, groups.pipeline_group)
+    own = {name: parameter.detach() for name, parameter in named_parameters(chunks, layout)}
+    stages = _owning_stages(own, layout.pipeline_group)
     like = next(iter(own.values()))
     for parameter in model_parameters(shape):
         stage = stages[parameter.place]
-        on_stage = stage == groups.pipeline_group.rank()
+        on_stage = stage == layout.pipeline_group.rank()
         if on_stage and parameter.name in own:
-            tensors = _gather(own[parameter.name], parameter, groups)
+            tensors = _gather(own[parameter.name], parameter, layout)
         else:
             tensors = _unset(parameter, like)
         for name, tensor in tensors:
             tensor = tensor.contiguous()
             if on_stage and parameter.expert is not None:
-                num_local = shape.num_experts // groups.expert_group.size()
-                dist.broadcast(tensor, group=groups.expert_group, group_src=parameter.expert // num_local)
-            dist.broadcast(tensor, group=groups.pipeline_group, group_src=stage)
+                num_local = shape.num_experts // layout.expert_group.size()
+                dist.broadcast(tensor, group=layout.expert_group, group_src=parameter.expert // num_local)
+            dist.broadcast(tensor, group=layout.pipeline_group, group_src=stage)
             yield name, tensor
             del tensor  # before the next one is made
 
@@ -54,9 +55,9 @@ def _owning_stages(own: Iterable[str], group: dist.ProcessGroup) -> dict[str, in
     return {place: stage for stage in reversed(range(group.size())) for place in places[stage]}
 
 
-def _gather(own: Tensor, parameter: ModelParameter, groups: Groups) -> Iterator[tuple[str, Tensor]]:
+def _gather(own: Tensor, parameter: ModelParameter, layout: Layout) -> Iterator[tuple[str, Tensor]]:
     """A parameter's Hugging Face tensors from its shards on the tensor-parallel ranks; an expert has one shard."""
-    group = groups.tensor_group
+    group = layout.tensor_group
     for number, part in enumerate(parameter.entry.parts(own)):
         if parameter.expert is not None or group.size() == 1:
             yield from parameter.entry.join(number, part[None])
