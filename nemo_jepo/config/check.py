@@ -118,6 +118,9 @@ def _check_objective(objective: ObjectiveConfig, rollout: RolloutConfig, trainer
     if kind.reads_likelihood and not kind.answer_term and objective.beta_sup:
         rule = f"objective={name} has no supervised term"
         raise ConfigError("objective.beta_sup", objective.beta_sup, rule, "Use 0, or objective=jepo_single")
+    if kind.mean_over_tokens and objective.length_normalization == "tokens":
+        rule = f"the score of objective={name} is a mean over the answer's tokens already"
+        raise ConfigError("objective.length_normalization", "tokens", rule, "Use none")
     if objective.importance_sampling != "none" and objective.importance_cap < 1:
         rule = "would shrink on-policy tokens, whose ratio is 1"
         raise ConfigError("objective.importance_cap", objective.importance_cap, rule, "Use at least 1")

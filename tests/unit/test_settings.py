@@ -157,6 +157,11 @@ def test_the_whole_line_of_a_broken_rule():
         ),
         (["objective=vr_cli", "objective.beta_sup=1"], 1, "objective.beta_sup=1.0: objective=vr_cli"),
         (
+            ["objective=avg_logprob", "objective.length_normalization=tokens"],
+            1,
+            "objective.length_normalization='tokens': the score of objective=avg_logprob",
+        ),
+        (
             ["objective.importance_sampling=token_truncated", "objective.importance_cap=0.5"],
             1,
             "objective.importance_cap=0.5: ",
