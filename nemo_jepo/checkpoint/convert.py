@@ -8,7 +8,8 @@ import ctypes
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -33,12 +34,34 @@ from nemo_jepo.config import compose
 from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.layouts import check_layout
 from nemo_jepo.config.schema import ModelConfig
+from nemo_jepo.utils.exit_codes import BAD_SETTINGS, DONE
 
 MMAP_THRESHOLD = (-3, 128 * 1024)
 """glibc's M_MMAP_THRESHOLD and its first value."""
 
 
-def import_hf(hf_folder: Path, checkpoint: Path, overrides: Sequence[str] = ()) -> int:
+def import_main(argv: Sequence[str]) -> int:
+    """`nemo-jepo import HF_DIR CHECKPOINT [model.key=value ...]`."""
+    return _with_paths(import_hf, argv, "usage: nemo-jepo import HF_DIR CHECKPOINT [model.key=value ...]")
+
+
+def export_main(argv: Sequence[str]) -> int:
+    """`nemo-jepo export CHECKPOINT HF_DIR [model.key=value ...]`."""
+    return _with_paths(export_hf_folder, argv, "usage: nemo-jepo export CHECKPOINT HF_DIR [model.key=value ...]")
+
+
+def _with_paths(work: Callable[[Path, Path, Sequence[str]], None], argv: Sequence[str], usage: str) -> int:
+    if {"-h", "--help"} & set(argv):
+        print(usage)
+        return DONE
+    if len(argv) < 2:
+        print(usage, file=sys.stderr)
+        return BAD_SETTINGS
+    work(Path(argv[0]), Path(argv[1]), argv[2:])
+    return DONE
+
+
+def import_hf(hf_folder: Path, checkpoint: Path, overrides: Sequence[str] = ()) -> None:
     """Write the weights of a Hugging Face folder as a new checkpoint of step 0, beside them what names the model.
 
     Args:
@@ -61,10 +84,9 @@ def import_hf(hf_folder: Path, checkpoint: Path, overrides: Sequence[str] = ()) 
             os.rename(written, checkpoint)
             shutil.rmtree(staging)
     actor.layout.barrier()
-    return 0
 
 
-def export_hf_folder(checkpoint: Path, hf_folder: Path, overrides: Sequence[str] = ()) -> int:
+def export_hf_folder(checkpoint: Path, hf_folder: Path, overrides: Sequence[str] = ()) -> None:
     """Write a checkpoint of any layout as a new Hugging Face folder, which appears when it is whole.
 
     Args:
@@ -86,7 +108,6 @@ def export_hf_folder(checkpoint: Path, hf_folder: Path, overrides: Sequence[str]
     else:
         for _ in stream:
             pass
-    return 0
 
 
 def _model_settings(overrides: Sequence[str]) -> ModelConfig:

@@ -9,17 +9,17 @@ Exit code 0 when all is whole, 1 when something is not, 2 for a wrong command li
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from nemo_jepo.config.errors import ConfigError
+from nemo_jepo.utils.exit_codes import BAD_SETTINGS, DONE, FAILED
 from nemo_jepo.utils.files import sha256_of, write_atomically
 
 MARKER = "complete.json"
 USAGE = "usage: nemo-jepo checkpoint list RUN_FOLDER\n       nemo-jepo checkpoint verify CHECKPOINT"
-WHOLE, BROKEN, WRONG_USAGE = 0, 1, 2
 
 
 # ---- which are whole ------------------------------------------------------------------------------------------
@@ -117,20 +117,16 @@ def _marker(path: Path) -> dict[str, Any]:
 # ---- nemo-jepo checkpoint -------------------------------------------------------------------------------------
 
 
-def checkpoint_command(arguments: list[str]) -> int:
-    """Exit code of `nemo-jepo checkpoint ARGUMENTS`; see the head of this file."""
+def main(argv: Sequence[str]) -> int:
+    """`nemo-jepo checkpoint`; see the head of this file."""
     commands = {"list": list_checkpoints, "verify": verify_checkpoint}
-    if arguments[:1] in (["-h"], ["--help"]):
+    if argv[:1] in (["-h"], ["--help"]):
         print(USAGE)
-        return WHOLE
-    if len(arguments) != 2 or arguments[0] not in commands:
+        return DONE
+    if len(argv) != 2 or argv[0] not in commands:
         print(USAGE, file=sys.stderr)
-        return WRONG_USAGE
-    try:
-        return commands[arguments[0]](Path(arguments[1]))
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return WRONG_USAGE
+        return BAD_SETTINGS
+    return commands[argv[0]](Path(argv[1]))
 
 
 def list_checkpoints(run_folder: Path) -> int:
@@ -150,7 +146,7 @@ def list_checkpoints(run_folder: Path) -> int:
         print(f"{step}  {_size(path):>9}  {_date(path)}  unfinished: being written, or its writer was killed")
     if not faults:
         print(f"{folder}: no checkpoint yet")
-    return BROKEN if any(faults.values()) else WHOLE
+    return FAILED if any(faults.values()) else DONE
 
 
 def verify_checkpoint(checkpoint: Path) -> int:
@@ -164,11 +160,11 @@ def verify_checkpoint(checkpoint: Path) -> int:
     fault = broken_file(checkpoint)
     if fault is not None:
         print(f"{checkpoint}: {fault}")
-        return BROKEN
+        return FAILED
     marker = _marker(checkpoint)
     read = "every byte is as it was written" if "sha256" in marker else "sizes are right; it has no checksums"
     print(f"{checkpoint}: whole, {len(marker['files'])} files, {_size(checkpoint)}, {read}")
-    return WHOLE
+    return DONE
 
 
 def _size(path: Path) -> str:

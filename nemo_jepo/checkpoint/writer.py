@@ -15,7 +15,8 @@ import os
 import secrets
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context, resource_tracker
@@ -28,6 +29,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_jepo.checkpoint.format import (
     mark_complete,
@@ -36,6 +38,7 @@ from nemo_jepo.checkpoint.format import (
     step_of,
     whole_checkpoints,
 )
+from nemo_jepo.config.errors import RunError
 from nemo_jepo.utils.files import write_atomically
 from nemo_jepo.utils.processes import die_with_parent
 
@@ -51,6 +54,22 @@ class RunState:
     """Weights, optimizer, schedule as dist_checkpointing shards."""
     loop: dict[str, Any]
     """The loop's own numbers: plain JSON data, the same on every rank."""
+
+
+class CheckpointNotWritten(RunError):
+    """A rank could not write its part of a checkpoint; those before it are whole."""
+
+
+@contextmanager
+def _told_in_one_line() -> Iterator[None]:
+    """Megatron's exception, which holds that of every rank that failed, as CheckpointNotWritten."""
+    try:
+        yield
+    except CheckpointException as error:
+        causes = {str(cause).splitlines()[0] for cause, _ in error.failures.values()}
+        rest = "Older checkpoints are whole; make room and start the run again."
+        line = f"a checkpoint could not be written ({', '.join(sorted(causes))}). {rest}"
+        raise CheckpointNotWritten(line) from error
 
 
 class CheckpointWriter:
@@ -92,7 +111,7 @@ class CheckpointWriter:
             state: makes what is saved; called when the save begins.
             last: the run ends here, so every checkpoint is whole on return.
         Raises:
-            CheckpointException: on every rank, where any could not write its part (Megatron's; also in the two below).
+            CheckpointNotWritten: on every rank, where any could not write its part; also in the two below.
         """
         self.wait()
         if step == self.saved_step:
@@ -109,17 +128,20 @@ class CheckpointWriter:
         if self._in_background and not last:
             self._background.schedule_async_request(request)
         else:
-            request.execute_sync()
+            with _told_in_one_line():
+                request.execute_sync()
         self.saved_step = step
 
     def complete_if_written(self) -> None:
         """Make a checkpoint of the background save if every rank has written its part."""
         if self.pending:
-            self._background.maybe_finalize_async_calls()
+            with _told_in_one_line():
+                self._background.maybe_finalize_async_calls()
 
     def wait(self) -> None:
         """Return when the background save, if there is one, is a checkpoint."""
-        self._background.maybe_finalize_async_calls(blocking=True)
+        with _told_in_one_line():
+            self._background.maybe_finalize_async_calls(blocking=True)
 
     def resume(self, path: Path, sharded_state: dict[str, Any]) -> RunState:
         """Read one of the run's checkpoints, which then is its newest; as load_checkpoint does."""

@@ -15,6 +15,10 @@ class DataError(ValueError):
     """Data the user must change: which file, line and field, what is wrong, what to do."""
 
 
+class RunError(RuntimeError):
+    """What stopped a run that was right to start, in one line: no setting or file is wrong."""
+
+
 def read_private(key: str, file: str) -> str:
     """The one word in a file that only its owner can read; `key` is the setting that names it.
 

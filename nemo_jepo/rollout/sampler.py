@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from nemo_jepo.config.errors import RunError
 from nemo_jepo.types import Prompt, Rollout
 
 
@@ -14,7 +15,7 @@ class SamplersLost(RuntimeError):
     """No server is left to sample from: the run saves and ends, and can be started again."""
 
 
-class SamplerMismatch(RuntimeError):
+class SamplerMismatch(RunError):
     """A sampler does not hold the trainer's weights: training on its samples would be wrong, so the run stops."""
 
 

@@ -1,16 +1,19 @@
-"""`make demo`: train the demo recipe, then show what it learned. Run it again to see the result again.
+"""nemo-jepo demo [key=value ...]
 
-python -m nemo_jepo.tools.demo [key=value ...]      Hydra overrides of conf/demo.yaml
+Train the demo recipe on this machine's CPU, then show what it learned; key=value are overrides of conf/demo.yaml. Run
+it again to see the result again.
 """
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nemo_jepo.config import compose
+from nemo_jepo.utils.exit_codes import DONE
 
 ROWS = (
     ("accuracy", "accuracy of own answers", "{:.3f}"),
@@ -60,10 +63,17 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main(overrides: list[str]) -> int:
-    """Train (or find the finished run), print the table, three chains before and after, and draw the curves."""
-    folder = compose.resolve(compose.compose("demo", overrides)).run_folder
-    command = [sys.executable, "-m", "nemo_jepo.cli", "train", "--config-name", "demo", *overrides]
+def main(argv: Sequence[str]) -> int:
+    """Train (or find the finished run), print the table, three chains before and after, and draw the curves.
+
+    Raises:
+        ConfigError: a setting to change.
+    """
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return DONE
+    folder = compose.resolve(compose.compose("demo", argv)).run_folder
+    command = [sys.executable, "-m", "nemo_jepo.cli", "train", "--config-name", "demo", *argv]
     code = subprocess.run(command, env={"OMP_NUM_THREADS": str(os.cpu_count())} | os.environ).returncode
     if code:
         return code
@@ -76,8 +86,4 @@ def main(overrides: list[str]) -> int:
         for name, rollout in (("warm-up", before), ("JEPO", after)):
             print(f"    {name:<8} {' '.join(rollout['text'].split())}")
     print(f"\nCurves: {folder / 'curves.png'}    Everything else: {folder}\n\n{NEXT}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    return DONE

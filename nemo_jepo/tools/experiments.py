@@ -39,10 +39,10 @@ from yaml import YAMLError
 from nemo_jepo.config import compose
 from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.schema import Config
+from nemo_jepo.utils.exit_codes import BAD_SETTINGS, DONE, FAILED, INTERRUPTED
 from nemo_jepo.utils.files import write_atomically
 from nemo_jepo.utils.processes import die_with_parent
 
-FAILED, INTERRUPTED = 1, 75
 WARMUP = "warmup"
 FINISHED, SETTINGS = "finished.json", "settings.json"
 """What a run folder holds beside the run's own files."""
@@ -347,7 +347,7 @@ def main(argv: Sequence[str]) -> int:
     """
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(f"{__doc__}\nSets: {', '.join(names())}", file=sys.stdout if argv else sys.stderr)
-        return 0 if argv else compose.BAD_SETTINGS
+        return DONE if argv else BAD_SETTINGS
     parser = argparse.ArgumentParser(prog="nemo-jepo experiment", add_help=False)
     parser.add_argument("name")
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[])
@@ -359,7 +359,7 @@ def main(argv: Sequence[str]) -> int:
     chosen = plan_runs(name, only(whole, arguments.seeds, arguments.arms), arguments.overrides)
     if arguments.commands:
         print("\n".join(shlex.join(run.command()) for run in chosen))
-        return 0
+        return DONE
     code = run_all(chosen)
     if code:
         return code
@@ -367,7 +367,7 @@ def main(argv: Sequence[str]) -> int:
     every = plan_runs(name, replace(whole, seeds=seeds), arguments.overrides)
     path = Path(every[0].config.exp_manager.exp_dir) / name / "results.parquet"
     _say(f"{path}: {write_results(path, name, whole.regime, every)} rows")
-    return 0
+    return DONE
 
 
 def _say(line: str) -> None:

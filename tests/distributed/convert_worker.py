@@ -7,8 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-from nemo_jepo.cli import convert
+from nemo_jepo import cli
 
 if __name__ == "__main__":
     for job in json.loads(Path(sys.argv[1]).read_text()):
-        assert convert(*job) == 0
+        assert cli.main(job) == 0

@@ -29,13 +29,12 @@ raise SystemExit(main())
 
 
 @pytest.fixture
-def run(monkeypatch, capfd):
+def run(capfd):
     """Exit code, stdout, stderr of `nemo-jepo data ...`."""
 
     def in_process(*arguments):
-        monkeypatch.setattr(sys, "argv", ["nemo-jepo", "data", *map(str, arguments)])
         try:
-            code = cli.main()
+            code = cli.main(["data", *map(str, arguments)])
         except SystemExit as end:  # how argparse ends
             code = end.code
         return code, *capfd.readouterr()
@@ -96,15 +95,15 @@ def test_a_local_copy_has_no_revision(run, tmp_path):
     assert (code, line) == (2, "--revision='main': a local copy has none. Leave out --revision or --from.\n")
 
 
-def test_an_interruption_is_one_line_and_leaves_nothing(tmp_path, capsys):
+def test_an_interruption_is_one_line_and_leaves_nothing(run, tmp_path, monkeypatch):
     def interrupted(answers, num_workers):
         raise KeyboardInterrupt
 
     for split in ("train", "test"):
         write(tmp_path / "MATH" / f"{split}.jsonl", MATH)
-    arguments = ["prepare", "math", "--from", str(tmp_path / "MATH"), "--out", str(tmp_path / "out")]
-    assert command.main(arguments, interrupted) == 130
-    assert capsys.readouterr().err.splitlines()[-1] == "interrupted; nothing was written"
+    monkeypatch.setattr(command, "verifiable_answers", interrupted)
+    code, _, err = run("prepare", "math", "--from", tmp_path / "MATH", "--out", tmp_path / "out")
+    assert (code, err.splitlines()[-1]) == (130, "interrupted")
     assert not (tmp_path / "out").exists()
 
 

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from nemo_jepo import cli
+from nemo_jepo.checkpoint import format
 from nemo_jepo.checkpoint.format import (
     broken_file,
-    checkpoint_command,
     mark_complete,
     note_checksums,
     whole_checkpoints,
@@ -53,7 +54,7 @@ def test_the_marker_knows_every_file_and_the_ranks_notes_are_gone(run_folder):
 
 
 def test_list_says_of_each_step_whether_it_is_whole(run_folder, capsys):
-    assert checkpoint_command(["list", str(run_folder)]) == 0
+    assert format.main(["list", str(run_folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["step_000002", "step_000004", "step_000010"]
     assert all(line.endswith("  whole") and "KiB" in line and "20" in line for line in lines)
@@ -65,7 +66,7 @@ def test_list_names_what_is_missing_and_what_is_unfinished(run_folder, capsys):
     (checkpoints / "step_000010" / "complete.json").unlink()
     (checkpoints / ".step_000012.0a1b2c3d.partial").mkdir()
     (checkpoints / "step_000004.bak").mkdir()
-    assert checkpoint_command(["list", str(run_folder)]) == 1
+    assert format.main(["list", str(run_folder)]) == 1
     whole, missing, unmarked, unfinished = capsys.readouterr().out.splitlines()
     assert whole.startswith("step_000002") and whole.endswith("whole")
     assert missing.startswith("step_000004") and "__1_0.distcp is missing" in missing
@@ -76,7 +77,7 @@ def test_list_names_what_is_missing_and_what_is_unfinished(run_folder, capsys):
 
 def test_verify_reads_everything_again(run_folder, capsys):
     path = run_folder / "checkpoints" / "step_000004"
-    assert checkpoint_command(["verify", str(path)]) == 0
+    assert format.main(["verify", str(path)]) == 0
     assert "whole, 4 files" in capsys.readouterr().out
 
 
@@ -84,9 +85,9 @@ def test_verify_reads_everything_again(run_folder, capsys):
 def test_verify_names_a_file_with_one_bit_changed_where_the_size_tells_nothing(name, run_folder, capsys):
     path = run_folder / "checkpoints" / "step_000004"
     flip_a_bit(path / name)
-    assert checkpoint_command(["list", str(run_folder)]) == 0
+    assert format.main(["list", str(run_folder)]) == 0
     capsys.readouterr()
-    assert checkpoint_command(["verify", str(path)]) == 1
+    assert format.main(["verify", str(path)]) == 1
     out = capsys.readouterr().out
     assert f"{name} holds other bytes than when it was written" in out and out.count("\n") == 1
 
@@ -94,7 +95,7 @@ def test_verify_names_a_file_with_one_bit_changed_where_the_size_tells_nothing(n
 def test_verify_names_a_missing_file(run_folder, capsys):
     path = run_folder / "checkpoints" / "step_000004"
     (path / "loop.json").unlink()
-    assert checkpoint_command(["verify", str(path)]) == 1
+    assert format.main(["verify", str(path)]) == 1
     assert "loop.json is missing" in capsys.readouterr().out
 
 
@@ -103,7 +104,7 @@ def test_a_checkpoint_without_checksums_is_judged_by_its_sizes(run_folder, capsy
     marker = json.loads((path / "complete.json").read_text())
     del marker["sha256"]
     (path / "complete.json").write_text(json.dumps(marker))
-    assert checkpoint_command(["verify", str(path)]) == 0
+    assert format.main(["verify", str(path)]) == 0
     assert "it has no checksums" in capsys.readouterr().out
 
 
@@ -112,6 +113,6 @@ def test_a_checkpoint_without_checksums_is_judged_by_its_sizes(run_folder, capsy
     [[], ["list"], ["verify"], ["show", "x"], ["list", "a", "b"], ["list", "no/such/run"], ["verify", "no/such/step"]],
 )
 def test_a_wrong_command_line_is_exit_code_2_and_says_why(arguments, capsys):
-    assert checkpoint_command(arguments) == 2
+    assert cli.main(["checkpoint", *arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and ("usage:" in captured.err or "no/such/" in captured.err)

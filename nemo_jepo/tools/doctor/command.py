@@ -23,18 +23,18 @@ from nemo_jepo.tools.doctor.groups import check_groups, check_shared_folder
 from nemo_jepo.tools.doctor.machine import check_disk, check_file_system, check_gpus, check_memory, check_ports
 from nemo_jepo.tools.doctor.run import blocker, check_data, check_settings, count_parameters
 from nemo_jepo.tools.doctor.versions import check_versions
+from nemo_jepo.utils.exit_codes import BAD_SETTINGS, DONE
 
-HEALTHY, BLOCKED = 0, 2
 MEETING_TIMEOUT = timedelta(minutes=3)
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Exit code of `nemo-jepo doctor ARGUMENTS`."""
-    if {"-h", "--help"} & set(arguments):
+def main(argv: Sequence[str]) -> int:
+    """`nemo-jepo doctor`: 2 where a run would not work. A wrong setting is a finding like any other."""
+    if {"-h", "--help"} & set(argv):
         print(__doc__)
-        return HEALTHY
-    as_json = "--json" in arguments
-    config, findings = read_settings([argument for argument in arguments if argument != "--json"])
+        return DONE
+    as_json = "--json" in argv
+    config, findings = read_settings([argument for argument in argv if argument != "--json"])
     findings += list(check_versions())
     if config is not None:
         findings += look(config)
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
             print(to_json(located))
         else:
             show(located, Console(file=sys.stdout))
-    return BLOCKED if is_blocked(located) else HEALTHY
+    return BAD_SETTINGS if is_blocked(located) else DONE
 
 
 def read_settings(arguments: Sequence[str]) -> tuple[Config | None, list[Finding]]:

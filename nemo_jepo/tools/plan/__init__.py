@@ -5,7 +5,3 @@ shape        parameters and FLOP        memory     bytes on a GPU, phase by phas
 calibration  what software reaches      training, generation   seconds of a phase
 estimate     one run on one cluster     search     the best layout, and what makes a run fit
 """
-
-from nemo_jepo.tools.plan.command import main
-
-__all__ = ["main"]

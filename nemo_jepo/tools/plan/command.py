@@ -7,15 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_jepo.config import compose
-from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.schema import Config
 from nemo_jepo.tools.plan import report
 from nemo_jepo.tools.plan.estimate import Plan, cluster_of, estimate
 from nemo_jepo.tools.plan.hardware import GPUS, gpu_named
 from nemo_jepo.tools.plan.search import best_plan, what_to_try
 from nemo_jepo.tools.plan.workload import MeanLengths
-
-FITS, DOES_NOT_FIT = 0, 1
+from nemo_jepo.utils.exit_codes import DONE, FAILED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,21 +77,18 @@ def _last_resort(searched: bool) -> str:
     return "more nodes or a GPU with more memory" + ("" if searched else ", or --search")
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Print the plan; the command's exit code."""
-    try:
-        options = _parser().parse_intermixed_args(list(arguments))
-    except SystemExit as ended:
-        return compose.BAD_SETTINGS if ended.code else FITS
+def main(argv: Sequence[str]) -> int:
+    """`nemo-jepo plan`: print the plan; 0 where it fits, 1 where not.
+
+    Raises:
+        ConfigError: a rule is broken, or nothing that was searched fits.
+    """
+    options = _parser().parse_intermixed_args(list(argv))
     means = MeanLengths(options.prompt_tokens, options.generated_tokens, options.answer_tokens)
-    try:
-        plan = _plan(_config(options), options, means)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return compose.BAD_SETTINGS
+    plan = _plan(_config(options), options, means)
     fix = None if plan.fits else what_to_try(plan, means) or _last_resort(options.search)
     if options.json:
         print(json.dumps(report.as_json(plan, options.price_per_gpu_hour, fix), indent=2))
     else:
         print(report.as_text(plan, options.price_per_gpu_hour, fix))
-    return FITS if plan.fits else DOES_NOT_FIT
+    return DONE if plan.fits else FAILED

@@ -1,42 +1,31 @@
-"""`nemo-jepo data prepare`: arguments in, exit code out."""
+"""The command line of `nemo-jepo data`."""
 
 import argparse
 import json
 import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from nemo_jepo.config.errors import ConfigError, DataError
+from nemo_jepo.config.errors import ConfigError
+from nemo_jepo.rewards.verifiable import verifiable_answers
 from nemo_jepo.tools.prepare.prepare import prepare
 from nemo_jepo.tools.prepare.published import PUBLISHED
+from nemo_jepo.utils.exit_codes import DONE
 
-DONE, WRONG, INTERRUPTED = 0, 2, 130
 
+def main(argv: Sequence[str]) -> int:
+    """`nemo-jepo data`: prepare one data set and print its files. An interrupted one leaves nothing.
 
-def main(arguments: list[str], judge: Callable[[Sequence[str], int], Sequence[bool | None]]) -> int:
-    """Prepare one data set and print its files; a mistake of the user's is one line on stderr and 2.
-
-    Args:
-        judge: (answers, worker processes) -> whether the verifier can grade each answer.
+    Raises:
+        ConfigError: arguments that do not go together, a folder that exists.
+        DataError: data that cannot be reached, read or written.
     """
-    chosen = _parser().parse_args(arguments)
-    try:
-        if chosen.local and chosen.revision:
-            raise ConfigError("--revision", chosen.revision, "a local copy has none", "Leave out --revision or --from")
-        folder = prepare(
-            chosen.name,
-            chosen.out,
-            lambda answers: judge(answers, chosen.workers),
-            chosen.local,
-            chosen.revision,
-        )
-    except (ConfigError, DataError) as error:
-        print(error, file=sys.stderr)
-        return WRONG
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return INTERRUPTED
+    chosen = _parser().parse_args(list(argv))
+    if chosen.local and chosen.revision:
+        raise ConfigError("--revision", chosen.revision, "a local copy has none", "Leave out --revision or --from")
+    judge = partial(verifiable_answers, num_workers=chosen.workers)
+    folder = prepare(chosen.name, chosen.out, judge, chosen.local, chosen.revision)
     for file, counts in json.loads((folder / "manifest.json").read_text())["files"].items():
         print(f"{folder / file}  {counts['rows']} rows, {counts['verifiable']} verifiable")
     return DONE

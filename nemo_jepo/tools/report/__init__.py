@@ -3,7 +3,3 @@
 runs     a run folder, checked          figures   results.parquet -> the paper's plots
 page     runs and figures -> HTML       command   the command line
 """
-
-from nemo_jepo.tools.report.command import main
-
-__all__ = ["main"]

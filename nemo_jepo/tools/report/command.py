@@ -1,14 +1,12 @@
 """The command line of `nemo-jepo report`."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_jepo.config.errors import DataError
+from nemo_jepo.utils.exit_codes import DONE
 from nemo_jepo.utils.files import write_atomically
-
-DONE, WRONG = 0, 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -35,23 +33,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Write the page; the command's exit code."""
+def main(argv: Sequence[str]) -> int:
+    """`nemo-jepo report`: write the page.
+
+    Raises:
+        DataError: a run or a file of results that cannot be read, or a place where nothing can be written.
+    """
     parser = _parser()
-    try:
-        options = parser.parse_args(list(arguments))
-        if not options.runs and not options.results:
-            parser.error("give a RUN, or --results FILE")
-    except SystemExit as ended:
-        return WRONG if ended.code else DONE
+    options = parser.parse_args(list(argv))
+    if not options.runs and not options.results:
+        parser.error("give a RUN, or --results FILE")
     try:
         write(options)
-    except DataError as error:
-        print(error, file=sys.stderr)
-        return WRONG
     except OSError as error:
-        print(f"{error.filename}: {error.strerror}. Choose another --out or --figures.", file=sys.stderr)
-        return WRONG
+        raise DataError(f"{error.filename}: {error.strerror}. Choose another --out or --figures.") from error
     print(options.out)
     return DONE
 

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
+from nemo_jepo import cli
 from nemo_jepo.config import compose
 from nemo_jepo.config.layouts import check_layout
-from nemo_jepo.tools import plan
 from nemo_jepo.tools.plan.estimate import cluster_of, estimate
 from nemo_jepo.tools.plan.hardware import GPUS
 from nemo_jepo.tools.plan.search import best_plan
@@ -26,7 +26,7 @@ def composed(name, *overrides):
 
 def run(capsys, *arguments):
     """Exit code, the JSON object, and what went to stderr."""
-    code = plan.main([*arguments, "--json"])
+    code = cli.main(["plan", *arguments, "--json"])
     printed = capsys.readouterr()
     return code, json.loads(printed.out) if printed.out else None, printed.err
 
@@ -105,7 +105,7 @@ def test_an_embedded_sampler_lives_on_the_trainers_gpus(capsys):
 
 def test_the_table_ends_with_what_is_short_and_what_to_try(capsys):
     wide = ["model.tokens_per_micro_batch=65536"]
-    assert plan.main(["--config-name", "jepo_70b", "--rollout-nodes", "8", *wide]) == 1
+    assert cli.main(["plan", "--config-name", "jepo_70b", "--rollout-nodes", "8", *wide]) == 1
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("Does not fit: short by ") and " GiB in training on a trainer GPU. Try model." in last
 
@@ -181,19 +181,21 @@ def test_a_search_that_finds_nothing_says_so(capsys):
     ],
 )
 def test_a_bad_setting_is_one_line_and_exit_code_2(arguments, beginning, capsys):
-    assert plan.main(arguments) == 2
+    assert cli.main(["plan", *arguments]) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith(beginning) and printed.err.count("\n") == 1 and not printed.out
 
 
 @pytest.mark.parametrize("arguments", [["--nodes", "0"], ["--no-such"], ["--nodes", "x"]])
 def test_a_bad_option_is_exit_code_2(arguments, capsys):
-    assert plan.main(arguments) == 2
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["plan", *arguments])
     assert "usage: nemo-jepo plan" in capsys.readouterr().err
 
 
 def test_help_is_exit_code_0(capsys):
-    assert plan.main(["--help"]) == 0
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["plan", "--help"])
     assert "--price-per-gpu-hour" in capsys.readouterr().out
 
 
@@ -235,6 +237,6 @@ def test_experts_are_searched_over_expert_parallelism(tmp_path):
 
 
 def test_the_planner_starts_without_torch_and_nemo():
-    code = "import sys; from nemo_jepo.tools import plan; plan.main(['--config-name', 'jepo_8b']); "
+    code = "import sys; from nemo_jepo import cli; cli.main(['plan', '--config-name', 'jepo_8b']); "
     code += "sys.exit(len({'torch', 'nemo', 'megatron', 'transformers', 'vllm'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
