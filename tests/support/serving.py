@@ -1,9 +1,11 @@
 """Tiny models on disk and real vLLM servers for them."""
 
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwe
 
 from nemo_jepo.rollout.vllm.server import KEY_VARIABLE, health_of
 from nemo_jepo.utils.network import free_ports
+from nemo_jepo.utils.processes import die_with_parent
 from tests.support.command_line import ENVIRONMENT
 from tests.support.small_tokenizers import small_tokenizer
 from tests.support.vllm_processes import wait_until
@@ -63,14 +66,20 @@ def start_server(model_folder: Path, *options: str, log: Path) -> Server:
     command = [sys.executable, "-m", "nemo_jepo.cli", "serve", str(model_folder), "--port", str(port)]
     command += ["--dtype", "float32", "--max-model-len", "256", *options]
     with log.open("ab") as file:
-        process = subprocess.Popen(command, env=ENVIRONMENT | {KEY_VARIABLE: KEY}, stdout=file, stderr=file)
+        process = subprocess.Popen(
+            command,
+            env=ENVIRONMENT | {KEY_VARIABLE: KEY},
+            stdout=file,
+            stderr=file,
+            preexec_fn=partial(die_with_parent, signal.SIGTERM),
+        )
     return Server(f"http://127.0.0.1:{port}", process, log)
 
 
 def wait_for(servers: Sequence[Server]) -> None:
     """Until all of them answer."""
     for server in servers:
-        wait_until(lambda server=server: health_of(server.url) == "good" or server.process.poll() is not None)
+        wait_until(lambda server=server: health_of(server.url) == "good" or server.process.poll() is not None, 600)
         assert server.process.poll() is None, server.log.read_text()[-3000:]
 
 

@@ -19,7 +19,7 @@ from nemo_jepo.types import Prompt, Rollout
 from tests.support.serving import KEY, VOCAB, Server, SharedServers, logprobs, tiny_model
 from tests.support.vllm_processes import named, needs_vllm, shares_servers, wait_until
 
-pytestmark = [needs_vllm, shares_servers]
+pytestmark = [needs_vllm, shares_servers, pytest.mark.timeout(900)]
 
 PROMPTS = [Prompt(i, tuple(range(1 + i, 41 + i)), "question", "answer") for i in range(4)]
 ROUNDING = 2e-5

@@ -16,7 +16,7 @@ from tests.support.command_line import ENVIRONMENT, command, metrics, run
 from tests.support.ranks import run_ranks
 from tests.support.vllm_processes import SHAPE, alive, descendants, named, needs_vllm, shares_servers, wait_until
 
-pytestmark = [needs_vllm, shares_servers, pytest.mark.timeout(600)]
+pytestmark = [needs_vllm, shares_servers, pytest.mark.timeout(900)]
 
 
 # ---- Short runs through the shared servers.

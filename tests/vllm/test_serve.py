@@ -24,7 +24,7 @@ from tests.support.command_line import ENVIRONMENT, command
 from tests.support.serving import KEY, tiny_model
 from tests.support.vllm_processes import alive, descendants, named, needs_vllm, shares_servers, wait_until
 
-pytestmark = shares_servers
+pytestmark = [shares_servers, pytest.mark.timeout(900)]
 
 # ---- Refusals, without a server.
 
@@ -231,7 +231,7 @@ for line in sys.stdin:
             return run.stdout.readline().strip()
 
         serving = start("one")
-        wait_until(lambda: server.health_of(serving) == "good")
+        wait_until(lambda: server.health_of(serving) == "good", seconds=600)
         for number in (signal.SIGINT, signal.SIGTERM):
             named(run.pid, "nemo_jepo.cli")[0].send_signal(number)
         time.sleep(2)
@@ -251,7 +251,7 @@ def test_a_dead_server_of_a_run_is_named_and_started_again(tmp_path):
     servers = LocalServers(ServedModel(tmp_path, "float32", 128), settings, KEY, tmp_path, 0)
     servers.start()
     try:
-        wait_until(servers.ended)
+        wait_until(servers.ended, seconds=300)
         ((url, reason),) = servers.ended().items()
         assert url == servers.urls[0]
         assert "exit code 1; " in reason and "server_0.log: " in reason and "max-num-seqs" in reason
