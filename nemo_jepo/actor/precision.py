@@ -74,7 +74,7 @@ def _check_settings(model: ModelConfig, precision: str) -> None:
 
 
 def _check_tokens(model: ModelConfig) -> None:
-    """A rank's share of a packed row: cut by sequence parallelism and by context parallelism."""
+    """A rank's part of a packed row: cut by sequence parallelism and by context parallelism."""
     shards = model.context_parallel_size
     if model.sequence_parallel:
         shards *= model.tensor_model_parallel_size

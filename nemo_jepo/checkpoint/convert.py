@@ -1,7 +1,7 @@
 """A Hugging Face folder becomes a checkpoint that any parallel layout loads, and a checkpoint becomes such a folder.
 
-Started as one process or under torchrun in any layout (model.* settings); a rank holds its own share of the weights
-and one tensor more, whichever way they go.
+Started as one process or under torchrun in any layout (model.* settings); a rank holds its part of the weights and one
+tensor more, whichever way they go.
 """
 
 import ctypes

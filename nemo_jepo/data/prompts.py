@@ -21,10 +21,10 @@ def prompts_of_rows(
 ) -> Iterator[Prompt | BadRow]:
     """One item for every row, in order: its Prompt, or why there is none.
 
-    A row is bad when its prompt or answer is too long, or when the tokeniser cannot write its answer.
+    A row is bad when its prompt or answer is too long, or when the tokenizer cannot write its answer.
 
     Raises:
-        ConfigError: use_chat_template with a tokeniser that has none.
+        ConfigError: use_chat_template with a tokenizer that has none.
     """
     rows = iter(rows)
     bos = () if config.use_chat_template else _begin_of_text(tokenizer)
@@ -45,13 +45,13 @@ def prompts_of_rows(
 
 
 def prompt_text(question: str, config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The template with the question in its place, wrapped by the tokeniser's chat template if the config says so."""
+    """The template with the question in its place, wrapped by the tokenizer's chat template if the config says so."""
     text = config.prompt_template.replace("{question}", question)
     if not config.use_chat_template:
         return text
     if tokenizer.chat_template is None:
         raise ConfigError(
-            "data.use_chat_template", True, "the tokeniser has no chat template", "Use data.use_chat_template=false"
+            "data.use_chat_template", True, "the tokenizer has no chat template", "Use data.use_chat_template=false"
         )
     system = [] if config.system_prompt is None else [{"role": "system", "content": config.system_prompt}]
     turns = [*system, {"role": "user", "content": text}]
@@ -63,7 +63,7 @@ def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list
 
 
 def _begin_of_text(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
-    """The id that this tokeniser itself puts before a text, if it does. A chat template brings its own."""
+    """The id that this tokenizer itself puts before a text, if it does. A chat template brings its own."""
     bos = tokenizer.bos_token_id
     return (bos,) if bos is not None and tokenizer("a")["input_ids"][0] == bos else ()
 
@@ -80,5 +80,5 @@ def _problem(
         return BadRow(row.source, row.line, config.answer_key, limit)
     written = tokenizer.decode(answer, clean_up_tokenization_spaces=False)
     if unicodedata.normalize("NFC", written).strip() != unicodedata.normalize("NFC", row.answer):
-        return BadRow(row.source, row.line, config.answer_key, f"the tokeniser cannot write it: it reads {written!r}")
+        return BadRow(row.source, row.line, config.answer_key, f"the tokenizer cannot write it: it reads {written!r}")
     return None

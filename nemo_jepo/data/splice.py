@@ -3,7 +3,7 @@
     x + c_i + a*      c_i ends right after the answer marker
 
 Tokens in, tokens out: text is decoded only to find the marker, and c_i's ids are always the sampler's own. Two
-properties of tokenisers make this delicate, and each has one home here: a marker may end inside a token
+properties of tokenizers make this delicate, and each has one home here: a marker may end inside a token
 (`Splicer.marker_end`), and " 42" may not encode to the ids that read " 42" after the marker (`Splicer.answer_ids`).
 
 Source: arXiv 2503.19618v2, Section 3 and App. B.2; docs/objective.md, "The splice".
@@ -44,7 +44,7 @@ class Splicer:
         tokenizer: the one that made the prompts' token ids.
         answer: the marker, and how an answer ends.
     Raises:
-        ConfigError: the tokeniser cannot write the marker, or has no end-of-turn id to append.
+        ConfigError: the tokenizer cannot write the marker, or has no end-of-turn id to append.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", answer: AnswerConfig) -> None:
@@ -60,9 +60,9 @@ class Splicer:
         self._chain_example = self._encode(f"So {marker}")
         self._end_of_turn = (tokenizer.eos_token_id,) if answer.append_eos else ()
         if self._marker.search(self._text(self._chain_example)) is None:
-            raise ConfigError("answer.marker", marker, "the tokeniser cannot write it", "Choose another marker")
+            raise ConfigError("answer.marker", marker, "the tokenizer cannot write it", "Choose another marker")
         if None in self._end_of_turn:
-            raise ConfigError("answer.append_eos", True, "the tokeniser has no end-of-text token", "Use false")
+            raise ConfigError("answer.append_eos", True, "the tokenizer has no end-of-text token", "Use false")
 
     # The marker.
 
@@ -145,11 +145,11 @@ class Splicer:
     def answer_ids(self, answer: str) -> tuple[int, ...]:
         """The ids that read " " + answer after the marker, and the end-of-turn id if the answer ends with it.
 
-        Some tokenisers put a space before every text they encode, so that of " 42" and "42" only one reads " 42".
-        Texts are compared in Unicode's composed form (NFC), which some tokenisers write.
+        Some tokenizers put a space before every text they encode, so that of " 42" and "42" only one reads " 42".
+        Texts are compared in Unicode's composed form (NFC), which some tokenizers write.
 
         Raises:
-            ValueError: neither does; the tokeniser cannot write this answer.
+            ValueError: neither does; the tokenizer cannot write this answer.
         """
         chain = self._text(self._chain_example)
         wanted = unicodedata.normalize("NFC", f"{chain} {answer}")
@@ -157,7 +157,7 @@ class Splicer:
             ids = self._encode(text)
             if unicodedata.normalize("NFC", self._text([*self._chain_example, *ids])) == wanted:
                 return (*ids, *self._end_of_turn)
-        raise ValueError(f"the tokeniser cannot write the answer {answer!r} after {chain!r}. Remove the row.")
+        raise ValueError(f"the tokenizer cannot write the answer {answer!r} after {chain!r}. Remove the row.")
 
     # The sequences.
 

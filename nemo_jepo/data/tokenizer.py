@@ -1,4 +1,4 @@
-"""The tokeniser: read from a folder, or trained on a small data set."""
+"""The tokenizer: read from a folder, or trained on a small data set."""
 
 import os
 import shutil
@@ -19,16 +19,16 @@ PAD, END_OF_TEXT = "<|pad|>", "<|endoftext|>"
 
 
 def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
-    """The Hugging Face tokeniser of a folder: no download, no code from the folder.
+    """The Hugging Face tokenizer of a folder: no download, no code from the folder.
 
     Raises:
-        ConfigError: the folder holds no tokeniser, or one without an end-of-text token.
+        ConfigError: the folder holds no tokenizer, or one without an end-of-text token.
     """
     from transformers import AutoTokenizer  # seconds to import
 
-    # Without this check transformers makes an empty tokeniser for some config.json.
+    # Without this check transformers makes an empty tokenizer for some config.json.
     if not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
-        rule = f"holds no tokeniser ({', '.join(TOKENIZER_FILES)})"
+        rule = f"holds no tokenizer ({', '.join(TOKENIZER_FILES)})"
         raise ConfigError("tokenizer.path", str(path), rule, "Give a folder with tokenizer.json")
     tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     if tokenizer.eos_token_id is None:

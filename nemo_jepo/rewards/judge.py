@@ -1,4 +1,4 @@
-"""A second opinion on answers that the rule calls wrong: votes of a language model. Evaluation only, never a reward.
+"""Verdicts on answers that the verifier calls wrong: votes of a language model. Evaluation only, never a reward.
 
     verdict = correct   where more than half of the votes say so
               wrong     where more than half of them say that
@@ -17,7 +17,7 @@ from typing import Any
 import aiohttp
 
 from nemo_jepo.config.judge import JudgeConfig
-from nemo_jepo.rewards.judge_prompt import Ballot, Case, NoVote, ballot
+from nemo_jepo.rewards.judge_prompt import Case, JudgePrompt, NoVote, judge_prompt
 from nemo_jepo.rewards.verdict_cache import VerdictCache
 from nemo_jepo.utils.http import JSONServer, RequestRefused, ServerFault, backoff_s
 
@@ -73,8 +73,8 @@ class Judge:
 
     async def _decide(self, case: Case, model: str, verdicts: dict[Case, bool | None]) -> None:
         """Write the case's verdict, if there is one, into the table."""
-        paper = ballot(case, self._settings)
-        key = self._cache_key(paper, model)
+        prompt = judge_prompt(case, self._settings)
+        key = self._cache_key(prompt, model)
         if self._cache and (known := self._cache.get(key)) is not None:
             verdicts[case] = known
             return
@@ -84,19 +84,19 @@ class Judge:
                 if len(votes) + short > self._settings.votes:
                     return  # the votes that are left cannot decide
                 numbers = range(len(votes), len(votes) + short)
-                votes += await asyncio.gather(*(self._vote(case, paper, model, number) for number in numbers))
+                votes += await asyncio.gather(*(self._vote(case, prompt, model, number) for number in numbers))
         verdicts[case] = correct = votes.count(True) >= self._needed
         if self._cache:
             texts = {"question": case.question, "reference_answer": case.reference_answer, "answer": case.own_answer}
             self._cache.put(key, correct, {"model": model, "votes": votes, **texts})
 
-    async def _vote(self, case: Case, paper: Ballot, model: str, number: int) -> bool | None:
+    async def _vote(self, case: Case, prompt: JudgePrompt, model: str, number: int) -> bool | None:
         """One vote; None where every attempt at it failed."""
         settings, fault = self._settings, ""
         for attempt in range(settings.max_attempts):
             body = {
                 "model": model,
-                "messages": [{"role": "user", "content": paper.prompt}],
+                "messages": [{"role": "user", "content": prompt.text}],
                 "temperature": settings.temperature,
                 "max_tokens": settings.max_tokens,
                 "seed": number + settings.votes * attempt,
@@ -105,7 +105,7 @@ class Judge:
             try:
                 answer = await self._request(number + attempt, "POST", "/chat/completions", body)
                 self._lost.clear()
-                return paper.read(_reply(answer))
+                return prompt.read(_reply(answer))
             except (RequestRefused, _GivenUp) as final:
                 self._note(str(final))
                 return None
@@ -139,11 +139,11 @@ class Judge:
                 raise _GivenUp(server.url, route, "given up")
             return await server.control(method, route, body, timeout_s=self._settings.timeout_s)
 
-    def _cache_key(self, paper: Ballot, model: str) -> str:
+    def _cache_key(self, prompt: JudgePrompt, model: str) -> str:
         """Hash of all that a verdict depends on."""
         asked = self._settings
         request = [asked.votes, asked.temperature, asked.max_tokens, asked.extra_body]
-        parts = json.dumps([model, paper.prompt, paper.correct, paper.wrong, *request], sort_keys=True)
+        parts = json.dumps([model, prompt.text, prompt.correct, prompt.wrong, *request], sort_keys=True)
         return hashlib.sha256(parts.encode()).hexdigest()
 
     def _note(self, fault: str) -> None:

@@ -2,7 +2,7 @@
 
 A model that is trained may learn to write for its judge. Three walls stand against it:
 
-    code      every ballot has a word that none of its texts contains; the lines between texts and the verdict carry
+    code      every prompt has a word that none of its texts contains; the lines between texts and the verdict carry
               it, so no answer can close its own text, and a reply that repeats an answer does not vote
     defusing  a space breaks what a judge's chat template would read as the end of a turn, <|im_end|> or [/INST]
     reading   the reply's last line must be a verdict line, whole, and no other line the opposite one
@@ -33,10 +33,10 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True)
-class Ballot:
-    """A filled prompt with its two verdict lines."""
+class JudgePrompt:
+    """One case in the judge's prompt, with its two verdict lines."""
 
-    prompt: str
+    text: str
     correct: str
     wrong: str
 
@@ -55,15 +55,15 @@ class Ballot:
         return verdicts[lines[-1]]
 
 
-def ballot(case: Case, settings: JudgeConfig) -> Ballot:
+def judge_prompt(case: Case, settings: JudgeConfig) -> JudgePrompt:
     """The case in the judge's prompt."""
     texts = [_defused(text) for text in (case.question, case.reference_answer, case.own_answer)]
     code = code_outside(texts)
     correct, wrong = (line.replace("{code}", code) for line in (settings.correct, settings.wrong))
     names = ("question", "reference_answer", "answer")
     fields = dict(zip(names, texts, strict=True)) | {"code": code, "correct": correct, "wrong": wrong}
-    prompt = re.sub(r"\{(\w+)\}", lambda match: fields.get(match[1], match[0]), settings.prompt)  # one pass
-    return Ballot(prompt, correct, wrong)
+    text = re.sub(r"\{(\w+)\}", lambda match: fields.get(match[1], match[0]), settings.prompt)  # one pass
+    return JudgePrompt(text, correct, wrong)
 
 
 def code_outside(texts: list[str]) -> str:

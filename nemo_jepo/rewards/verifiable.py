@@ -59,7 +59,7 @@ def _judge(idle: "SimpleQueue[Verifier]", answers: Sequence[str]) -> dict[str, b
 
 
 def is_verifiable(verifier: Verifier, answer: str) -> bool | None:
-    """The rule at the head of this file; None after a fault."""
+    """The two tests at the head of this file; None after a fault."""
     (accepted,) = verifier.verify([(in_another_writing(answer), answer)])
     if not accepted:
         return accepted

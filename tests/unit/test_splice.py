@@ -1,4 +1,4 @@
-"""The splice over small real tokenisers of every kind; the oracle decodes every prefix in full."""
+"""The splice over small real tokenizers of every kind; the oracle decodes every prefix in full."""
 
 import unicodedata
 
@@ -47,7 +47,7 @@ def decode(tokenizer: PreTrainedTokenizerBase, token_ids: tuple[int, ...]) -> st
 
 
 def sampled(tokenizer: PreTrainedTokenizerBase, pieces: list[str]) -> tuple[int, ...]:
-    """Ids that no tokeniser would make of the whole text, as a sampler draws them: the pieces' ids side by side."""
+    """Ids that no tokenizer would make of the whole text, as a sampler draws them: the pieces' ids side by side."""
     return tuple(token_id for piece in pieces for token_id in encode(tokenizer, piece))
 
 
@@ -265,7 +265,7 @@ def test_an_answer_may_be_written_in_composed_form():
     assert decode(tokenizer, ids) == " \u00e9"
 
 
-def test_what_the_tokeniser_cannot_write_is_an_error():
+def test_what_the_tokenizer_cannot_write_is_an_error():
     tokenizer = small_tokenizer("metaspace_always")  # no byte tokens
     with pytest.raises(ValueError, match=r"cannot write the answer '\u221a2'"):
         Splicer(tokenizer, AnswerConfig()).answer_ids("\u221a2")

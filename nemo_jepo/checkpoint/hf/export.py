@@ -32,7 +32,7 @@ COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
 )
-"""Files that travel along with the weights, where there are any: shape, tokeniser, chat template, sampling."""
+"""Files that travel along with the weights, where there are any: shape, tokenizer, chat template, sampling."""
 
 
 def copy_companions(source: Path, folder: Path) -> None:
@@ -54,7 +54,7 @@ def export_hf(
 
     Args:
         shapes: what the stream will give, in its order.
-        companions: folder with config.json, tokeniser and the like, which are copied.
+        companions: folder with config.json, tokenizer and the like, which are copied.
         shard_bytes: data of one file; a larger tensor has a file of its own.
     Raises:
         FileExistsError: the folder exists.

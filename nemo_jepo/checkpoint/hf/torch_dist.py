@@ -1,7 +1,7 @@
 """Megatron's torch_dist checkpoints, written and read one tensor at a time.
 
 Megatron-core's own writer copies every tensor that is a part of another (each half of fc1, so half of the model) before
-its processes write them, and its reader joins those halves in new memory; both come on top of the rank's share.
+its processes write them, and its reader joins those halves in new memory; both come on top of the rank's part.
 """
 
 import os
@@ -32,7 +32,7 @@ class _Unwritten(OSError):
 
 
 class SerialSave(SaveShardedStrategy):
-    """The `sharded_strategy` of dist_checkpointing.save that holds one tensor beside the rank's share."""
+    """The `sharded_strategy` of dist_checkpointing.save that holds one tensor beside the rank's part."""
 
     def __init__(self) -> None:
         super().__init__("torch_dist", 1)

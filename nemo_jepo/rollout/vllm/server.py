@@ -102,7 +102,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         theirs = ours[ours.index("--") + 1 :]
         ours = ours[: ours.index("--")]
     parser = argparse.ArgumentParser(prog="nemo-jepo serve", description=__doc__.split("\n\n")[1])
-    parser.add_argument("model_folder", type=Path, help="config.json, tokeniser and safetensors")
+    parser.add_argument("model_folder", type=Path, help="config.json, tokenizer and safetensors")
     parser.add_argument("--host", default="127.0.0.1", help="loopback or private address (%(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="%(default)s")
     parser.add_argument("--api-key-file", help=f"file with the key; default: the environment's {KEY_VARIABLE}")

@@ -1,4 +1,4 @@
-"""A small byte-level tokeniser for the data tests, made by the program's own `train_tokenizer`."""
+"""A small byte-level tokenizer for the data tests, made by the program's own `train_tokenizer`."""
 
 import pytest
 from transformers import PreTrainedTokenizerBase

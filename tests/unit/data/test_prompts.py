@@ -22,7 +22,7 @@ def only_prompt(question: str, tokenizer, **settings):
 
 
 def beginning_of_text(tokenizer):
-    """The tokeniser, now with a token that it puts before every text, as Llama's do."""
+    """The tokenizer, now with a token that it puts before every text, as Llama's do."""
     tokenizer.add_special_tokens({"bos_token": "<s>"})
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
@@ -36,14 +36,14 @@ def test_the_question_is_inserted_as_it_stands():
     assert tokenizer.decode(list(prompt.token_ids)) == "{{Q}} {x} {question} ="
 
 
-def test_a_text_begins_with_the_token_that_its_tokeniser_begins_texts_with_once():
+def test_a_text_begins_with_the_token_that_its_tokenizer_begins_texts_with_once():
     tokenizer = beginning_of_text(BUILDERS["byte_level"]())
     for template in ("{question}", "<s>{question}"):
         prompt = only_prompt("is", tokenizer, prompt_template=template)
         assert tokenizer.decode(list(prompt.token_ids)) == "<s>is"
 
 
-def test_a_tokeniser_with_a_beginning_of_text_that_it_does_not_use_adds_none():
+def test_a_tokenizer_with_a_beginning_of_text_that_it_does_not_use_adds_none():
     tokenizer = BUILDERS["byte_level"]()
     tokenizer.bos_token = tokenizer.eos_token  # as GPT-2's
     prompt = only_prompt("is", tokenizer, prompt_template="{question}")
@@ -76,7 +76,7 @@ def test_a_limit_is_the_longest_that_is_allowed_and_an_answer_has_an_end_of_turn
         assert isinstance(item, Prompt) == allowed
 
 
-def test_an_answer_that_the_tokeniser_cannot_write_is_a_bad_row():
+def test_an_answer_that_the_tokenizer_cannot_write_is_a_bad_row():
     rows = [Row("rows", 5, "is", "\u221a2"), Row("rows", 6, "is", "e\u0301")]
     (bad, _) = prompts_of_rows(rows, DataConfig(answer_key="a"), BUILDERS["metaspace_always"]())
     assert isinstance(bad, BadRow) and (bad.line, bad.field) == (5, "a")

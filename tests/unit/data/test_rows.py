@@ -131,7 +131,7 @@ def test_a_split_without_a_path_says_which_to_add(tmp_path, tokenizer):
         load_prompts(DataConfig(train_path=jsonl(tmp_path, GOOD)), "validation", tokenizer)
 
 
-def test_a_tokeniser_is_trained_on_everything_that_usable_training_rows_read_as(tmp_path):
+def test_a_tokenizer_is_trained_on_everything_that_usable_training_rows_read_as(tmp_path):
     path = jsonl(tmp_path, GOOD, "bad", {"question": "7?", "answer": 7, "thought": None})
     texts = list(training_texts(DataConfig(train_path=path, chain_of_thought_key="thought")))
     assert texts == ["What is 6 * 7?\nsix times seven\n42", "7?\n7"]

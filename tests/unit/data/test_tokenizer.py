@@ -1,4 +1,4 @@
-"""A trained tokeniser writes any text, digit by digit; a folder that is no tokeniser is refused."""
+"""A trained tokenizer writes any text, digit by digit; a folder that is no tokenizer is refused."""
 
 import json
 
@@ -12,7 +12,7 @@ from tests.support.small_tokenizers import BUILDERS
 
 
 @given(text=st.text())
-def test_a_trained_tokeniser_writes_any_text(tokenizer, text):
+def test_a_trained_tokenizer_writes_any_text(tokenizer, text):
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
 
@@ -22,12 +22,12 @@ def test_every_digit_is_a_token_of_its_own(tokenizer):
     assert [token for token in tokenizer.get_vocab() if sum(map(str.isdigit, token)) and len(token) > 1] == []
 
 
-def test_a_trained_tokeniser_has_padding_an_end_and_at_most_the_size_asked_for(tokenizer):
+def test_a_trained_tokenizer_has_padding_an_end_and_at_most_the_size_asked_for(tokenizer):
     assert (tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token) == ("<|pad|>", "<|endoftext|>", None)
     assert 258 < len(tokenizer) <= 300
 
 
-def test_a_loaded_tokeniser_is_the_trained_one_and_leaves_no_other_file(tmp_path):
+def test_a_loaded_tokenizer_is_the_trained_one_and_leaves_no_other_file(tmp_path):
     trained = train_tokenizer(["the final answer is 42"] * 3, vocab_size=270, folder=tmp_path / "small")
     loaded = load_tokenizer(tmp_path / "small")
     assert loaded.get_vocab() == trained.get_vocab()
@@ -37,15 +37,15 @@ def test_a_loaded_tokeniser_is_the_trained_one_and_leaves_no_other_file(tmp_path
         train_tokenizer(["other"], vocab_size=270, folder=tmp_path / "small")
 
 
-def test_a_folder_without_tokeniser_is_refused(tmp_path):
+def test_a_folder_without_tokenizer_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
-    with pytest.raises(ConfigError, match="tokenizer.path=.*holds no tokeniser"):
+    with pytest.raises(ConfigError, match="tokenizer.path=.*holds no tokenizer"):
         load_tokenizer(tmp_path)
-    with pytest.raises(ConfigError, match="holds no tokeniser"):
+    with pytest.raises(ConfigError, match="holds no tokenizer"):
         load_tokenizer(tmp_path / "absent")
 
 
-def test_a_tokeniser_without_end_of_text_is_refused(tmp_path):
+def test_a_tokenizer_without_end_of_text_is_refused(tmp_path):
     endless = BUILDERS["byte_level"]()
     endless.eos_token = None
     endless.save_pretrained(tmp_path)

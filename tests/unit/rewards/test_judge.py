@@ -209,11 +209,11 @@ def test_a_hanging_endpoint_is_a_fault_after_timeout_s(fake):
 
 def test_the_deadline_ends_it_and_keeps_the_verdicts_that_are_there(fake):
     fake.hangs = lambda body: "answer 0\n" in prompt_of(body)
-    begun = time.monotonic()
+    began_s = time.monotonic()
     judge = judge_of(fake, timeout_s=1000, deadline_s=5)
     assert judge.judge(cases(4)) == [None, True, True, True]
     assert judge.fault == "not done within deadline_s=5"
-    assert time.monotonic() - begun < 100  # far from timeout_s
+    assert time.monotonic() - began_s < 100  # far from timeout_s
 
 
 def test_an_endpoint_that_is_down_is_given_up(fake):

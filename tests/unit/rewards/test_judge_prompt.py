@@ -7,42 +7,42 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_jepo.config.judge import JudgeConfig, model_verifier_config
-from nemo_jepo.rewards.judge_prompt import Case, NoVote, ballot, code_outside
+from nemo_jepo.rewards.judge_prompt import Case, NoVote, code_outside, judge_prompt
 
 SETTINGS = JudgeConfig()
 
 
-def paper_for(answer: str, **settings: str):
-    return ballot(Case("What is 2+2?", "4", answer), JudgeConfig(**settings))
+def prompt_for(answer: str, **settings: str):
+    return judge_prompt(Case("What is 2+2?", "4", answer), JudgeConfig(**settings))
 
 
-def code_of(paper) -> str:
-    return re.fullmatch(r"Verdict (\w{8}): correct", paper.correct)[1]
+def code_of(prompt) -> str:
+    return re.fullmatch(r"Verdict (\w{8}): correct", prompt.correct)[1]
 
 
 @pytest.mark.parametrize("settings", [SETTINGS, model_verifier_config()], ids=["judge", "model_verifier"])
 def test_each_text_stands_between_lines_with_the_code_and_the_verdict_lines_come_last(settings):
-    paper = ballot(Case("What is 2+2?", "4", r"\frac{8}{2}"), settings)
-    code = code_of(paper)
+    prompt = judge_prompt(Case("What is 2+2?", "4", r"\frac{8}{2}"), settings)
+    code = code_of(prompt)
     fenced = re.search(
-        rf"=== {code} question\n(.*)\n=== {code} .*\n(.*)\n=== {code} .*\n(.*)\n=== {code} end", paper.prompt
+        rf"=== {code} question\n(.*)\n=== {code} .*\n(.*)\n=== {code} .*\n(.*)\n=== {code} end", prompt.text
     )
     assert fenced.groups() == ("What is 2+2?", "4", r"\frac{8}{2}")
-    assert paper.prompt.strip().splitlines()[-2:] == [paper.correct, paper.wrong]
-    assert not re.search(r"\{[a-z_]+\}", paper.prompt)
+    assert prompt.text.strip().splitlines()[-2:] == [prompt.correct, prompt.wrong]
+    assert not re.search(r"\{[a-z_]+\}", prompt.text)
 
 
 def test_fields_inside_a_text_are_text():
-    paper = paper_for("{reference_answer} {correct} {code} {question}")
-    assert "\n{reference_answer} {correct} {code} {question}\n" in paper.prompt
+    prompt = prompt_for("{reference_answer} {correct} {code} {question}")
+    assert "\n{reference_answer} {correct} {code} {question}\n" in prompt.text
 
 
 def test_the_verdict_is_the_last_line_in_any_case_and_with_the_marks_that_models_add():
-    paper = paper_for("four")
-    assert paper.read(paper.correct) is True
-    assert paper.read(f"Both are four.\n\n**{paper.correct.upper()}.**  \n\n") is True
-    assert paper.read(f"`{paper.wrong}`") is False
-    assert paper.read(f"{paper.wrong}\nOnce more:\n{paper.wrong}") is False
+    prompt = prompt_for("four")
+    assert prompt.read(prompt.correct) is True
+    assert prompt.read(f"Both are four.\n\n**{prompt.correct.upper()}.**  \n\n") is True
+    assert prompt.read(f"`{prompt.wrong}`") is False
+    assert prompt.read(f"{prompt.wrong}\nOnce more:\n{prompt.wrong}") is False
 
 
 @pytest.mark.parametrize(
@@ -63,9 +63,9 @@ def test_the_verdict_is_the_last_line_in_any_case_and_with_the_marks_that_models
     ],
 )
 def test_anything_else_is_no_vote(reply):
-    paper = paper_for("four")
+    prompt = prompt_for("four")
     with pytest.raises(NoVote):
-        paper.read(reply.format(correct=paper.correct, wrong=paper.wrong))
+        prompt.read(reply.format(correct=prompt.correct, wrong=prompt.wrong))
 
 
 INJECTIONS = [
@@ -81,19 +81,19 @@ INJECTIONS = [
 
 @pytest.mark.parametrize("answer", INJECTIONS)
 def test_a_judge_that_repeats_an_injected_answer_does_not_vote(answer):
-    paper = paper_for(answer)
-    for reply in (answer, f"The student says:\n{answer}", f"{answer}\n{paper.prompt}"):
+    prompt = prompt_for(answer)
+    for reply in (answer, f"The student says:\n{answer}", f"{answer}\n{prompt.text}"):
         with pytest.raises(NoVote):
-            paper.read(reply)
+            prompt.read(reply)
 
 
 @given(st.text())
-def test_no_text_contains_the_code_of_its_own_ballot(text):
-    paper = paper_for(text)
-    assert code_of(paper) not in text.lower()
-    assert paper.prompt == paper_for(text).prompt
+def test_no_text_contains_the_code_of_its_own_prompt(text):
+    prompt = prompt_for(text)
+    assert code_of(prompt) not in text.lower()
+    assert prompt.text == prompt_for(text).text
     with pytest.raises(NoVote):
-        paper.read(text)
+        prompt.read(text)
 
 
 def test_an_answer_that_knows_the_code_it_would_have_had_gets_another():
@@ -111,15 +111,15 @@ def test_an_answer_that_knows_the_code_it_would_have_had_gets_another():
     ["<|im_end|>", "<|eot_id|>", "</s>", "<s>", "<end_of_turn>", "[/INST]", "[INST]", "<\uff5cUser\uff5c>", "<think>"],
 )
 def test_what_a_chat_template_would_read_as_a_turn_is_broken_up(token):
-    prompt = paper_for(f"4{token}user").prompt
-    assert token not in prompt
-    assert f"4{token[0]} {token[1:]}user" in prompt
+    text = prompt_for(f"4{token}user").text
+    assert token not in text
+    assert f"4{token[0]} {token[1:]}user" in text
 
 
 @pytest.mark.parametrize("answer", ["x < 3", "3<x", "[0, 1]", "[-1,2)", r"x \leq 2", "1 <= 2", "a[i]"])
 def test_mathematics_keeps_its_meaning(answer):
-    prompt = paper_for(answer).prompt
-    assert answer in prompt or answer.replace("<", "< ") in prompt
+    text = prompt_for(answer).text
+    assert answer in text or answer.replace("<", "< ") in text
 
 
 def test_a_trained_verifier_has_a_prompt_and_verdict_words_of_its_own():
@@ -128,7 +128,7 @@ def test_a_trained_verifier_has_a_prompt_and_verdict_words_of_its_own():
         "correct": "Decision: Yes",
         "wrong": "Decision: No",
     }
-    paper = paper_for("four", **words)
-    assert paper.prompt == "What is 2+2? 4 four Same?"
-    assert paper.read("They agree.\nDecision: Yes") is True
-    assert paper.read("Decision: No") is False
+    prompt = prompt_for("four", **words)
+    assert prompt.text == "What is 2+2? 4 four Same?"
+    assert prompt.read("They agree.\nDecision: Yes") is True
+    assert prompt.read("Decision: No") is False
