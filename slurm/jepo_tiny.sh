@@ -5,7 +5,7 @@
 #   sbatch [--account=A --partition=P] slurm/jepo_tiny.sh [key=value ...]
 #
 # From the top of this repository, on a file system that the nodes share. With ROLLOUT_NODES=1 the second node serves
-# vLLM (MODEL is then a small model's folder); every variable is in docs/slurm.md.
+# vLLM (MODEL is then a small model's folder); every variable is in docs/guides/on-a-cluster.md.
 #SBATCH --job-name=jepo-tiny
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

@@ -5,7 +5,7 @@
 #
 # It runs on the first node of the job, which is also the first trainer node. A function named ..._task runs in a job
 # step on other nodes: its text travels in the command line, so that a container needs no copy of this file.
-# Variables, log files and what happens when something fails: docs/slurm.md.
+# Variables, log files and what happens when something fails: docs/guides/on-a-cluster.md.
 
 INTERRUPTED=75 # exit code of a run that has saved and wants to be started again
 
@@ -166,7 +166,7 @@ start_servers() {
     servers=$!
 }
 
-# One server, started again when it dies: it gets the current weights at the next sync. docs/rollout.md.
+# One server, started again when it dies: it gets the current weights at the next sync. docs/guides/sample-with-vllm.md.
 server_task() {
     local place addresses=$1 port=$(($2 + SLURM_LOCALID + 1)) gpus=$3 python=$4 model=$5 host='' stopped='' code
     shift 5
