@@ -106,6 +106,22 @@ def test_a_signal_to_all_processes_saves_exits_75_and_the_next_start_goes_on(how
     assert metrics(tmp_path) == metrics(uninterrupted)
 
 
+def test_a_run_told_to_stop_in_a_validation_saves_its_step_and_validates_it_at_the_next_start(tmp_path):
+    """Step 3 is no multiple of the save interval; its own metrics are on record only together with the validation's."""
+    settings = ["data.num_validation_prompts=200", "data.arithmetic.num_validation=200", "rollout.batch_size=4"]
+    settings.append("trainer.jepo.max_steps=4")
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run("train", whole, *settings)
+    # The step's rollouts are written at its end, right before the validation.
+    sampled = stopped / "run" / "rollouts" / "step_000003.jsonl"
+    assert stop_when(sampled.exists, signal.SIGTERM, stopped, *settings) == 75
+    assert num_lines(stopped) == 2
+    assert (stopped / "run" / "checkpoints" / "latest").read_text() == "step_000003"
+    run("train", stopped, *settings)
+    assert metrics(stopped) == metrics(whole)
+    assert not (stopped / "run" / "unreported.json").exists()
+
+
 def test_the_uninterrupted_run_really_trained(uninterrupted):
     lines = metrics(uninterrupted)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]

@@ -17,7 +17,7 @@ def run_short(folder: Path, *overrides: str) -> list[dict]:
     return metrics(folder)
 
 
-@pytest.mark.parametrize("objective", ["jepo_single", "rloo", "jepo_rl", "vr_cli", "prob_pg"])
+@pytest.mark.parametrize("objective", ["jepo_single", "rloo", "jepo_rl", "vr_cli", "prob_pg", "avg_logprob"])
 def test_every_objective_trains(objective, tmp_path):
     # A digit is the reference answer and "e" the marker: some own answers are right by chance.
     lines = run_short(tmp_path, f"objective={objective}", "evaluation.num_generations_per_prompt=2")

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwe
 
 from nemo_jepo.config.schema import RolloutConfig
 from nemo_jepo.rollout.embedded import EmbeddedSampler, draw_tokens
-from nemo_jepo.rollout.sampler import GenerationRequest
+from nemo_jepo.rollout.sampler import GenerationRequest, SamplingStopped
 from nemo_jepo.types import Prompt
 
 EOS = 0
@@ -207,6 +207,13 @@ def test_the_inverse_cdf_maps_each_interval_to_its_id():
     uniforms = torch.tensor([0.0, 0.2499, 0.25, 0.7499, 0.75, 0.9999], dtype=torch.float64)
     drawn = draw_tokens(probabilities.log().expand(6, 3), uniforms)
     assert drawn.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_sampler_told_to_stop_draws_no_further_batch():
+    """Two samples a batch: asked before each, it is told to stop at the third question."""
+    answers = iter([False, False, True])
+    with pytest.raises(SamplingStopped, match=f"4 of {4 * len(RAGGED)} samples drawn"):
+        sampler_of(tiny_model(tiny_config()), batch_size=2).submit(RAGGED, request_of(), lambda: next(answers)).result()
 
 
 def test_loading_names_a_missing_an_unknown_and_a_misshaped_parameter():
