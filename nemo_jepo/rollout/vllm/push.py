@@ -2,8 +2,8 @@
 
     pause (requests in flight wait) -> tensors -> new version -> prefix cache dropped -> resume
 
-Each server has a lane, a thread with a connection of its own. One that stands still holds up the stream until its
-deadline, and then no more; those that wait meanwhile get that time back.
+Each server has a feed: a short queue of tensors, and a thread with a connection of its own. A server that stands still
+holds up the stream until its deadline, and then no more; those that wait meanwhile get that time back.
 Requests in flight go on afterwards: their prefix is computed again by the new weights.
 """
 
@@ -31,7 +31,7 @@ from nemo_jepo.rollout.vllm.channels import (
     write_files,
 )
 
-TENSORS_IN_LANE = 2
+TENSORS_WAITING = 2
 """How many tensors a server may lag behind the stream."""
 
 
@@ -71,42 +71,42 @@ class WeightTransfer:
         if self._backend == "file":
             write_files(named_tensors, self._folder)
             named_tensors = ()
-        lanes = [_Lane(url, len(self._shapes), deadline) for url in urls]
-        for lane in lanes:
-            lane.start(partial(self._update, lane, version))
+        feeds = [_Feed(url, len(self._shapes), deadline) for url in urls]
+        for feed in feeds:
+            feed.start(partial(self._update, feed, version))
         try:
             for name, tensor in named_tensors:
                 item = Item(name, tensor, self._written())
-                for lane in lanes:
-                    lane.put(item, lanes)
-        finally:  # without the whole stream no lane comes to its end by itself
-            for lane in lanes:
-                lane.put(None, lanes)
-        faults = {lane.url: lane.fault() for lane in lanes}
+                for feed in feeds:
+                    feed.put(item, feeds)
+        finally:  # without the whole stream no feed comes to its end by itself
+            for feed in feeds:
+                feed.put(None, feeds)
+        faults = {feed.url: feed.fault() for feed in feeds}
         for url in [url for url, fault in faults.items() if fault]:
             self._channels.pop(url, None)
         return faults
 
-    def _update(self, lane: "_Lane", version: int) -> None:
-        """The whole exchange with one server, in its lane's thread."""
+    def _update(self, feed: "_Feed", version: int) -> None:
+        """The whole exchange with one server, in its feed's thread."""
         if self._cuda_device is not None:
             torch.cuda.set_device(self._cuda_device)  # a new thread begins on device 0
-        url = lane.url
+        url = feed.url
         if url not in self._channels:
             self._channels[url] = self._open(url)
-        lane.channel = self._channels[url]
-        self._control(url, "POST", "/pause", params={"mode": "keep"}, timeout_s=lane.remaining_s())
+        feed.channel = self._channels[url]
+        self._control(url, "POST", "/pause", params={"mode": "keep"}, timeout_s=feed.remaining_s())
         try:
-            lane.channel.send(lane, version)
+            feed.channel.send(feed, version)
             reset = {"reset_running_requests": "true"}
-            answer = self._control(url, "POST", "/reset_prefix_cache", params=reset, timeout_s=lane.remaining_s())
+            answer = self._control(url, "POST", "/reset_prefix_cache", params=reset, timeout_s=feed.remaining_s())
             if answer.get("success") is not True:
                 raise RuntimeError(f"{url}/reset_prefix_cache: {answer}: the cache of the old weights is still used")
         except Exception:
             with suppress(Exception):  # the first error is the one to report
                 self._control(url, "POST", "/resume", timeout_s=5.0)
             raise
-        self._control(url, "POST", "/resume", timeout_s=lane.remaining_s())
+        self._control(url, "POST", "/resume", timeout_s=feed.remaining_s())
 
     def _written(self) -> "torch.cuda.Event | None":
         """When what the caller's stream was given so far will be done; None without a GPU."""
@@ -117,7 +117,7 @@ class WeightTransfer:
         return event
 
     def _open(self, url: str) -> Channel:
-        timeout_s = 2 * self._settings.sync_timeout_s  # a lane may have to wait as long as another one's deadline
+        timeout_s = 2 * self._settings.sync_timeout_s  # a feed may have to wait as long as another one's deadline
         if self._backend == "file":
             return FileChannel(self._control, url, self._folder, timeout_s)
         if self._backend == "gloo":
@@ -132,7 +132,7 @@ class WeightTransfer:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A tensor of the stream on its way to the lanes' threads."""
+    """A tensor of the stream on its way to the feeds' threads."""
 
     name: str
     tensor: torch.Tensor
@@ -151,14 +151,14 @@ class Item:
         return self.name, self.tensor
 
 
-class _Lane:
+class _Feed:
     """The way to one server during one push: an iterator of tensors for its thread, with a deadline for both sides."""
 
     def __init__(self, url: str, num_tensors: int, deadline: float) -> None:
         self.url = url
         self.channel: Channel | None = None
         self._num_tensors, self._deadline = num_tensors, deadline
-        self._waiting: queue.Queue[Item | None] = queue.Queue(TENSORS_IN_LANE)
+        self._waiting: queue.Queue[Item | None] = queue.Queue(TENSORS_WAITING)
         self._ended = threading.Event()
         self._fault: str | None = None
         self._num_sent, self._last = 0, "none"
@@ -176,11 +176,11 @@ class _Lane:
 
         threading.Thread(target=run, name=f"weights to {self.url}", daemon=True).start()
 
-    def put(self, item: Item | None, lanes: "Sequence[_Lane]") -> None:
-        """Hand the next tensor over, None after the last one; dropped once the lane has failed.
+    def put(self, item: Item | None, feeds: "Sequence[_Feed]") -> None:
+        """Hand the next tensor over, None after the last one; dropped once the feed has failed.
 
         Args:
-            lanes: all of the push; those that have nothing to do meanwhile lose no time.
+            feeds: all of the push; those that have nothing to do meanwhile lose no time.
         """
         while not self._ended.is_set() and self._fault is None:
             began = time.monotonic()
@@ -188,16 +188,16 @@ class _Lane:
                 return self._waiting.put(item, timeout=0.05)
             except queue.Full:
                 self._check_time()
-                for lane in lanes:
-                    lane.give_back(time.monotonic() - began)
+                for feed in feeds:
+                    feed.give_back(time.monotonic() - began)
 
     def give_back(self, seconds: float) -> None:
-        """Put off the deadline if the lane has sent all that it got."""
+        """Put off the deadline if the feed has sent all that it got."""
         if self._waiting.empty():
             self._deadline += seconds
 
     def __iter__(self) -> Iterator[NamedTensor]:
-        """The tensors, for the lane's thread; ends early, with an error, when the time is over."""
+        """The tensors, for the feed's thread; ends early, with an error, when the time is over."""
         while True:
             try:
                 item = self._waiting.get(timeout=0.05)
