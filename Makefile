@@ -15,7 +15,7 @@ VLLM := 0.32.0
 VLLM_STAMP := .venv/.vllm-$(VLLM)
 
 .DEFAULT_GOAL := help
-.PHONY: help env lock vllm demo test test-gpu lint check docs clean
+.PHONY: help env lock vllm demo test accept-gpu test-gpu lint check docs clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -52,6 +52,9 @@ demo: $(STAMP) ## minutes on a CPU: a small model learns to reason, with a plot
 
 test: $(STAMP) $(VLLM_STAMP) ## the test suite, with a real vLLM
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+accept-gpu: $(STAMP) ## ordered checks on one NVIDIA GPU in minutes: parity, speed, memory; one page in acceptance/
+	$(BIN)/python -m tests.gpu.accept
 
 test-gpu: $(STAMP) ## acceptance on one NVIDIA GPU; what it lacks (Transformer Engine, vLLM, a second GPU) is skipped
 	$(BIN)/python -m pytest -q -rs tests/gpu

@@ -38,6 +38,15 @@ def _logit_block(hidden: Tensor, weight: Tensor, chunk_tokens: int) -> Tensor:
     return hidden.new_empty((min(chunk_tokens, hidden.shape[0]), weight.shape[0]), dtype=torch.float32)
 
 
+def _gradient_sum(weight: Tensor) -> Tensor:
+    """Zeros that the chunks' gradients of the output matrix are added to."""
+    return torch.zeros_like(weight)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    total.addmm_(left, right)
+
+
 class _ChunkedLogProb(torch.autograd.Function):
     """Forward keeps hidden states and one log-sum-exp a token; backward recomputes p = exp(logits - lse)."""
 
@@ -73,7 +82,7 @@ class _ChunkedLogProb(torch.autograd.Function):
     def backward(ctx, grad_logprobs, _grad_entropies):
         hidden, weight, target, log_normalizers = ctx.saved_tensors
         hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        weight_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        weight_grad = _gradient_sum(weight) if ctx.needs_input_grad[1] else None
         block = _logit_block(hidden, weight, ctx.chunk_tokens)
         for start in range(0, target.shape[0], ctx.chunk_tokens):
             part = slice(start, start + ctx.chunk_tokens)
@@ -86,7 +95,7 @@ class _ChunkedLogProb(torch.autograd.Function):
             if hidden_grad is not None:
                 torch.mm(logits_grad, weight, out=hidden_grad[part])
             if weight_grad is not None:
-                weight_grad.addmm_(logits_grad.t(), hidden[part])
+                _add_product(weight_grad, logits_grad.t(), hidden[part])
         return hidden_grad, weight_grad, None, None, None, None
 
 

@@ -46,6 +46,7 @@ CHECKS = (
     Check("plain_transformers", 90, times=True),
     Check("updates_more_layers", 90, times=True),
     Check("updates_local", 90, times=True),
+    Check("updates_fused_gradients", 90, times=True),
     Check("updates_fp8_tensorwise", 90, times=True),
     Check("updates_fp8_blockwise", 90, times=True),
 )

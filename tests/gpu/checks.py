@@ -18,7 +18,7 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -77,7 +77,9 @@ class Sizes:
     race_tensors: int = 40
     race_elements: int = 1 << 22
     run_steps: int = 3
-    warmup_steps: int = 40
+    run_prompts: int = 32
+    warmup_steps: int = 150
+    validation: int = 64
 
     @classmethod
     def dry(cls) -> "Sizes":
@@ -102,7 +104,9 @@ class Sizes:
             race_tensors=8,
             race_elements=1 << 8,
             run_steps=1,
+            run_prompts=2,
             warmup_steps=2,
+            validation=4,
         )
 
 
@@ -587,7 +591,9 @@ def batch_of(size: Sizes, tokens: int) -> list[Any]:
     )
 
 
-def measure_updates(report: Report, size: Sizes, layers: int, rows_of: Sequence[int], **settings: Any) -> None:
+def measure_updates(
+    report: Report, size: Sizes, layers: int, rows_of: Sequence[int], fused_gradients: bool = False, **settings: Any
+) -> None:
     """Scoring and updates of the shape over rows of some sizes, and a profile of an update of two rows."""
     from benchmarks import h100
     from nemo_jepo.data.packing import pack
@@ -595,6 +601,10 @@ def measure_updates(report: Report, size: Sizes, layers: int, rows_of: Sequence[
     shape = shape_of(size, layers)
     begin = perf_counter()
     actor = build_actor(shape, max(rows_of), **settings)
+    if fused_gradients:
+        for module in actor.chunks[0].modules():
+            if hasattr(module, "fuse_wgrad_accumulation"):
+                module.fuse_wgrad_accumulation = True
     synchronize()
     report["build_seconds"] = perf_counter() - begin
     report["parameters"] = sum(p.numel() for chunk in actor.chunks for p in chunk.parameters())
@@ -649,6 +659,12 @@ def updates_fp8(report: Report, size: Sizes, recipe: str) -> None:
     """The same in FP8."""
     require_transformer_engine()
     measure_updates(report, size, size.layers, size.rows[-1:], fp8="hybrid", fp8_recipe=recipe)
+
+
+def updates_fused_gradients(report: Report, size: Sizes) -> None:
+    """The same with weight gradients that Transformer Engine adds to the fp32 sum itself."""
+    require_transformer_engine()
+    measure_updates(report, size, size.layers, size.rows[-1:], fused_gradients=True)
 
 
 def updates_local(report: Report, size: Sizes) -> None:
@@ -722,41 +738,71 @@ def logprob_head(report: Report, size: Sizes) -> None:
     tokens, hidden, vocab = size.head
     inputs = logprob_memory.inputs(logprob_memory.Size(tokens, hidden, vocab), torch.bfloat16)
     states, weight, target, upstream = inputs
-    upstream = upstream.float()
-    product = 2 * tokens * hidden * vocab
-    exact = head_gradients(states, weight, target, upstream)
+    exact = head_gradients(states, weight, target, upstream.float())
     variants: dict[str, Callable[..., Tensor]] = {"whole logits": logprob_memory.naive_logprobs}
     for chunk in size.chunks:
         variants[f"chunks of {chunk}"] = lambda *given, chunk=chunk: chunked_logprobs(*given, 0, chunk)[0]
-    for name, logprobs in variants.items():
-        try:
-            with torch.no_grad():
-                logprobs(states, weight, target)
-                synchronize()
-                without = logprob_memory.measured(lambda f=logprobs: f(states, weight, target))
-                forward = seconds_of(lambda f=logprobs: f(states, weight, target))
+    wide = {} if not GPU else {f"{name}, fp32 sums": logprobs for name, logprobs in variants.items() if "chunk" in name}
+    for name, logprobs in (variants | wide).items():
+        with ExitStack() as changed:
+            if name in wide:
+                for function in (_logits, _gradient_sum, _add_product):
+                    changed.enter_context(mock.patch(f"nemo_jepo.actor.logprobs.{function.__name__}", function))
+            measure_head(report, name, logprobs, inputs, exact)
 
-            def both(logprobs: Callable[..., Tensor] = logprobs) -> tuple[Tensor, ...]:
-                return torch.autograd.grad(logprobs(states, weight, target), (states, weight), upstream)
 
-            found = both()
-            errors = {n: relative_error(f, e) for n, f, e in zip(("hidden", "weight"), found, exact, strict=True)}
-            del found
+def _logits(hidden: Tensor, weight: Tensor, block: Tensor) -> Tensor:
+    """fp32 logits without rounding to bf16 between."""
+    logits = block[: hidden.shape[0]]
+    return torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=logits)
+
+
+def _gradient_sum(weight: Tensor) -> Tensor:
+    """fp32, so that a sum over chunks does not round each time."""
+    return torch.zeros_like(weight, dtype=torch.float32)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+
+
+def measure_head(
+    report: Report, name: str, logprobs: Callable[..., Tensor], inputs: Sequence[Tensor], exact: Sequence[Tensor]
+) -> None:
+    """One way to compute the log-probs of a row."""
+    from benchmarks import logprob_memory
+
+    states, weight, target, upstream = inputs
+    upstream = upstream.float()
+    product = 2 * states.numel() * weight.shape[0]
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(logprobs(states, weight, target), (states, weight), upstream)
+
+    try:
+        with torch.no_grad():
+            logprobs(states, weight, target)
             synchronize()
-            with_gradients = logprob_memory.measured(both)
-            seconds = seconds_of(both)
-        except torch.OutOfMemoryError as error:
-            report[name] = str(error).splitlines()[0]
-            continue
-        report[name] = {
-            "forward_ms": 1e3 * forward,
-            "forward_and_backward_ms": 1e3 * seconds,
-            "share_of_peak": 4 * product / seconds / 1e12 / PEAK_TFLOPS,
-            "forward_mb": without["bytes"] / 1e6,
-            "forward_and_backward_mb": with_gradients["bytes"] / 1e6,
-            "gradient_errors": errors,
-        }
-        report.expect(max(errors.values()) < 0.02, f"{name}: gradients are within 2% of fp32")
+            without = logprob_memory.measured(lambda: logprobs(states, weight, target))
+            forward = seconds_of(lambda: logprobs(states, weight, target))
+        found = both()
+        errors = {n: relative_error(f, e) for n, f, e in zip(("hidden", "weight"), found, exact, strict=True)}
+        del found
+        synchronize()
+        with_gradients = logprob_memory.measured(both)
+        seconds = seconds_of(both)
+    except (torch.OutOfMemoryError, RuntimeError, TypeError) as error:
+        report[name] = str(error).splitlines()[0]
+        return
+    report[name] = {
+        "forward_ms": 1e3 * forward,
+        "forward_and_backward_ms": 1e3 * seconds,
+        "share_of_peak": 4 * product / seconds / 1e12 / PEAK_TFLOPS,
+        "forward_mb": without["bytes"] / 1e6,
+        "forward_and_backward_mb": with_gradients["bytes"] / 1e6,
+        "gradient_errors": errors,
+    }
+    report.expect(max(errors.values()) < 0.02, f"{name}: gradients are within 2% of fp32")
 
 
 def head_gradients(states: Tensor, weight: Tensor, target: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
@@ -784,7 +830,13 @@ def run(report: Report, size: Sizes) -> None:
         settings = [
             *("--config-name", "demo", "trainer.precision=bf16"),
             *(f"exp_manager.exp_dir={folder}", "exp_manager.name=run", "exp_manager.create_tensorboard_logger=false"),
-            *(f"warmup.max_steps={size.warmup_steps}", "trainer.jepo.save_interval=1"),
+            *(
+                f"warmup.max_steps={size.warmup_steps}",
+                "trainer.jepo.save_interval=1",
+                "trainer.jepo.val_at_start=false",
+            ),
+            *("trainer.jepo.val_check_interval=0", f"data.arithmetic.num_validation={size.validation}"),
+            *(f"trainer.jepo.num_prompts_per_step={size.run_prompts}", "data.arithmetic.num_train=2000"),
         ]
         for steps in (size.run_steps, size.run_steps + 1):
             command = [sys.executable, "-m", "nemo_jepo.cli", "train", *settings, f"trainer.jepo.max_steps={steps}"]
@@ -824,6 +876,7 @@ CHECKS: dict[str, Callable[[Report, Sizes], None]] = {
     "plain_transformers": plain_transformers,
     "updates_more_layers": updates_more_layers,
     "updates_local": updates_local,
+    "updates_fused_gradients": updates_fused_gradients,
     "updates_fp8_tensorwise": partial(updates_fp8, recipe="tensorwise"),
     "updates_fp8_blockwise": partial(updates_fp8, recipe="blockwise"),
     "vllm": vllm_round_trip,
