@@ -31,8 +31,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Pre
 
 from benchmarks import report
 from nemo_jepo.config.schema import AnswerConfig, RolloutConfig, VLLMConfig
-from nemo_jepo.data import load_tokenizer, train_tokenizer
 from nemo_jepo.data.splice import Splicer
+from nemo_jepo.data.tokenizer import load_tokenizer, train_tokenizer
 from nemo_jepo.rollout.embedded import EmbeddedSampler
 from nemo_jepo.rollout.sampler import GenerationRequest
 from nemo_jepo.rollout.vllm.client import stop_strings

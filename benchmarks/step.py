@@ -28,9 +28,10 @@ from nemo_jepo.actor import parallel
 from nemo_jepo.actor.actor import MegatronJEPOActor
 from nemo_jepo.actor.model import load_hf_config
 from nemo_jepo.config.schema import AnswerConfig, Config, DataConfig, ModelConfig, OptimConfig
-from nemo_jepo.data import load_prompts, train_tokenizer, training_texts
+from nemo_jepo.data.dataset import load_prompts, training_texts
 from nemo_jepo.data.packing import pack, padded_rows
 from nemo_jepo.data.splice import Splicer
+from nemo_jepo.data.tokenizer import train_tokenizer
 from nemo_jepo.objective.records import Scored
 from nemo_jepo.objective.tables import group_scores
 from nemo_jepo.objective.update import sample_weights, token_weights

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from nemo_jepo.config import compose
-from nemo_jepo.data import PromptStream, load_prompts, load_tokenizer
+from nemo_jepo.data.dataset import load_prompts
+from nemo_jepo.data.stream import PromptStream
+from nemo_jepo.data.tokenizer import load_tokenizer
 from tests.support import fork_server
 from tests.support.command_line import ENVIRONMENT, command, metrics, run
 from tests.support.ranks import run_ranks

@@ -11,8 +11,9 @@ from nemo_jepo.actor.weights.load import hf_shapes, open_source
 from nemo_jepo.config import compose
 from nemo_jepo.config.errors import ConfigError, DataError
 from nemo_jepo.config.schema import Config
-from nemo_jepo.data import load_prompts, load_tokenizer, train_tokenizer, training_texts
+from nemo_jepo.data.dataset import load_prompts, training_texts
 from nemo_jepo.data.splice import Splicer
+from nemo_jepo.data.tokenizer import load_tokenizer, train_tokenizer
 from nemo_jepo.tools.doctor.findings import BLOCKER, OK, WARNING, Finding
 from nemo_jepo.types import Prompt
 

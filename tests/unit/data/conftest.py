@@ -3,7 +3,7 @@
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from nemo_jepo.data import train_tokenizer
+from nemo_jepo.data.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,8 @@ import pytest
 
 from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.schema import ArithmeticConfig, DataConfig
-from nemo_jepo.data import load_prompts
 from nemo_jepo.data.arithmetic import arithmetic_rows
+from nemo_jepo.data.dataset import load_prompts
 from nemo_jepo.data.files import Row
 
 

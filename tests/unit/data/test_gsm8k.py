@@ -8,7 +8,7 @@ import pytest
 
 from nemo_jepo.config.errors import DataError
 from nemo_jepo.config.schema import DataConfig
-from nemo_jepo.data import load_prompts
+from nemo_jepo.data.dataset import load_prompts
 
 REAL = Path(__file__).parents[4] / "shared" / "data" / "gsm8k"
 SOLUTION = "He sold 48/2 = <<48/2=24>>24 clips.\nTogether $<<24*50=1200>>1,200.\n#### 1,200"

@@ -9,7 +9,7 @@ import pytest
 
 from nemo_jepo.config.errors import ConfigError, DataError
 from nemo_jepo.config.schema import DataConfig
-from nemo_jepo.data import load_prompts
+from nemo_jepo.data.dataset import load_prompts
 from nemo_jepo.tools.prepare.origin import published_files
 from nemo_jepo.tools.prepare.prepare import prepare
 from nemo_jepo.tools.prepare.published import FILTERS, PUBLISHED

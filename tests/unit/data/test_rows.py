@@ -9,7 +9,8 @@ import pytest
 
 from nemo_jepo.config.errors import ConfigError, DataError
 from nemo_jepo.config.schema import DataConfig
-from nemo_jepo.data import BadRow, load_prompts, training_texts
+from nemo_jepo.data.dataset import load_prompts, training_texts
+from nemo_jepo.data.files import BadRow
 
 GOOD = {"question": "What is 6 * 7?", "answer": "42", "thought": "six times seven"}
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_jepo.data import PromptStream
+from nemo_jepo.data.stream import PromptStream
 from nemo_jepo.types import Prompt
 
 PROMPTS = tuple(Prompt(i, (i,), str(i), str(i)) for i in range(10))

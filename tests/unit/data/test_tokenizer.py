@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_jepo.config.errors import ConfigError
-from nemo_jepo.data import load_tokenizer, train_tokenizer
+from nemo_jepo.data.tokenizer import load_tokenizer, train_tokenizer
 from tests.support.small_tokenizers import BUILDERS
 
 

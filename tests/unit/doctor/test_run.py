@@ -4,8 +4,9 @@ import pytest
 
 from nemo_jepo.config import compose
 from nemo_jepo.config.schema import AnswerConfig, Config
-from nemo_jepo.data import load_prompts, train_tokenizer
+from nemo_jepo.data.dataset import load_prompts
 from nemo_jepo.data.splice import Splicer
+from nemo_jepo.data.tokenizer import train_tokenizer
 from nemo_jepo.tools.doctor.findings import BLOCKER, OK, WARNING
 from nemo_jepo.tools.doctor.run import batch_arithmetic, check_data, check_marker, check_settings, count_parameters
 from nemo_jepo.tools.doctor.run import find_tokenizer as tokenizer_of
