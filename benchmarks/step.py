@@ -159,7 +159,7 @@ def build_update(tokens_per_row: int) -> Callable[[Sequence[Spliced], Sequence[P
     config = Config(model=ModelConfig(hf_config=SHAPE, tokens_per_micro_batch=tokens_per_row))
     parallel.init_distributed()
     parallel.init_model_parallel(config.model)
-    layout, rule = parallel.Layout(), update_rule(config)
+    layout, rule = parallel.Layout(), update_rule(config.objective, config.advantage, config.kl)
     actor = MegatronJEPOActor(load_hf_config(SHAPE), config.model, "fp32", layout)
     load_initial_weights(actor, None, config.model.seed)
     actor.keep_reference_policy()

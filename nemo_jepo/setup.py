@@ -17,8 +17,16 @@ from nemo_jepo.checkpoint.format import is_checkpoint, latest_checkpoint
 from nemo_jepo.checkpoint.writer import CheckpointWriter, RunState, load_checkpoint, read_loop_state
 from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.layouts import check_layout
-from nemo_jepo.config.objectives import OBJECTIVES, ObjectiveKind
-from nemo_jepo.config.schema import Config
+from nemo_jepo.config.objectives import ObjectiveKind
+from nemo_jepo.config.schema import (
+    AdvantageConfig,
+    Config,
+    DataConfig,
+    KLConfig,
+    LoopConfig,
+    ModelConfig,
+    ObjectiveConfig,
+)
 from nemo_jepo.data.dataset import PromptSplits, has_split, training_texts
 from nemo_jepo.data.splice import Splicer
 from nemo_jepo.data.stream import PromptStream
@@ -66,42 +74,50 @@ def prompts_of_replica(batch: Sequence[Prompt], layout: Layout) -> Sequence[Prom
     return batch[size * layout.data_parallel_rank :][:size]
 
 
-def update_rule(config: Config) -> UpdateRule:
+def update_rule(objective: ObjectiveConfig, advantage: AdvantageConfig, kl: KLConfig) -> UpdateRule:
     """The settings objective.*, advantage.* and kl.* as the objective takes them."""
-    objective = dataclasses.asdict(config.objective)
-    objective.pop("sft_target")
-    return UpdateRule(
-        **objective,
-        **dataclasses.asdict(config.advantage),
-        kl_beta=config.kl.beta,
-        kl_estimator=config.kl.estimator,
-    )
+    settings = dataclasses.asdict(objective) | dataclasses.asdict(advantage)
+    settings.pop("sft_target")
+    return UpdateRule(**settings, kl_beta=kl.beta, kl_estimator=kl.estimator)
 
 
-def find_tokenizer(config: Config, folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of the config, or one trained on the training texts into <folder>/tokenizer (rank 0 trains)."""
-    path = config.tokenizer.path or config.pretrained_checkpoint.restore_from_path
-    if path is None:
-        path = str(folder / "tokenizer")
-        if torch.distributed.get_rank() == 0 and not Path(path).exists():
-            texts = [config.answer.marker.capitalize(), *training_texts(config.data)]
-            train_tokenizer(texts, config.tokenizer.train_vocab_size, Path(path))
-        torch.distributed.barrier()
-    return load_tokenizer(path)
+def find_tokenizer(
+    path: str | None, folder: Path, data: DataConfig, marker: str, vocab_size: int
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a path, or (None) one trained on the training texts into the folder, by rank 0; all ranks call.
+
+    Args:
+        path: a Hugging Face folder or a checkpoint.
+        folder: where a trained one goes, and is found by the next start.
+        data, marker: what it is trained on.
+        vocab_size: of a trained one.
+    """
+    if path is not None:
+        return load_tokenizer(path)
+    if torch.distributed.get_rank() == 0 and not folder.exists():
+        train_tokenizer([marker.capitalize(), *training_texts(data)], vocab_size, folder)
+    torch.distributed.barrier()
+    return load_tokenizer(str(folder))
 
 
-def find_hf_config(config: Config, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
-    """The model's shape, checked against the layout and the tokenizer."""
-    source = config.model.hf_config or config.model.hf_config_path or config.pretrained_checkpoint.restore_from_path
+def find_hf_config(
+    model: ModelConfig, restored: str | None, precision: str, tokenizer: PreTrainedTokenizerBase
+) -> PretrainedConfig:
+    """The model's shape, checked against the layout and the tokenizer.
+
+    Args:
+        restored: what the weights come from, which knows its own shape; None for random ones.
+    """
+    source = model.hf_config or model.hf_config_path or restored
     assert source is not None, "config.check asks for one"
     hf_config = load_hf_config(source)
-    check_layout(config.model, hf_config.to_dict())
+    check_layout(model, hf_config.to_dict())
     if len(tokenizer) > hf_config.vocab_size:
         raise ConfigError(
             "vocab_size", hf_config.vocab_size, f"the tokenizer has {len(tokenizer)} tokens", "Raise it to that"
         )
-    hf_config.dtype = DTYPES[config.trainer.precision]
-    if config.pretrained_checkpoint.restore_from_path is None:
+    hf_config.dtype = DTYPES[precision]
+    if restored is None:
         hf_config.eos_token_id, hf_config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
         hf_config.bos_token_id = tokenizer.bos_token_id
     return hf_config
@@ -126,20 +142,23 @@ def build(config: Config, folder: Path, layout: Layout, servers: OwnServers, spl
     Raises:
         ConfigError, DataError: something the user must change; found before the model is built where possible.
     """
-    objective, loop = OBJECTIVES[config.objective.name], config.trainer.jepo
+    objective, loop = config.objective.kind, config.trainer.jepo
+    restored, precision = config.pretrained_checkpoint.restore_from_path, config.trainer.precision
 
     # Data, and all that can be wrong without a model
-    tokenizer = find_tokenizer(config, folder)
+    vocab_size = config.tokenizer.train_vocab_size
+    path = config.tokenizer.path or restored
+    tokenizer = find_tokenizer(path, folder / "tokenizer", config.data, config.answer.marker, vocab_size)
     train = splits.get(config.data, "warmup" if objective.supervised else "train", tokenizer)
     validation = splits.get(config.data, "validation", tokenizer) if has_split(config.data, "validation") else ()
     stream = PromptStream(train, loop.num_prompts_per_step, config.data.shuffle, config.data.seed)
     splicer = Splicer(tokenizer, config.answer)
-    hf_config = find_hf_config(config, tokenizer)
+    hf_config = find_hf_config(config.model, restored, precision, tokenizer)
 
     # The model, while the servers start
     servers.start(config, layout, hf_config, tokenizer)
-    actor = MegatronJEPOActor(hf_config, config.model, config.trainer.precision, layout)
-    load_initial_weights(actor, config.pretrained_checkpoint.restore_from_path, config.model.seed)
+    actor = MegatronJEPOActor(hf_config, config.model, precision, layout)
+    load_initial_weights(actor, restored, config.model.seed)
     if config.kl.beta > 0 and not objective.supervised:
         actor.keep_reference_policy()
 
@@ -150,7 +169,9 @@ def build(config: Config, folder: Path, layout: Layout, servers: OwnServers, spl
     rollouts = RolloutQueue(
         sampler,
         layout,
-        request_for=lambda step: training_request(config, step),
+        request_for=lambda step: training_request(
+            config.rollout, loop.num_generations_per_prompt, seed=config.data.seed + 1 + step
+        ),
         upcoming=lambda steps_ahead: prompts_of_replica(stream.upcoming(steps_ahead), layout),
         max_staleness=config.rollout.max_staleness,
         max_steps=loop.max_steps,
@@ -158,7 +179,7 @@ def build(config: Config, folder: Path, layout: Layout, servers: OwnServers, spl
     return Trainer(
         config=config,
         objective=objective,
-        rule=update_rule(config),
+        rule=update_rule(config.objective, config.advantage, config.kl),
         layout=layout,
         tokenizer=tokenizer,
         splicer=splicer,
@@ -167,13 +188,13 @@ def build(config: Config, folder: Path, layout: Layout, servers: OwnServers, spl
         actor=actor,
         rollouts=rollouts,
         verifier=Verifier(config.evaluation.verify_timeout_s),
-        checkpoints=checkpoint_writer(config, folder, hf_config, tokenizer),
+        checkpoints=checkpoint_writer(loop, folder / "checkpoints", hf_config, tokenizer),
         servers=servers.addresses,
     )
 
 
 def checkpoint_writer(
-    config: Config, folder: Path, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+    loop: LoopConfig, folder: Path, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> CheckpointWriter:
     """The writer of the run's checkpoints, each with what another run needs to start from it."""
 
@@ -181,8 +202,7 @@ def checkpoint_writer(
         hf_config.save_pretrained(path)
         tokenizer.save_pretrained(path)
 
-    loop = config.trainer.jepo
-    return CheckpointWriter(folder / "checkpoints", loop.keep_checkpoints, write_model_files, loop.async_save)
+    return CheckpointWriter(folder, loop.keep_checkpoints, write_model_files, loop.async_save)
 
 
 def save(t: Trainer, step: int, last: bool) -> None:

@@ -12,7 +12,7 @@ from nemo_jepo.actor.actor import DTYPES
 from nemo_jepo.actor.parallel import Layout
 from nemo_jepo.actor.weights.load import hf_shapes
 from nemo_jepo.config.errors import ConfigError
-from nemo_jepo.config.schema import Config
+from nemo_jepo.config.schema import Config, RolloutConfig, VLLMConfig
 from nemo_jepo.rollout.embedded import EmbeddedSampler
 from nemo_jepo.rollout.sampler import GenerationRequest, Sampler
 from nemo_jepo.rollout.vllm.local import LocalServers, ServedModel
@@ -46,20 +46,21 @@ class OwnServers:
         Raises:
             ConfigError: vLLM is not installed, or the servers' key cannot be read.
         """
-        if config.rollout.name != "vllm" or self.addresses is not None:
+        if not config.rollout.kind.has_servers or self.addresses is not None:
             return
         vllm_distribution()
         urls = config.rollout.server_urls()
         if urls is not None:
             self.addresses = urls, read_key(config.rollout.vllm.api_key_file)
             return
-        check_gpus(config)
+        check_gpus(config.rollout.vllm, config.trainer.devices)
         if layout.rank == 0:
             model_folder, key = self.folder / "model", secrets.token_urlsafe(32)
             hf_config.save_pretrained(model_folder)
             tokenizer.save_pretrained(model_folder)
             dtype = {"fp32": "float32", "bf16": "bfloat16"}[config.trainer.precision]
-            longest = min(longest_generation(config), hf_config.max_position_embeddings)
+            generated = max(config.rollout.max_tokens, config.evaluation.max_tokens or 0)
+            longest = min(config.data.max_prompt_tokens + generated, hf_config.max_position_embeddings)
             model = ServedModel(model_folder, dtype, longest)
             self.started = LocalServers(model, config.rollout.vllm, key, self.folder, config.trainer.devices)
             self.started.start()
@@ -76,10 +77,9 @@ class OwnServers:
             self.started.close()
 
 
-def check_gpus(config: Config) -> None:
+def check_gpus(vllm: VLLMConfig, trainer_gpus: int) -> None:
     """Raise ConfigError unless the node's GPUs suffice for the trainer and the servers beside it."""
-    vllm = config.rollout.vllm
-    needed = config.trainer.devices + vllm.num_servers * vllm.tensor_parallel_size
+    needed = trainer_gpus + vllm.num_servers * vllm.tensor_parallel_size
     if torch.cuda.is_available() and torch.cuda.device_count() < needed:
         key = "trainer.devices + rollout.vllm.num_servers * rollout.vllm.tensor_parallel_size"
         rule = f"rollout.servers=auto has {torch.cuda.device_count()} GPUs on this node"
@@ -110,21 +110,14 @@ def open_sampler(
     return VLLMSampler(pool, transfer, own, config.answer.marker, config.rollout.vllm.start_timeout_s, servers.started)
 
 
-def training_request(config: Config, step: int) -> GenerationRequest:
+def training_request(rollout: RolloutConfig, num_generations: int, seed: int) -> GenerationRequest:
     """What a training step asks its sampler for."""
-    rollout = config.rollout
     return GenerationRequest(
-        num_generations_per_prompt=config.trainer.jepo.num_generations_per_prompt,
+        num_generations_per_prompt=num_generations,
         max_tokens=rollout.max_tokens,
         stop_at_marker=rollout.stop_at_marker,
         temperature=rollout.temperature,
         top_p=rollout.top_p,
         top_k=rollout.top_k,
-        seed=config.data.seed + 1 + step,
+        seed=seed,
     )
-
-
-def longest_generation(config: Config) -> int:
-    """Tokens of the longest prompt with the longest completion."""
-    generated = max(config.rollout.max_tokens, config.evaluation.max_tokens or 0)
-    return config.data.max_prompt_tokens + generated

@@ -156,7 +156,7 @@ def check_ports(config: Config) -> Iterator[Finding]:
                 yield Finding(OK, "ports", f"MASTER_PORT={port} is free")
             except OSError as error:
                 yield Finding(BLOCKER, "ports", f"MASTER_PORT={port} cannot be opened ({error})", "Choose another")
-    if config.rollout.name != "vllm":
+    if not config.rollout.kind.has_servers:
         return
     for url in config.rollout.server_urls() or ():
         address = urlsplit(url)

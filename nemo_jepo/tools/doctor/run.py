@@ -129,7 +129,7 @@ def batch_arithmetic(config: Config, prompts: Sequence[Prompt], world_size: int)
         replicas = config.model.data_parallel_size(world_size)
     except ConfigError:
         return  # said by check_settings
-    samples = 1 if config.objective.name == "sft" else loop.num_generations_per_prompt
+    samples = 1 if config.objective.kind.supervised else loop.num_generations_per_prompt
     sequences = loop.num_prompts_per_step * samples
     mean_prompt = sum(len(prompt.token_ids) for prompt in prompts) / max(1, len(prompts))
     longest = mean_prompt + config.rollout.max_tokens + config.data.max_answer_tokens

@@ -139,12 +139,12 @@ def planned_shape(config: Config) -> ModelShape:
 
 
 def _check_gpus(config: Config, cluster: Cluster) -> None:
-    own = config.rollout.name == "vllm" and not cluster.rollout_nodes
+    own = config.rollout.kind.has_servers and not cluster.rollout_nodes
     needed = cluster.devices + (cluster.num_servers * config.rollout.vllm.tensor_parallel_size if own else 0)
     if needed > cluster.gpus_per_node:
         key = "trainer.devices + rollout.vllm.num_servers * rollout.vllm.tensor_parallel_size"
         raise ConfigError(key, needed, f"a node has {cluster.gpus_per_node} GPUs", "Lower one, or add --rollout-nodes")
-    if config.rollout.name == "embedded" and cluster.rollout_nodes:
+    if not config.rollout.kind.has_servers and cluster.rollout_nodes:
         rule = "rollout=embedded samples in the trainer's own processes"
         raise ConfigError("--rollout-nodes", cluster.rollout_nodes, rule, "Use 0, or add rollout=vllm")
     if cluster.num_servers < 1:
@@ -166,7 +166,7 @@ def estimate(config: Config, cluster: Cluster, means: MeanLengths) -> Plan:
     rows = trainer.num_rows(work)
     keeps_reference = config.kl.beta > 0
     memory = TrainerMemory(cluster.world_size, precision, rows, keeps_reference)
-    if config.rollout.name == "embedded":
+    if not config.rollout.kind.has_servers:
         weights, tokens = shape.num_parameters * sampler.dtype_bytes, sampler.cached_tokens
         cache = tokens * shape.key_value_bytes(sampler.dtype_bytes)
         memory = dataclasses.replace(memory, sampler=weights, sampler_cache=cache)
@@ -179,7 +179,7 @@ def estimate(config: Config, cluster: Cluster, means: MeanLengths) -> Plan:
     if keeps_reference:
         seconds["reference log-probs"] = {**scoring, "swapping weights": trainer.reference_swap(precision)}
     seconds |= {"training": trainer.training(work, precision), "other": {"data, rewards, logging": OTHER_SECONDS}}
-    on_servers = 0 if config.rollout.name == "embedded" else sampler.num_servers * sampler.tensor_parallel_size
+    on_servers = 0 if not config.rollout.kind.has_servers else sampler.num_servers * sampler.tensor_parallel_size
     rented = cluster.rollout_nodes * cluster.gpus_per_node or on_servers
     return Plan(
         config=config,
@@ -201,7 +201,7 @@ def _sampler(config: Config, shape: ModelShape, cluster: Cluster, replicas: int)
     """The servers, or a replica's own sampler; with the memory of a rollout GPU."""
     rollout, size = config.rollout, 2 if config.trainer.precision == "bf16" else 4
     longest = config.data.max_prompt_tokens + rollout.max_tokens
-    if rollout.name == "embedded":
+    if not rollout.kind.has_servers:
         tokens = min(rollout.batch_size, MOST_SEQUENCES) * longest
         return Sampler(shape, cluster.gpu, replicas, 1, tokens, rollout.batch_size, EMBEDDED_STEP_SECONDS, size), None
     vllm = rollout.vllm

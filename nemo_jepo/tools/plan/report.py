@@ -26,7 +26,7 @@ def overrides(plan: Plan) -> list[str]:
     model, cluster, vllm = plan.config.model, plan.cluster, plan.config.rollout.vllm
     chosen = {f"model.{name}": getattr(model, name) for name in LAYOUT}
     chosen |= {"trainer.num_nodes": cluster.trainer_nodes, "trainer.devices": cluster.devices}
-    if plan.config.rollout.name == "vllm":
+    if plan.config.rollout.kind.has_servers:
         chosen["rollout.vllm.tensor_parallel_size"] = vllm.tensor_parallel_size
         if not cluster.rollout_nodes:
             chosen["rollout.vllm.num_servers"] = cluster.num_servers

@@ -118,7 +118,7 @@ def best_plan(config: Config, gpu: GPU, gpus_per_node: int, nodes: int, means: M
 def _splits(config: Config, gpu: GPU, gpus_per_node: int, nodes: int) -> Iterator[tuple[Config, Cluster]]:
     """Ways to divide the machines between trainer and samplers."""
     sizes = [size for size in SIZES if size <= gpus_per_node]
-    if config.rollout.name == "embedded":
+    if not config.rollout.kind.has_servers:
         yield config, Cluster(gpu, gpus_per_node, nodes, gpus_per_node, 0, 1)
     elif nodes == 1:
         for devices, size in itertools.product(sizes, sizes):
@@ -164,7 +164,7 @@ def _changes(config: Config) -> Iterator[tuple[str, Config]]:
         if changed != model:
             yield override, dataclasses.replace(config, model=changed)
     size = 2 * vllm.tensor_parallel_size
-    if config.rollout.name == "vllm":
+    if config.rollout.kind.has_servers:
         servers = max(1, vllm.num_servers // 2)
         overrides = f"rollout.vllm.tensor_parallel_size={size} rollout.vllm.num_servers={servers}"
         yield overrides, _with_servers(config, servers, size)
