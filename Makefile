@@ -15,7 +15,7 @@ VLLM := 0.32.0
 VLLM_STAMP := .venv/.vllm-$(VLLM)
 
 .DEFAULT_GOAL := help
-.PHONY: help env lock vllm demo test accept-gpu test-gpu lint check docs clean
+.PHONY: help env lock vllm demo test accept-gpu test-gpu lint check docs reference clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -71,6 +71,10 @@ check: lint test ## what CI runs
 
 docs: $(STAMP) ## the documentation as a site in site/; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+reference: $(STAMP) ## docs/reference/configuration.md and cli.md, from the schema and from what the commands say
+	$(BIN)/python -m nemo_jepo.config.reference > docs/reference/configuration.md
+	$(BIN)/python tools/cli_reference.py > docs/reference/cli.md
 
 clean: ## remove caches and built packages, keep .venv and results
 	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,1 +1,1 @@
-"""Measurements of one claim each; docs/performance.md holds their figures. `python -m benchmarks.NAME --help`."""
+"""Measurements of one claim each; docs/results/performance.md has the numbers. `python -m benchmarks.NAME --help`."""

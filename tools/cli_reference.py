@@ -7,13 +7,14 @@ import io
 import os
 import sys
 from contextlib import redirect_stdout
+from unittest.mock import patch
 
 from nemo_jepo import cli
 
 HEAD = """\
 # Command line
 
-<!-- Generated: python tools/cli_reference.py > docs/reference/cli.md -->
+<!-- Generated: make reference -->
 
 `.venv/bin/nemo-jepo COMMAND` in a checkout, `nemo-jepo COMMAND` where the package is installed. What you must change is
 one line on stderr. Exit codes:
@@ -33,8 +34,7 @@ SUBCOMMANDS = {"data": ["prepare"]}
 def help_of(words: list[str]) -> str:
     """What `nemo-jepo WORDS --help` prints, at a width of 100."""
     printed = io.StringIO()
-    os.environ["COLUMNS"] = "100"
-    with redirect_stdout(printed):
+    with redirect_stdout(printed), patch.dict(os.environ, COLUMNS="100"):
         try:
             code = cli.main([*words, "--help"])
         except SystemExit as end:  # argparse's own --help

@@ -6,7 +6,7 @@ Tokens in, tokens out: text is decoded only to find the marker, and c_i's ids ar
 properties of tokenizers make this delicate, and each has one home here: a marker may end inside a token
 (`Splicer.marker_end`), and " 42" may not encode to the ids that read " 42" after the marker (`Splicer.answer_ids`).
 
-Source: arXiv 2503.19618v2, Section 3 and App. B.2; docs/objective.md, "The splice".
+Source: arXiv 2503.19618v2, Section 3 and App. B.2; docs/concepts/splice.md.
 """
 
 import dataclasses

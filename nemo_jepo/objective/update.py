@@ -6,7 +6,7 @@ gradient of the method is then linear in the current log-probs, with coefficient
     loss = - sum over all tokens of the global batch of  weight_t * log pi(token_t)
 
 Global denominators are inside the weights, so any split over micro-batches, ranks or pipeline stages sums to the same
-update. P prompts, G samples per prompt; docs/objective.md derives each weight.
+update. P prompts, G samples per prompt; docs/concepts/objective.md derives each weight.
 """
 
 from collections.abc import Callable

@@ -54,7 +54,7 @@ def check_gpus(devices: int) -> Iterator[Finding]:
 def check_memory(config: Config) -> Iterator[Finding]:
     """Whether the run has room on GPUs like this node's, by the planner's model; nothing on a node without any.
 
-    It warns and does not block: a model's error (docs/planner.md) is no reason to refuse a run.
+    It warns and does not block: a model's error (docs/reference/planner.md) is no reason to refuse a run.
     """
     if not torch.cuda.is_available():
         return

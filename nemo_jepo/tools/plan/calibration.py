@@ -1,6 +1,6 @@
 """What software gets out of the hardware: every constant of the time model that is not in a datasheet.
 
-Seven are fitted, to published figures that docs/planner.md marks; the other published figures are a check. The
+Seven are fitted, to published numbers that docs/reference/planner.md marks; the other published ones are a check. The
 rest are assumptions of ordinary size, and are called so. "NeMo-RL" is its v0.3, "8B" Llama 3.1 8B on 8 H100.
 """
 

@@ -20,7 +20,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nemo-jepo plan",
         description="Memory, time and cost of a run by a model, before a GPU is touched. Exit code 0: it fits, 1: it "
-        "does not, 2: a setting to change. docs/planner.md has the formulas and how far they were off.",
+        "does not, 2: a setting to change. docs/reference/planner.md has the formulas and how far they were off.",
     )
     parser.add_argument("--config-name", default=compose.DEFAULT_CONFIG, metavar="NAME")
     parser.add_argument("--config-path", metavar="DIR", help="folder of NAME.yaml; default conf/")

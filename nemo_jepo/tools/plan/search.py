@@ -88,7 +88,7 @@ def _merit(plan: Plan) -> tuple[float, float]:
 def best_trainer(config: Config, cluster: Cluster, means: MeanLengths) -> Plan | None:
     """The fastest trainer layout that fits, else the one that is short of least; None where none keeps the rules.
 
-    Context parallelism is chosen only where nothing fits without it: docs/planner.md shows that the model flatters it.
+    Context parallelism is chosen only where nothing fits without it: the planner page shows that the model flatters it.
     """
     best: Plan | None = None
     for layout in _layouts(config, planned_shape(config), cluster):

@@ -15,7 +15,7 @@ from nemo_jepo.config.schema import Config
 from nemo_jepo.tools.plan.calibration import ENDLESS_SHARE
 
 PACKING_FILL = 0.94
-"""Useful share of a packed row: docs/performance.md, "One update, packed against padded"."""
+"""Useful share of a packed row: docs/results/performance.md, "One update, packed against padded"."""
 GUESSED_SHARE = 0.5
 """Of the longest prompt, generation and answer, the mean that is assumed where none is given."""
 

@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--from", dest="local", type=Path, metavar="PATH", help="a local copy: file or folder")
     command.add_argument("--revision", help="another revision than the pinned one")
     cpus = len(os.sched_getaffinity(0))
-    command.add_argument("--workers", type=_count, default=cpus, help=f"verifier processes ({cpus})")
+    command.add_argument("--workers", type=_count, default=cpus, help="verifier processes; default: one for each CPU")
     return parser
 
 
