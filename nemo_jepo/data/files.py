@@ -9,9 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
-
 from nemo_jepo.config.errors import DataError
 
 
@@ -83,6 +80,8 @@ def _jsonl(path: Path, keys: Keys) -> Iterator[tuple[int, object]]:
 
 def _parquet(path: Path, keys: Keys) -> Iterator[tuple[int, object]]:
     """(row, record) with only the columns that are read."""
+    import pyarrow.parquet  # JSONL needs none of it
+
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:

@@ -17,13 +17,16 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nemo_jepo.config.judge import RUN_SERVERS, JudgeConfig
 from nemo_jepo.config.schema import EvaluationConfig
-from nemo_jepo.rewards.judge import Judge
 from nemo_jepo.rewards.judge_prompt import Case
 from nemo_jepo.rewards.verdict_cache import VerdictCache
 from nemo_jepo.types import Pair, Prompt, Rollout
+
+if TYPE_CHECKING:
+    from nemo_jepo.rewards.judge import Judge
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +90,9 @@ class Judges:
             log.warning(message, name, num_missing, len(cases), ACCURACY[name], rest, fault)
         return verdicts
 
-    def _open(self, name: str, settings: JudgeConfig) -> Judge:
+    def _open(self, name: str, settings: JudgeConfig) -> "Judge":
+        from nemo_jepo.rewards.judge import Judge  # HTTP, which a run without a judge does not load
+
         if settings.url == RUN_SERVERS:
             assert self.run_servers is not None, "config.check asks for rollout=vllm"
             urls, key = self.run_servers

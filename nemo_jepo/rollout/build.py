@@ -13,12 +13,8 @@ from nemo_jepo.actor.parallel import Layout
 from nemo_jepo.actor.weights.load import hf_shapes
 from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.schema import Config, RolloutConfig, VLLMConfig
-from nemo_jepo.rollout.embedded import EmbeddedSampler
 from nemo_jepo.rollout.sampler import GenerationRequest, Sampler
 from nemo_jepo.rollout.vllm.local import LocalServers, ServedModel
-from nemo_jepo.rollout.vllm.pool import Pool
-from nemo_jepo.rollout.vllm.push import WeightTransfer
-from nemo_jepo.rollout.vllm.sampler import VLLMSampler
 from nemo_jepo.rollout.vllm.server import read_key, vllm_distribution
 
 
@@ -100,8 +96,14 @@ def open_sampler(
     """
     dtype = DTYPES[config.trainer.precision]
     if servers.addresses is None:
+        from nemo_jepo.rollout.embedded import EmbeddedSampler  # transformers' generation: seconds to import
+
         eos = tokenizer.eos_token_id
         return EmbeddedSampler(hf_config, config.rollout, eos, stop_after, layout.device, dtype)
+    from nemo_jepo.rollout.vllm.pool import Pool
+    from nemo_jepo.rollout.vllm.push import WeightTransfer
+    from nemo_jepo.rollout.vllm.sampler import VLLMSampler
+
     urls, key = servers.addresses
     pool = Pool(urls, config.rollout.vllm, key, hf_config.vocab_size)
     shapes = list(hf_shapes(hf_config).items())

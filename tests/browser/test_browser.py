@@ -10,7 +10,7 @@ from selenium.webdriver import ActionChains, Keys
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.select import Select
 
-from nemo_jepo.tools.report import main
+from nemo_jepo.tools.report.command import main
 from tests.support.report_folders import HOSTILE, POLICY, write_run
 from tests.unit.report.test_figures import rows, written
 

@@ -40,3 +40,11 @@ def test_what_needs_no_machine_is_answered_before_anything_heavy_is_imported(arg
     assert done.returncode == code, done.stderr
     assert done.stdout.splitlines()[-1] == "imported"
     assert "Traceback" not in done.stderr
+
+
+def test_train_imports_nothing_that_only_some_runs_need():
+    """pandas and scikit-learn come with transformers' generation, aiohttp with vLLM and judges."""
+    unneeded = ("nemo", "lightning", "pandas", "sklearn", "pyarrow", "datasets", "aiohttp", "matplotlib", "math_verify")
+    program = f"import sys, nemo_jepo.train; print(sorted(set(sys.modules) & set({unneeded!r})))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240)
+    assert done.stdout == "[]\n", done.stderr
