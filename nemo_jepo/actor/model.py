@@ -88,11 +88,6 @@ def use_transformer_engine() -> bool:
 
 def transformer_config(hf_config: PretrainedConfig, model: ModelConfig, dtype: torch.dtype) -> TransformerConfig:
     """Megatron's TransformerConfig of a Hugging Face shape in a parallel layout; no dropout anywhere."""
-    recompute: dict[str, Any] = {}
-    if model.activations_checkpoint_granularity == "full":
-        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    elif model.activations_checkpoint_granularity == "selective":
-        recompute = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     on_gpu, fused = torch.cuda.is_available(), use_transformer_engine()
     shape = Shape.of(hf_config)
     return TransformerConfig(
@@ -124,19 +119,35 @@ def transformer_config(hf_config: PretrainedConfig, model: ModelConfig, dtype: t
         pipeline_dtype=dtype,
         batch_p2p_comm=on_gpu,  # gloo mixes up what an interleaved schedule sends at once
         bf16=dtype == torch.bfloat16,
-        tensor_model_parallel_size=model.tensor_model_parallel_size,
-        pipeline_model_parallel_size=model.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=model.virtual_pipeline_model_parallel_size,
-        num_layers_in_first_pipeline_stage=model.num_layers_in_first_pipeline_stage,
-        num_layers_in_last_pipeline_stage=model.num_layers_in_last_pipeline_stage,
-        context_parallel_size=model.context_parallel_size,
-        sequence_parallel=model.sequence_parallel,
         # Token weights carry the global denominators, so gradients are summed, not averaged (docs/decisions/0001).
         calculate_per_token_loss=True,
-        **recompute,
+        **_parallel_options(model),
+        **_recompute_options(model),
         **fp8_options(model),
         **(_expert_options(hf_config, shape, model) if shape.num_experts else {}),
     )
+
+
+def _parallel_options(model: ModelConfig) -> dict[str, Any]:
+    """The layout, which has Megatron's own names."""
+    return {
+        "tensor_model_parallel_size": model.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": model.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": model.virtual_pipeline_model_parallel_size,
+        "num_layers_in_first_pipeline_stage": model.num_layers_in_first_pipeline_stage,
+        "num_layers_in_last_pipeline_stage": model.num_layers_in_last_pipeline_stage,
+        "context_parallel_size": model.context_parallel_size,
+        "sequence_parallel": model.sequence_parallel,
+    }
+
+
+def _recompute_options(model: ModelConfig) -> dict[str, Any]:
+    """What the backward pass computes again instead of keeping it."""
+    if model.activations_checkpoint_granularity == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if model.activations_checkpoint_granularity == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {}
 
 
 def _expert_options(hf_config: PretrainedConfig, shape: Shape, model: ModelConfig) -> dict[str, Any]:
