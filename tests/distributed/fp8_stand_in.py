@@ -7,8 +7,9 @@ Transformer Engine does the same to its inputs, with one scale a tensor; product
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -37,22 +38,31 @@ def _rounding() -> Iterator[None]:
         _active[0] = before
 
 
-def install() -> None:
-    """Once a process, before a model is built."""
+@contextmanager
+def installed() -> Iterator[None]:
+    """Models that are built in this block compute so."""
     from nemo_jepo.actor import actor, model
 
     def context(config: Any, layer: int = -1, is_init: bool = False) -> Any:
         return _rounding() if config.fp8 and not is_init else nullcontext()
 
-    transformer_block.get_fp8_context = context
-    transformer_config.is_te_min_version = lambda *_, **__: True  # asked where experts meet fp8
-    actor.check_fp8 = model.assert_fp8_is_used = lambda *_: None
-    for kind in (ColumnParallelLinear, RowParallelLinear):
-
-        def forward(self: Any, values: Tensor, *args: Any, plain: Any = kind.forward, **more: Any) -> Any:
+    def rounding(plain: Any) -> Any:
+        def forward(self: Any, values: Tensor, *args: Any, **more: Any) -> Any:
             return plain(self, rounded(values) if _active[0] else values, *args, **more)
 
-        kind.forward = forward
+        return forward
+
+    with ExitStack() as patches:
+        for place, name, value in (
+            (transformer_block, "get_fp8_context", context),
+            (transformer_config, "is_te_min_version", lambda *_, **__: True),  # asked where experts meet fp8
+            (actor, "check_fp8", lambda *_: None),
+            (model, "assert_fp8_is_used", lambda *_: None),
+            (ColumnParallelLinear, "forward", rounding(ColumnParallelLinear.forward)),
+            (RowParallelLinear, "forward", rounding(RowParallelLinear.forward)),
+        ):
+            patches.enter_context(mock.patch.object(place, name, value))
+        yield
 
 
 if __name__ == "__main__":
@@ -60,5 +70,5 @@ if __name__ == "__main__":
     from nemo_jepo.actor import parallel
 
     parallel.init_distributed()
-    install()
-    sys.exit(cli.main())
+    with installed():
+        sys.exit(cli.main())

@@ -3,19 +3,20 @@
 The expected values are transformers' own, one sequence at a time, without packing, chunks or parallelism.
 """
 
-import json
+import functools
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from tests.distributed.scoring_jobs import scores_and_gradients
 from tests.support.hf_models import FAMILIES, SHAPES, on_disk, random_model, save, scored_sequences
-from tests.support.ranks import run_ranks
+from tests.support.rank_pool import on_ranks
 
 Values = dict[str, torch.Tensor]
 SEQUENCES = scored_sequences()
+CASES = [(shape, world_size) for world_size in (1, 2) for shape in SHAPES]
 
 
 def token_weights() -> Values:
@@ -48,6 +49,11 @@ def by_transformers(model: PreTrainedModel, weights: Values) -> Values:
     return out | {"loss": loss.detach().double()}
 
 
+@functools.cache
+def rounded_by_transformers(shape: str) -> Values:
+    return by_transformers(random_model(shape).bfloat16(), token_weights())
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("models")
@@ -57,7 +63,6 @@ def root(tmp_path_factory) -> Path:
 def expected(root) -> dict[str, Values]:
     """By shape; the folders that the actor loads lie beside it, sharded for the first shape."""
     weights = token_weights()
-    save_file(weights, root / "weights.safetensors")
     values = {}
     for name in SHAPES:
         model = random_model(name)
@@ -67,37 +72,14 @@ def expected(root) -> dict[str, Values]:
     return values
 
 
-def run_jobs(root: Path, world_size: int, **model: int) -> dict[str, Values]:
-    jobs = {
-        str(root / f"{name}.{world_size}"): {
-            "folder": str(root / name),
-            "model": model | {"sequence_parallel": world_size > 1 and "num_local_experts" in SHAPES.get(name, {})},
-            "precision": "fp32",
-            "token_weights": str(root / "weights.safetensors"),
-        }
-        for name in [*SHAPES, "sharded"]
-    }
-    for family in FAMILIES:
-        job = jobs[str(root / f"{family} untied.{world_size}")]
-        jobs[str(root / f"{family} bf16.{world_size}")] = job | {"precision": "bf16", "token_weights": None}
-    (root / "jobs.json").write_text(json.dumps(jobs))
-    run_ranks(world_size, [str(Path(__file__).with_name("scoring_worker.py")), str(root / "jobs.json")])
-    return {Path(file).stem: load_file(file) for file in jobs}
-
-
-@pytest.fixture(scope="module")
-def one_process(root, expected) -> dict[str, Values]:
-    return run_jobs(root, 1)
-
-
-@pytest.fixture(scope="module")
-def tensor_parallel(root, expected) -> dict[str, Values]:
-    return run_jobs(root, 2, tensor_model_parallel_size=2)
-
-
-@pytest.fixture(scope="module", params=["one_process", "tensor_parallel"])
-def found(request) -> dict[str, Values]:
-    return request.getfixturevalue(request.param)
+@functools.cache
+def by_actor(root: Path, shape: str, world_size: int, precision: str = "fp32") -> Values:
+    """What the actor computes with the folder of a shape in one process or TP2: gradients too, in fp32."""
+    layout = {"tensor_model_parallel_size": world_size}
+    layout["sequence_parallel"] = world_size > 1 and "num_local_experts" in SHAPES.get(shape, {})
+    weights = list(token_weights().values()) if precision == "fp32" else None
+    job = {"folder": str(root / shape), "model": layout, "precision": precision, "token_weights": weights}
+    return on_ranks(world_size, scores_and_gradients, job)[0]
 
 
 def assert_close(found: Values, expected: Values, prefix: str, tolerance: float) -> None:
@@ -110,33 +92,33 @@ def assert_close(found: Values, expected: Values, prefix: str, tolerance: float)
         )
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_log_probs_and_entropies_are_those_of_transformers(shape, found, expected):
-    assert_close(found[shape], expected[shape], "logprob/", 1e-5)
-    assert_close(found[shape], expected[shape], "entropy/", 1e-5)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_loss_and_every_gradient_are_those_of_transformers(shape, found, expected):
-    assert_close(found[shape], expected[shape], "loss", 1e-5)
-    assert_close(found[shape], expected[shape], "grad/", 2e-5)
+@pytest.mark.parametrize(("shape", "world_size"), CASES)
+def test_log_probs_entropies_loss_and_every_gradient_are_those_of_transformers(shape, world_size, root, expected):
+    found = by_actor(root, shape, world_size)
+    assert_close(found, expected[shape], "logprob/", 1e-5)
+    assert_close(found, expected[shape], "entropy/", 1e-5)
+    assert_close(found, expected[shape], "loss", 1e-5)
+    assert_close(found, expected[shape], "grad/", 2e-5)
     assert all(expected[shape][name].abs().max() > 1e-3 for name in expected[shape] if name.startswith("grad/"))
 
 
-def test_a_sharded_folder_is_the_same_model(root, found, expected):
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_sharded_folder_is_the_same_model(world_size, root, expected):
     assert len(list((root / "sharded").glob("*.safetensors"))) > 3
     assert len(list((root / "llama untied").glob("*.safetensors"))) == 1
-    assert all(torch.equal(found["sharded"][name], value) for name, value in found["llama untied"].items())
+    sharded, whole = (by_actor(root, shape, world_size) for shape in ("sharded", "llama untied"))
+    assert all(torch.equal(sharded[name], value) for name, value in whole.items())
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bf16_rounds_no_more_than_transformers_in_bf16(family, found, expected):
+def test_bf16_rounds_no_more_than_transformers_in_bf16(family, world_size, root, expected):
     shape = f"{family} untied"
     names = [name for name in expected[shape] if name.startswith("logprob/")]
-    rounded = by_transformers(random_model(shape).bfloat16(), token_weights())
+    found = by_actor(root, shape, world_size, "bf16")
     error, usual_error = (
         torch.cat([values[name] - expected[shape][name] for name in names]).square().mean().sqrt().item()
-        for values in (found[f"{family} bf16"], rounded)
+        for values in (found, rounded_by_transformers(shape))
     )
     assert 0 < error < 1.25 * usual_error < 0.1
 

@@ -1,5 +1,6 @@
 """A checkpoint brings back everything, in its own layout bit for bit; what is not whole is never taken for one."""
 
+import functools
 import json
 import re
 import shutil
@@ -8,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from nemo_jepo.checkpoint.format import is_checkpoint, latest_checkpoint, whole_checkpoints
 from nemo_jepo.checkpoint.writer import load_checkpoint
 from nemo_jepo.config.errors import ConfigError
-from tests.support.ranks import run_ranks
+from tests.distributed.checkpoint_jobs import trained
+from tests.support.rank_pool import on_ranks
 
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 TIED, BF16, PLAIN = {"tied": True}, {"precision": "bf16"}, {"distributed": False}
@@ -21,90 +22,76 @@ CHUNKS = PP2 | {"virtual_pipeline_model_parallel_size": 2}
 UNEVEN, CP2 = PP2 | {"num_layers_in_first_pipeline_stage": 1}, {"context_parallel_size": 2}
 EP2, TP2SP = {"expert_model_parallel_size": 2}, TP2 | {"sequence_parallel": True}
 EXPERTS = {"shape": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}}
-SAVED: dict[int, dict[str, dict[str, Any]]] = {
-    2: {
-        "TP2": {"model": TP2},
-        "DP2": {"model": {}},
-        "PP2 tied": {"model": PP2} | TIED,
-        "PP2 in 4 chunks": {"model": CHUNKS},
-        "EP2": {"model": EP2} | EXPERTS,
-    },
-    1: {
-        "one process": {"model": {}},
-        "bf16": {"model": {}} | BF16,
-        "plain optimizer": {"model": {}} | PLAIN,
-        "plain optimizer bf16": {"model": {}} | PLAIN | BF16,
-    },
+SAVED: dict[str, tuple[int, dict[str, Any]]] = {  # processes, and the job that saves
+    "TP2": (2, {"model": TP2}),
+    "DP2": (2, {"model": {}}),
+    "PP2 tied": (2, {"model": PP2} | TIED),
+    "PP2 in 4 chunks": (2, {"model": CHUNKS}),
+    "EP2": (2, {"model": EP2} | EXPERTS),
+    "one process": (1, {"model": {}}),
+    "bf16": (1, {"model": {}} | BF16),
+    "plain optimizer": (1, {"model": {}} | PLAIN),
+    "plain optimizer bf16": (1, {"model": {}} | PLAIN | BF16),
 }
-# (processes, name, who wrote the checkpoint, job that reads it and writes it anew); TP2 goes through four layouts
-READ: list[tuple[int, str, str, dict[str, Any]]] = [
-    (2, "TP2 -> PP2", "TP2", {"model": PP2}),
-    (2, "DP2 -> TP2", "DP2", {"model": TP2}),
-    (2, "TP2 -> PP2 in 4 chunks", "TP2", {"model": CHUNKS}),
-    (2, "TP2 -> 1 layer and 3", "TP2", {"model": UNEVEN}),
-    (2, "DP2 -> CP2", "DP2", {"model": CP2}),
-    (2, "EP2 -> PP2", "EP2", {"model": PP2} | EXPERTS),
-    (2, "EP2 -> TP2", "EP2", {"model": TP2SP} | EXPERTS),
-    (1, "EP2 -> one process", "EP2", {"model": {}} | EXPERTS),
-    (1, "PP2 in 4 chunks -> one process", "PP2 in 4 chunks", {"model": {}}),
-    (1, "TP2 -> PP2 -> one process", "TP2 -> PP2", {"model": {}}),
-    (1, "DP2 -> one process", "DP2", {"model": {}}),
-    (1, "PP2 tied -> one process", "PP2 tied", {"model": {}} | TIED),
-    (2, "TP2 -> PP2 -> one process -> DP2", "TP2 -> PP2 -> one process", {"model": {}}),
-]
-BACKGROUND = {  # with a plain optimizer the second replica has nothing to write
-    2: {
-        "TP2 in background": {"model": TP2, "held_rank": 1},
-        "DP2 in background": {"model": {}, "held_rank": 0} | PLAIN,
-    }
+READ: dict[str, tuple[int, dict[str, Any]]] = {  # who read whose checkpoint and wrote it anew
+    "TP2 -> PP2": (2, {"model": PP2}),
+    "DP2 -> TP2": (2, {"model": TP2}),
+    "TP2 -> PP2 in 4 chunks": (2, {"model": CHUNKS}),
+    "TP2 -> 1 layer and 3": (2, {"model": UNEVEN}),
+    "DP2 -> CP2": (2, {"model": CP2}),
+    "EP2 -> PP2": (2, {"model": PP2} | EXPERTS),
+    "EP2 -> TP2": (2, {"model": TP2SP} | EXPERTS),
+    "EP2 -> one process": (1, {"model": {}} | EXPERTS),
+    "PP2 in 4 chunks -> one process": (1, {"model": {}}),
+    "TP2 -> PP2 -> one process": (1, {"model": {}}),
+    "DP2 -> one process": (1, {"model": {}}),
+    "PP2 tied -> one process": (1, {"model": {}} | TIED),
+    "TP2 -> PP2 -> one process -> DP2": (2, {"model": {}}),
 }
-SAME_LAYOUT = [(name, rank) for ranks in SAVED for name in SAVED[ranks] for rank in range(ranks)]
-
-
-def jobs_of(ranks: int, root: Path) -> dict[str, dict[str, Any]]:
-    """What so many processes do in their first round."""
-    jobs = {}
-    for name, job in SAVED[ranks].items():
-        jobs[name] = job | {"save": str(root / f"{name} saves")}
-        jobs[f"{name} again"] = job | {"resume": str(root / f"{name} saves" / "step_000002")}
-    for name, job in BACKGROUND.get(ranks, {}).items():
-        jobs[name] = job | {"background": str(root / f"{name} saves")}
-    if ranks == 1:
-        jobs["full disk"] = {"model": {}, "full_disk": str(root / "full disk saves")}
-        jobs["kept"] = {"model": {}, "save": str(root / "kept saves"), "steps": [1, 2, 3, 4], "dies_at": 5}
-    return jobs
+OTHERS: dict[str, tuple[int, dict[str, Any]]] = {
+    "TP2 in background": (2, {"model": TP2, "held_rank": 1, "how": "background"}),
+    # With a plain optimizer the second replica has nothing to write.
+    "DP2 in background": (2, {"model": {}, "held_rank": 0, "how": "background"} | PLAIN),
+    "full disk": (1, {"model": {}, "how": "full_disk"}),
+    "kept": (1, {"model": {}, "how": "save", "steps": [1, 2, 3, 4], "dies_at": 5}),
+}
+State = dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """Every job's report and checkpoints: rounds of two processes, one and two, which read what earlier ones wrote."""
-    root = tmp_path_factory.mktemp("checkpoints")
-    done: set[str] = set()
-    for ranks in (2, 1, 2):
-        jobs = {name: job for name, job in jobs_of(ranks, root).items() if name not in done}
-        for processes, name, writer, job in READ:
-            if processes == ranks and name not in done and writer in done | jobs.keys():
-                jobs[name] = job | {"resume": str(root / f"{writer} saves" / "step_000002")}
-                jobs[name]["save"] = str(root / f"{name} saves")
-        done |= jobs.keys()
-        (root / "jobs.json").write_text(json.dumps({str(root / name): job for name, job in jobs.items()}))
-        run_ranks(
-            ranks, ["-c", "from tests.distributed.checkpoint_worker import main; main()", str(root / "jobs.json")]
-        )
-    return root
+    return tmp_path_factory.mktemp("checkpoints")
 
 
-def report(root: Path, name: str, rank: int = 0) -> dict[str, torch.Tensor]:
-    return load_file(root / f"{name}.{rank}")
+def folder_of(root: Path, name: str) -> Path:
+    return root / f"{name} saves"
 
 
-@pytest.mark.parametrize("name, rank", SAME_LAYOUT)
-def test_resuming_gives_the_state_and_the_next_update_bit_for_bit(name, rank, root):
-    uninterrupted, resumed = report(root, name, rank), report(root, f"{name} again", rank)
-    assert uninterrupted.keys() == resumed.keys()
-    assert any("exp_avg_sq" in part for part in resumed) and resumed["saved/num_steps"] == 2
-    different = [part for part in resumed if not torch.equal(resumed[part], uninterrupted[part])]
-    assert not different
+@functools.cache
+def reports(root: Path, name: str) -> list[State]:
+    """A job's state by rank; its checkpoints lie in folder_of(root, name)."""
+    world_size, job = (SAVED | READ | OTHERS)[name]
+    writer, arrow, _ = name.rpartition(" -> ")
+    if arrow:
+        reports(root, writer)
+        job = job | {"resume": str(folder_of(root, writer) / "step_000002")}
+    return on_ranks(world_size, trained, job | {job.get("how", "save"): str(folder_of(root, name))})
+
+
+def report(root: Path, name: str) -> State:
+    return reports(root, name)[0]
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_resuming_gives_the_state_and_the_next_update_bit_for_bit(name, root):
+    uninterrupted = reports(root, name)
+    world_size, job = SAVED[name]
+    again = on_ranks(world_size, trained, job | {"resume": str(folder_of(root, name) / "step_000002")})
+    for before, resumed in zip(uninterrupted, again, strict=True):
+        assert before.keys() == resumed.keys()
+        assert any("exp_avg_sq" in part for part in resumed) and resumed["saved/num_steps"] == 2
+        different = [part for part in resumed if not torch.equal(resumed[part], before[part])]
+        assert not different
 
 
 def test_the_next_update_does_change_the_state(root):
@@ -113,10 +100,10 @@ def test_the_next_update_does_change_the_state(root):
         assert not torch.equal(state[f"saved/{part}"], state[f"next/{part}"]), part
 
 
-@pytest.mark.parametrize("name, writer", [(name, name.split(" -> ")[0]) for _, name, _, _ in READ])
-def test_another_layout_goes_on_from_the_same_state(name, writer, root):
+@pytest.mark.parametrize("name", READ)
+def test_another_layout_goes_on_from_the_same_state(name, root):
     """Weights at once bit for bit; loss, gradient norm and weights of the next update within fp32 summation order."""
-    original, reader = report(root, writer), report(root, name)
+    original, reader = report(root, name.split(" -> ")[0]), report(root, name)
     for part in original:
         if part.startswith("saved/weight/"):
             assert torch.equal(reader[part], original[part]), part
@@ -128,12 +115,13 @@ def test_another_layout_goes_on_from_the_same_state(name, writer, root):
 
 @pytest.mark.parametrize("name", ["TP2", "DP2"])
 def test_a_save_in_the_background_writes_the_bits_of_the_state_it_was_asked_for(name, root):
-    """The worker checks when it becomes a checkpoint; meanwhile an update changed the state in place."""
+    """The job checks when it becomes a checkpoint; meanwhile an update changed the state in place."""
     background = report(root, f"{name} in background")
     assert not torch.equal(background["saved/weight/model.norm.weight"], background["next/weight/model.norm.weight"])
-    files = checksums(root / f"{name} in background saves" / "step_000002")
+    files = checksums(folder_of(root, f"{name} in background") / "step_000002")
     if name == "TP2":
-        assert files == checksums(root / "TP2 saves" / "step_000002")
+        report(root, "TP2")
+        assert files == checksums(folder_of(root, "TP2") / "step_000002")
     assert len([file for file in files if file.endswith(".distcp")]) == (4 if name == "TP2" else 2)
 
 
@@ -145,7 +133,8 @@ def checksums(checkpoint: Path) -> dict[str, str]:
 
 
 def test_the_newest_two_are_kept_and_a_save_that_dies_changes_nothing(root):
-    folder = root / "kept saves"
+    report(root, "kept")
+    folder = folder_of(root, "kept")
     assert [path.name for path in whole_checkpoints(folder)] == ["step_000003", "step_000004"]
     assert latest_checkpoint(folder) == folder / "step_000004"
     assert (folder / "latest").read_text() == "step_000004"
@@ -154,8 +143,9 @@ def test_the_newest_two_are_kept_and_a_save_that_dies_changes_nothing(root):
 
 
 def test_a_background_writer_that_fails_leaves_the_older_checkpoint_the_newest(root):
-    """The worker checks that the run hears of it."""
-    folder = root / "full disk saves"
+    """The job checks that the run hears of it."""
+    report(root, "full disk")
+    folder = folder_of(root, "full disk")
     assert [path.name for path in whole_checkpoints(folder)] == ["step_000001"]
     assert (folder / "latest").read_text() == "step_000001" and not (folder / "step_000002").exists()
 
@@ -163,7 +153,8 @@ def test_a_background_writer_that_fails_leaves_the_older_checkpoint_the_newest(r
 @pytest.fixture
 def saves(root, tmp_path) -> Path:
     """A folder with steps 3 and 4, to be damaged."""
-    return Path(shutil.copytree(root / "kept saves", tmp_path / "checkpoints"))
+    report(root, "kept")
+    return Path(shutil.copytree(folder_of(root, "kept"), tmp_path / "checkpoints"))
 
 
 def error_of(path: Path) -> str:

@@ -1,5 +1,6 @@
 """Hugging Face -> checkpoint -> Hugging Face, bit for bit: in every layout, from any layout in any other."""
 
+import functools
 import json
 import urllib.request
 from pathlib import Path
@@ -10,8 +11,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tests.distributed.convert_jobs import exported, imported
 from tests.support.command_line import TINY
 from tests.support.hf_models import SHAPES, random_model
+from tests.support.rank_pool import on_ranks
 from tests.support.ranks import run_ranks
 from tests.support.serving import KEY, logprobs, running_server, tiny_model
 from tests.support.small_tokenizers import small_tokenizer
@@ -28,16 +31,23 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "EP2": (2, ["model.expert_model_parallel_size=2"]),
     "one process": (1, []),
 }
-WAYS = {  # imported in, exported in; the processes start once for each count, the most first
+WAYS = {  # imported in, exported in
     "TP2xPP2": ["TP2xPP2", "one process"],
     "TP2": ["PP2", "one process"],
     "PP2": ["TP2"],
     "EP2": ["EP2", "one process"],
     "one process": ["one process"],
 }
-FAMILIES = ("llama3", "qwen2", "qwen3", "qwen3_moe", "mixtral")  # the other shapes differ in numbers only
-MODELS = {f"{family} {head}": torch.float32 for family in FAMILIES for head in ("tied", "untied")}
-MODELS |= {"llama tied": torch.bfloat16, "llama untied": torch.float16}
+MODELS = {  # every kind of weight, head and number; the other shapes differ in numbers only
+    "llama3 untied": torch.float32,
+    "qwen2 tied": torch.float32,
+    "qwen3 tied": torch.float32,
+    "qwen3 untied": torch.float32,
+    "qwen3_moe tied": torch.float32,
+    "mixtral untied": torch.float32,
+    "llama tied": torch.bfloat16,
+    "llama untied": torch.float16,
+}
 CASES = [
     (model, written, read)
     for written, reads in WAYS.items()
@@ -62,22 +72,29 @@ def write_model(name: str, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("convert")
-    for name in MODELS:
-        write_model(name, root / name_of(name))
-    for ranks in (4, 2, 1):
-        imports: list[list[str]] = []
-        exports: list[list[str]] = []
-        for name, written, read in CASES:
-            checkpoint = root / name_of(name, written)
-            command = ["import", str(root / name_of(name)), str(checkpoint), *LAYOUTS[written][1]]
-            if LAYOUTS[written][0] == ranks and command not in imports:
-                imports.append(command)
-            if LAYOUTS[read][0] == ranks:
-                exports.append(["export", str(checkpoint), str(root / name_of(name, written, read)), *LAYOUTS[read][1]])
-        (root / "jobs.json").write_text(json.dumps(imports + exports))
-        run_ranks(ranks, ["-m", "tests.distributed.convert_worker", str(root / "jobs.json")], timeout=600)
-    return root
+    return tmp_path_factory.mktemp("convert")
+
+
+@functools.cache
+def source_of(root: Path, name: str) -> Path:
+    folder = root / name_of(name)
+    write_model(name, folder)
+    return folder
+
+
+@functools.cache
+def checkpoint_of(root: Path, name: str, written: str) -> Path:
+    world_size, overrides = LAYOUTS[written]
+    on_ranks(world_size, imported, source_of(root, name), checkpoint := root / name_of(name, written), overrides)
+    return checkpoint
+
+
+@functools.cache
+def exported_of(root: Path, name: str, written: str, read: str) -> Path:
+    world_size, overrides = LAYOUTS[read]
+    back = root / name_of(name, written, read)
+    on_ranks(world_size, exported, checkpoint_of(root, name, written), back, overrides)
+    return back
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -86,7 +103,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(("model", "written", "read"), CASES)
 def test_an_exported_folder_is_the_imported_one_bit_for_bit(model, written, read, root):
-    source, back = root / name_of(model), root / name_of(model, written, read)
+    source, back = source_of(root, model), exported_of(root, model, written, read)
     expected, found = tensors(source), tensors(back)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -103,7 +120,7 @@ def test_every_layout_imports_and_exports():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_transformers_computes_the_same_with_the_exported_folder(name, root):
-    read = [root / name_of(name), root / name_of(name, "TP2xPP2", "one process")]
+    read = [source_of(root, name), exported_of(root, name, "TP2xPP2", "one process")]
     source, back = (AutoModelForCausalLM.from_pretrained(folder, dtype=MODELS[name]) for folder in read)
     ids = torch.randint(101, (2, 50), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

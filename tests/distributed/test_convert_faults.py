@@ -15,8 +15,8 @@ from nemo_jepo import cli
 from nemo_jepo.checkpoint.format import require_whole
 from nemo_jepo.checkpoint.hf.export import export_hf
 from nemo_jepo.config.errors import ConfigError
+from tests.support import fork_server
 from tests.support.hf_models import random_model, save
-from tests.support.ranks import ROOT
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -133,9 +133,8 @@ assert cli.main() == 0
 
 
 def run_program(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    environment = os.environ | {"PYTHONWARNINGS": "ignore"}
+    return fork_server.run(["-c", program, *map(str, arguments)], environment=environment)
 
 
 def test_killed_on_a_full_disk_and_repeated_a_conversion_is_whole_in_the_end(source, tmp_path):

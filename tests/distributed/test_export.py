@@ -1,9 +1,7 @@
 """The folders that export writes: what transformers loads, whole or not at all."""
 
-import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from nemo_jepo.actor.weights.hf_folder import SafetensorsFolder
 from nemo_jepo.checkpoint.hf.export import export_hf
+from tests.support import fork_server
 from tests.support.hf_models import random_model, save
-from tests.support.ranks import ROOT
 
 Tensors = dict[str, torch.Tensor]
 
@@ -114,8 +112,7 @@ export_hf(tensors.items(), shapes_of(tensors), torch.float32, root / "model", ro
 
 
 def run_program(program: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, "-c", program, str(folder)], env=environment, capture_output=True, text=True)
+    return fork_server.run(["-c", program, str(folder)])
 
 
 def test_the_remains_of_a_killed_export_are_no_folder_and_do_not_stop_the_next(companions, tmp_path):

@@ -12,7 +12,7 @@ def test_a_child_has_its_own_arguments_environment_folder_and_exit_code(tmp_path
     program = "import os, sys; print(sys.argv, os.environ, os.getcwd()); print('no', file=sys.stderr); sys.exit(7)"
     done = fork_server.run(["-c", program, "a"], environment={"ONE": "1"}, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (7, "no\n")
-    assert done.stdout == f"['-c', 'a'] environ({{'ONE': '1'}}) {tmp_path}\n"
+    assert done.stdout == f"['-c', 'a'] environ({{'ONE': '1', 'CUDA_VISIBLE_DEVICES': ''}}) {tmp_path}\n"
 
 
 def test_a_module_a_file_and_a_program_run_as_main(tmp_path):

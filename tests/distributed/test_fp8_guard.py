@@ -1,6 +1,5 @@
 """The FP8 guard: its arithmetic, its switch, and what it does in every layout and in a whole run."""
 
-import json
 import math
 import statistics
 from pathlib import Path
@@ -11,8 +10,10 @@ import torch
 
 from nemo_jepo.actor.fp8_guard import Reading, squared_error, squared_spread
 from tests.distributed.batch import GROUP_SIZE, NUM_PROMPTS, TINY
+from tests.distributed.fp8_guard_jobs import guarded
 from tests.support.command_line import TINY as TINY_RUN
 from tests.support.command_line import metrics
+from tests.support.rank_pool import on_ranks
 from tests.support.ranks import run_ranks
 
 # ---- arithmetic -----------------------------------------------------------------------------------------------
@@ -89,19 +90,15 @@ NAMES = [name for layouts in LAYOUTS.values() for name in layouts]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict[str, list[dict[str, Any]]]:
+def found() -> dict[str, list[dict[str, Any]]]:
     """Every layout's facts, a list over its data-parallel replicas."""
     outcomes: dict[str, list[dict[str, Any]]] = {}
+    default = {"model": {}, "split": [NUM_PROMPTS], "shape": LLAMA, "recipe": "blockwise"}
     for world_size, layouts in LAYOUTS.items():
-        folder = tmp_path_factory.mktemp(f"ranks{world_size}")
-        default = {"model": {}, "split": [NUM_PROMPTS], "shape": LLAMA, "recipe": "blockwise"}
-        (folder / "jobs.json").write_text(json.dumps({name: default | layout for name, layout in layouts.items()}))
-        worker = ["-m", "tests.distributed.fp8_guard_worker", str(folder / "jobs.json"), str(folder / "out")]
-        run_ranks(world_size, worker)
-        of_ranks = [json.loads((folder / f"out.{rank}").read_text()) for rank in range(world_size)]
         for name, layout in layouts.items():
-            assert_ranks_agree([of_rank[name] for of_rank in of_ranks])
-            outcomes[name] = [of_ranks[rank][name] for rank in range(len(layout.get("split", [NUM_PROMPTS])))]
+            of_ranks = on_ranks(world_size, guarded, default | layout)
+            assert_ranks_agree(of_ranks)
+            outcomes[name] = of_ranks[: len(layout.get("split", [NUM_PROMPTS]))]
     return outcomes
 
 

@@ -1,24 +1,21 @@
 """Every layout gives one process's update: loss, gradient norm, log-probs, and every weight's gradient."""
 
-import dataclasses
-import json
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+import functools
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from tests.distributed.batch import GROUP_SIZE, NUM_PROMPTS, TINY, rule, sequences
-from tests.support.ranks import run_ranks
+from tests.distributed.update_jobs import update
+from tests.support.rank_pool import on_ranks
 
 Update = dict[str, torch.Tensor]
 
-WORKER = str(Path(__file__).with_name("update_worker.py"))
 SHAPES = {
     "llama": TINY | {"model_type": "llama"},
-    "qwen3": TINY | {"model_type": "qwen3", "tie_word_embeddings": True},  # query and key norms
+    # Every layout is tried with this one: its norms of queries and keys and its tied head are what layouts cut through.
+    "qwen3": TINY | {"model_type": "qwen3", "tie_word_embeddings": True},
 }
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": True}
 EXPERT_SHAPES = {
@@ -37,6 +34,7 @@ ONE_PROCESS: dict[str, dict[str, Any]] = {
     "full recompute": {"model": {"activations_checkpoint_granularity": "full"}},
     "selective recompute": {"model": {"activations_checkpoint_granularity": "selective"}},
     "plain optimizer": {"optim": {"lr": 1.0, "eps": 1.0, "distributed": False}},
+    "linear": {"optim": LINEAR},
 }
 TWO_PROCESSES: dict[str, dict[str, Any]] = {
     "TP2": {"model": TP2},
@@ -58,35 +56,23 @@ FOUR_PROCESSES: dict[str, dict[str, Any]] = {
     "CP2xDP2": {"model": CP2, "split": [1, 3]},
     "CP4": {"model": {"context_parallel_size": 4}},
 }
-WITH_EXPERTS: dict[int, dict[str, dict[str, Any]]] = {
-    2: {
-        "TP2+SP": {"model": TP2 | SP},
-        "PP2": {"model": PP2},
-        "EP2 over DP2, 3 prompts and 1": {"model": EP2, "split": [3, 1]},
-        "EP2 over DP2, 4 prompts and none": {"model": EP2, "split": [4, 0]},
-        "EP2 over CP2": {"model": EP2 | CP2},
-        "EP2 over TP2+SP": {"model": EP2 | TP2 | SP},
-    },
-    4: {
-        "EP2xPP2 over DP2": {"model": EP2 | PP2, "split": [1, 3]},
-        "EP2xPP2 over DP2 in 4 chunks": {"model": EP2 | PP2 | VPP2, "split": [3, 1]},
-        "EP4 over TP2xDP2+SP": {"model": {"expert_model_parallel_size": 4} | TP2 | SP, "split": [2, 2]},
-        "EP2 over TP2xDP2+SP": {"model": EP2 | TP2 | SP, "split": [1, 3]},
-    },
+EXPERTS_ON_TWO: dict[str, dict[str, Any]] = {
+    "TP2+SP": {"model": TP2 | SP},
+    "PP2": {"model": PP2},
+    "EP2 over DP2, 3 prompts and 1": {"model": EP2, "split": [3, 1]},
+    "EP2 over DP2, 4 prompts and none": {"model": EP2, "split": [4, 0]},
+    "EP2 over CP2": {"model": EP2 | CP2},
+    "EP2 over TP2+SP": {"model": EP2 | TP2 | SP},
+}
+EXPERTS_ON_FOUR: dict[str, dict[str, Any]] = {
+    "EP2xPP2 over DP2": {"model": EP2 | PP2, "split": [1, 3]},
+    "EP2xPP2 over DP2 in 4 chunks": {"model": EP2 | PP2 | VPP2, "split": [3, 1]},
+    "EP4 over TP2xDP2+SP": {"model": {"expert_model_parallel_size": 4} | TP2 | SP, "split": [2, 2]},
+    "EP2 over TP2xDP2+SP": {"model": EP2 | TP2 | SP, "split": [1, 3]},
 }
 
 
-def run_updates(
-    folder: Path, world_size: int, jobs: dict[str, dict[str, Any]], environment: Mapping[str, str] | None = None
-) -> dict[str, Update]:
-    """Each job's update, all in one start of the processes."""
-    files = {name: folder / f"{number}.safetensors" for number, name in enumerate(jobs)}
-    (folder / "jobs.json").write_text(json.dumps({str(files[name]): _job(**jobs[name]) for name in jobs}))
-    run_ranks(world_size, [WORKER, str(folder / "jobs.json")], environment=environment)
-    return {name: load_file(file) for name, file in files.items()}
-
-
-def _job(shape: str = "llama", **changes: Any) -> dict[str, Any]:
+def job_of(shape: str = "llama", **changes: Any) -> dict[str, Any]:
     job: dict[str, Any] = {
         "hf_config": (SHAPES | EXPERT_SHAPES)[shape],
         "model": {},
@@ -94,39 +80,19 @@ def _job(shape: str = "llama", **changes: Any) -> dict[str, Any]:
         "clip": 0.0,
         "split": [NUM_PROMPTS],
         "group_size": GROUP_SIZE,
-        "sequences": [dataclasses.asdict(sequence) for sequence in sequences()],
+        "sequences": sequences(),
         "rule": rule(),
     } | changes
     return job | {"model": {"tokens_per_micro_batch": 64, "logprob_chunk_tokens": 5} | job["model"]}
 
 
-def of_shapes(jobs: dict[str, dict[str, Any]], shapes: Iterable[str] = SHAPES) -> dict[str, dict[str, Any]]:
-    return {f"{name} {shape}": changes | {"shape": shape} for name, changes in jobs.items() for shape in shapes}
+def updated(world_size: int, **job: Any) -> Update:
+    return on_ranks(world_size, update, job_of(**job))[0]
 
 
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory) -> dict[str, Update]:
-    jobs = {shape: {"shape": shape} for shape in SHAPES | EXPERT_SHAPES} | ONE_PROCESS | {"linear": {"optim": LINEAR}}
-    return run_updates(tmp_path_factory.mktemp("one"), 1, jobs)
-
-
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory, one_process) -> dict[str, Update]:
-    limit = float(one_process["linear"]["grad_norm"]) / 2
-    clipped = {"clipped": {"optim": LINEAR, "clip": limit, "model": TP2}}
-    return run_updates(tmp_path_factory.mktemp("two"), 2, of_shapes(TWO_PROCESSES) | clipped)
-
-
-@pytest.fixture(scope="module")
-def four_processes(tmp_path_factory) -> dict[str, Update]:
-    return run_updates(tmp_path_factory.mktemp("four"), 4, of_shapes(FOUR_PROCESSES))
-
-
-@pytest.fixture(scope="module")
-def with_experts(tmp_path_factory) -> dict[str, Update]:
-    folder = tmp_path_factory.mktemp
-    jobs = {ranks: of_shapes(layouts, EXPERT_SHAPES) for ranks, layouts in WITH_EXPERTS.items()}
-    return {k: v for ranks in jobs for k, v in run_updates(folder(f"experts{ranks}"), ranks, jobs[ranks]).items()}
+@functools.cache
+def one_process(shape: str, setting: str = "") -> Update:
+    return updated(1, shape=shape, **ONE_PROCESS.get(setting, {}))
 
 
 def assert_same_update(found: Update, expected: Update, relative: float = 2e-5) -> None:
@@ -145,29 +111,34 @@ def assert_same_update(found: Update, expected: Update, relative: float = 2e-5) 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("layout", TWO_PROCESSES)
-def test_a_layout_of_two_processes_gives_the_update_of_one(layout, shape, two_processes, one_process):
-    assert_same_update(two_processes[f"{layout} {shape}"], one_process[shape])
+def test_a_layout_of_two_processes_gives_the_update_of_one(layout, shape):
+    assert_same_update(updated(2, shape=shape, **TWO_PROCESSES[layout]), one_process(shape))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("layout", FOUR_PROCESSES)
-def test_a_layout_of_four_processes_gives_the_update_of_one(layout, shape, four_processes, one_process):
-    assert_same_update(four_processes[f"{layout} {shape}"], one_process[shape])
+def test_a_layout_of_four_processes_gives_the_update_of_one(layout):
+    assert_same_update(updated(4, shape="qwen3", **FOUR_PROCESSES[layout]), one_process("qwen3"))
 
 
 @pytest.mark.parametrize("shape", EXPERT_SHAPES)
-@pytest.mark.parametrize("layout", [layout for layouts in WITH_EXPERTS.values() for layout in layouts])
-def test_a_layout_of_experts_gives_the_update_of_one_process(layout, shape, with_experts, one_process):
-    assert_same_update(with_experts[f"{layout} {shape}"], one_process[shape])
+@pytest.mark.parametrize("layout", EXPERTS_ON_TWO)
+def test_a_layout_of_experts_on_two_processes_gives_the_update_of_one(layout, shape):
+    assert_same_update(updated(2, shape=shape, **EXPERTS_ON_TWO[layout]), one_process(shape))
 
 
-@pytest.mark.parametrize("setting", ONE_PROCESS)
-def test_micro_batches_and_memory_settings_do_not_change_the_update(setting, one_process):
-    assert_same_update(one_process[setting], one_process["llama"])
+@pytest.mark.parametrize("layout", EXPERTS_ON_FOUR)
+def test_a_layout_of_experts_on_four_processes_gives_the_update_of_one(layout):
+    assert_same_update(updated(4, shape="qwen3_moe", **EXPERTS_ON_FOUR[layout]), one_process("qwen3_moe"))
 
 
-def test_clipping_scales_the_whole_update_to_the_limit(two_processes, one_process):
-    whole, half = one_process["linear"], two_processes["clipped"]
+@pytest.mark.parametrize("setting", [setting for setting in ONE_PROCESS if setting != "linear"])
+def test_micro_batches_and_memory_settings_do_not_change_the_update(setting):
+    assert_same_update(one_process("llama", setting), one_process("llama"))
+
+
+def test_clipping_scales_the_whole_update_to_the_limit():
+    whole = one_process("llama", "linear")
+    half = updated(2, optim=LINEAR, clip=float(whole["grad_norm"]) / 2, model=TP2)
     for name in whole:
         if name.startswith("moved/"):
             torch.testing.assert_close(half[name], whole[name] / 2, rtol=1e-3, atol=1e-5)

@@ -1,14 +1,13 @@
 """chunked_logprobs against log_softmax and autograd in float64; S tokens, H hidden size, V vocabulary."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from nemo_jepo.actor.logprobs import chunked_logprobs
-from tests.support.ranks import run_ranks
+from tests.distributed.logprobs_jobs import one_shard
+from tests.support.rank_pool import on_ranks
 
 S, H, V = 13, 6, 11
 Case = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -107,21 +106,14 @@ def test_entropies_carry_no_gradient():
     assert not entropies.requires_grad
 
 
-@pytest.fixture(scope="module")
-def vocabulary_shards(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("shards")
-    run_ranks(3, [str(Path(__file__).with_name("logprobs_worker.py")), str(folder)])
-    return folder
-
-
-@pytest.mark.parametrize("size", [2, 3])
-def test_a_vocabulary_over_several_ranks_gives_what_one_process_gives(size, vocabulary_shards):
-    """11 columns over 2 ranks: 6 and 5; over 3: 4, 4 and 3. Hidden gradients are the sum of the ranks' parts."""
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_vocabulary_over_several_ranks_gives_what_one_process_gives(size):
+    """11 columns over 2 ranks: 6 and 5; over 4: 3, 3, 3 and 2. Hidden gradients are the sum of the ranks' parts."""
     inputs = case(scale=3.0)
-    shards = [load_file(vocabulary_shards / f"{size}_{rank}.safetensors") for rank in range(size)]
+    shards = on_ranks(size, one_shard, *inputs)
     for shard in shards:
         found = {name: shard[name] for name in ("logprobs", "entropies")}
         found["hidden_grad"] = sum(other["hidden_grad"] for other in shards)
         found["weight_grad"] = torch.cat([other["weight_grad"] for other in shards])
         assert_near(found, reference(*inputs), 5e-6)
-    assert [len(shard["weight_grad"]) for shard in shards] == {2: [6, 5], 3: [4, 4, 3]}[size]
+    assert [len(shard["weight_grad"]) for shard in shards] == {2: [6, 5], 4: [3, 3, 3, 2]}[size]

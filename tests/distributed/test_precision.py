@@ -1,19 +1,18 @@
 """FP8 settings reach Megatron as they are meant, and what could not train in FP8 is refused; bf16 keeps fp32 sums."""
 
-import json
-from typing import Any
-
 import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
-from safetensors.torch import load_file
 from torch import nn
 
 from nemo_jepo.actor import precision
 from nemo_jepo.actor.precision import assert_fp8_is_used, check_fp8, fp8_options
 from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.schema import ModelConfig, OptimConfig
-from tests.support.ranks import run_ranks
+from tests.distributed.precision_jobs import bf16_update
+from tests.support.rank_pool import on_ranks
+
+Tensors = dict[str, torch.Tensor]
 
 
 def settings(**changes) -> ModelConfig:
@@ -169,19 +168,22 @@ def test_the_first_layer_that_is_not_transformer_engines_is_named():
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one process", "TP2"])
-def facts(request, tmp_path_factory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("precision")
-    run_ranks(request.param, ["-m", "tests.distributed.precision_worker", str(folder / "out")])
-    return load_file(folder / "out.safetensors") | {"refusal": json.loads((folder / "out.json").read_text())}
+def found(request) -> tuple[Tensors, str]:
+    return on_ranks(request.param, bf16_update)[0]
 
 
-def test_megatrons_local_layers_are_refused(facts):
+@pytest.fixture
+def facts(found) -> Tensors:
+    return found[0]
+
+
+def test_megatrons_local_layers_are_refused(found):
     """They train silently without FP8 when model.fp8 is set."""
-    assert "decoder.layers.0.self_attention.linear_proj': is RowParallelLinear" in facts["refusal"]
+    assert "decoder.layers.0.self_attention.linear_proj': is RowParallelLinear" in found[1]
 
 
 def test_bf16_weights_have_fp32_main_weights_moments_and_gradients(facts):
-    dtypes = {name: tensor.dtype for name, tensor in facts.items() if name != "refusal"}
+    dtypes = {name: tensor.dtype for name, tensor in facts.items()}
     assert {dtype for name, dtype in dtypes.items() if name.startswith("weight/")} == {torch.bfloat16}
     for kind in ("main/", "exp_avg/", "exp_avg_sq/", "gradient/"):
         assert {dtype for name, dtype in dtypes.items() if name.startswith(kind)} == {torch.float32}, kind

@@ -15,7 +15,7 @@ RECIPES = ("tensorwise", "blockwise", "delayed")
 
 
 def run_case(name: str, folder: Path) -> dict[str, Any]:
-    run_ranks(1, ["-m", "tests.gpu.actor_worker", name, str(folder / "out.json")])
+    run_ranks(1, ["-m", "tests.gpu.actor_worker", name, str(folder / "out.json")], forked=False)
     return json.loads((folder / "out.json").read_text())
 
 

@@ -1,15 +1,12 @@
 """The actor on a GPU scores folders as transformers does, in bf16: its error is that of transformers in bf16."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
 
+from tests.distributed.scoring_jobs import scores_and_gradients
 from tests.distributed.test_against_transformers import SEQUENCES, Values, by_transformers, token_weights
 from tests.support.hf_models import random_model, save
-from tests.support.ranks import ROOT, run_ranks
+from tests.support.rank_pool import RankPool
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 
@@ -18,18 +15,13 @@ FAMILIES = ("llama", "qwen2", "qwen3")
 def by_actor(tmp_path_factory) -> dict[str, Values]:
     """Transformer Engine's layers where they are installed, local ones with SDPA attention otherwise."""
     root = tmp_path_factory.mktemp("models")
-    jobs = {
-        str(root / f"{family}.out"): {
-            "folder": save(random_model(f"{family} untied"), root / family),
-            "model": {},
-            "precision": "bf16",
-            "token_weights": None,
-        }
-        for family in FAMILIES
-    }
-    (root / "jobs.json").write_text(json.dumps(jobs))
-    run_ranks(1, [str(ROOT / "tests/distributed/scoring_worker.py"), str(root / "jobs.json")])
-    return {Path(file).stem: load_file(file) for file in jobs}
+    scores = {}
+    with RankPool(1, forked=False) as gpu:
+        for family in FAMILIES:
+            folder = save(random_model(f"{family} untied"), root / family)
+            job = {"folder": folder, "model": {}, "precision": "bf16", "token_weights": None}
+            (scores[family],) = gpu.run(scores_and_gradients, job)
+    return scores
 
 
 @pytest.mark.parametrize("family", FAMILIES)

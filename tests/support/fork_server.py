@@ -313,7 +313,7 @@ def _become(request: Mapping[str, Any]) -> None:
         os.setsid()
     os.chdir(request["cwd"])
     os.environ.clear()
-    os.environ.update(request["environment"])
+    os.environ.update(request["environment"] | {"CUDA_VISIBLE_DEVICES": ""})  # a fork cannot use one
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
     warnings.resetwarnings()

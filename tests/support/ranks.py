@@ -1,4 +1,4 @@
-"""Start real processes that talk over gloo, and read what rank 0 wrote."""
+"""Whole programs on several ranks: children of the fork server, or processes of their own where they need a GPU."""
 
 import os
 import subprocess
@@ -7,41 +7,48 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from nemo_jepo.utils.network import free_ports
+from tests.support import fork_server
 
 ROOT = Path(__file__).parents[2]
 
 
-WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+def place_of(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """torchrun's variables."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+    return {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in place.items()}
 
 
 def run_ranks(
-    world_size: int, command: list[str], timeout: float = 240, environment: Mapping[str, str] | None = None
+    world_size: int,
+    command: list[str],
+    timeout: float = 240,
+    environment: Mapping[str, str] | None = None,
+    forked: bool = True,
 ) -> str:
     """Run `python *command` once a rank, with torchrun's variables set; the output of all ranks if all end well.
 
     Args:
         environment: variables beside those of this process.
+        forked: in children of the fork server, which have no GPU.
     """
-    port = str(*free_ports())
+    (port,) = free_ports()
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     shared = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
     shared |= environment or {}
-    processes: list[subprocess.Popen[str]] = []
+    processes: list[Any] = []
     files = [tempfile.TemporaryFile("w+") for _ in range(world_size)]
-    for rank in range(world_size):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, *command],
-                env=shared | place,
-                stdout=files[rank],
-                stderr=subprocess.STDOUT,
-                text=True,
+    for rank, file in enumerate(files):
+        own = shared | place_of(rank, world_size, port)
+        if forked:
+            process = fork_server.start(command, environment=own, stdout=file, stderr=subprocess.STDOUT)
+        else:
+            process = subprocess.Popen(
+                [sys.executable, *command], env=own, stdout=file, stderr=subprocess.STDOUT, text=True
             )
-        )
+        processes.append(process)
     try:
         deadline = time.monotonic() + timeout
         while any(process.poll() is None for process in processes):

@@ -1,26 +1,15 @@
-"""Gradients and one update of a bf16 model on Megatron's local layers. Run by test_precision, once a rank.
-
-python -m tests.distributed.precision_worker OUT      rank 0 writes OUT.safetensors (tensors) and OUT.json (a refusal)
-"""
-
-import json
-import sys
-from pathlib import Path
+"""Gradients and one update of a bf16 model on Megatron's local layers."""
 
 import torch
-from safetensors.torch import save_file
 
 from nemo_jepo.actor import parallel
-
-parallel.init_distributed()
-
-from nemo_jepo.actor.actor import MegatronJEPOActor  # noqa: E402
-from nemo_jepo.actor.model import load_hf_config  # noqa: E402
-from nemo_jepo.actor.precision import assert_fp8_is_used  # noqa: E402
-from nemo_jepo.config.errors import ConfigError  # noqa: E402
-from nemo_jepo.config.schema import ModelConfig, OptimConfig  # noqa: E402
-from nemo_jepo.data.packing import pack  # noqa: E402
-from tests.distributed.batch import TINY, sequences  # noqa: E402
+from nemo_jepo.actor.actor import MegatronJEPOActor
+from nemo_jepo.actor.model import load_hf_config
+from nemo_jepo.actor.precision import assert_fp8_is_used
+from nemo_jepo.config.errors import ConfigError
+from nemo_jepo.config.schema import ModelConfig, OptimConfig
+from nemo_jepo.data.packing import pack
+from tests.distributed.batch import TINY, sequences
 
 
 def refusal(model: torch.nn.Module) -> str:
@@ -31,7 +20,8 @@ def refusal(model: torch.nn.Module) -> str:
     return ""
 
 
-def main(out: Path) -> None:
+def bf16_update() -> tuple[dict[str, torch.Tensor], str]:
+    """Tensors by name, and why these layers are refused in FP8."""
     world_size = torch.distributed.get_world_size()
     model = ModelConfig(tokens_per_micro_batch=64, tensor_model_parallel_size=world_size)
     parallel.init_model_parallel(model)
@@ -58,10 +48,5 @@ def main(out: Path) -> None:
     for number, main_weight in enumerate(mains):
         for name, moment in optimizer.optimizer.state[main_weight].items():
             tensors[f"{name}/{number}"] = moment
-    if torch.distributed.get_rank() == 0:
-        save_file(tensors, f"{out}.safetensors")
-        Path(f"{out}.json").write_text(json.dumps(refusal(torch.nn.ModuleList(optimizer.model_chunks))))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    return tensors, refusal(torch.nn.ModuleList(optimizer.model_chunks))

@@ -1,26 +1,18 @@
-"""The reference policy swapped in and out around training steps. Run by test_reference.
+"""The reference policy swapped in and out around training steps."""
 
-python reference_worker.py OUT.json     (once a rank; rank 0 writes figures of each case)
-"""
-
-import json
-import sys
 from collections.abc import Mapping
 
 import torch
 
 from nemo_jepo.actor import parallel
-
-parallel.init_distributed()
-
-from nemo_jepo.actor.actor import MegatronJEPOActor  # noqa: E402
-from nemo_jepo.actor.model import load_hf_config  # noqa: E402
-from nemo_jepo.actor.reference_policy import ReferencePolicy  # noqa: E402
-from nemo_jepo.actor.weights.load import load_stage, open_source  # noqa: E402
-from nemo_jepo.config.schema import ModelConfig, OptimConfig  # noqa: E402
-from nemo_jepo.data.packing import pack  # noqa: E402
-from nemo_jepo.types import Scores  # noqa: E402
-from tests.distributed.batch import TINY, sequences  # noqa: E402
+from nemo_jepo.actor.actor import MegatronJEPOActor
+from nemo_jepo.actor.model import load_hf_config
+from nemo_jepo.actor.reference_policy import ReferencePolicy
+from nemo_jepo.actor.weights.load import load_stage, open_source
+from nemo_jepo.config.schema import ModelConfig, OptimConfig
+from nemo_jepo.data.packing import pack
+from nemo_jepo.types import Scores
+from tests.distributed.batch import TINY, sequences
 
 
 def weights_of(actor: MegatronJEPOActor) -> dict[str, torch.Tensor]:
@@ -46,7 +38,7 @@ def raised_inside(reference: ReferencePolicy) -> bool:
     return False
 
 
-def case(precision: str, place: str) -> dict[str, float | bool]:
+def swapped(precision: str, place: str) -> dict[str, float | bool]:
     model = ModelConfig(pipeline_model_parallel_size=2, tokens_per_micro_batch=64, reference_policy=place)
     parallel.init_model_parallel(model)
     layout = parallel.Layout()
@@ -60,13 +52,13 @@ def case(precision: str, place: str) -> dict[str, float | bool]:
     actor.start_training(OptimConfig(lr=0.05), 0.0, 10)
 
     initial, initial_weights = actor.get_inference_log_probs(rows, len(batch)), weights_of(actor)
-    figures: dict[str, float | bool] = {"none_kept_is_none": without is None}
+    facts: dict[str, float | bool] = {"none_kept_is_none": without is None}
     for _ in range(2):
         actor.train_step(rows, [torch.ones(s.chain_length + s.answer_length) for s in batch])
         own_weights = weights_of(actor)
         own = actor.get_inference_log_probs(rows, len(batch))
         reference = actor.get_init_policy_logprobs(rows, len(batch))
-        figures |= {
+        facts |= {
             "moved": difference(own, initial),
             "reference_scores_differ": difference(reference, initial),
             "restored": same(weights_of(actor), own_weights),
@@ -75,19 +67,8 @@ def case(precision: str, place: str) -> dict[str, float | bool]:
     swap = actor._reference
     assert swap is not None
     with swap.in_place():
-        figures["inside_is_initial"] = same(weights_of(actor), initial_weights)
-    figures["restored_after_exception"] = raised_inside(swap) and same(weights_of(actor), own_weights)
+        facts["inside_is_initial"] = same(weights_of(actor), initial_weights)
+    facts["restored_after_exception"] = raised_inside(swap) and same(weights_of(actor), own_weights)
     with swap.in_place():
-        figures["reference_survives_exception"] = same(weights_of(actor), initial_weights)
-    return figures
-
-
-if __name__ == "__main__":
-    reports = {
-        f"{precision} {place}": case(precision, place) for precision in ("fp32", "bf16") for place in ("cpu", "gpu")
-    }
-    everyone = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, reports)
-    if torch.distributed.get_rank() == 0:
-        with open(sys.argv[1], "w") as file:
-            json.dump(everyone, file)
+        facts["reference_survives_exception"] = same(weights_of(actor), initial_weights)
+    return facts

@@ -1,29 +1,19 @@
-"""The FP8 guard over stand-in FP8 in any layout. Run by test_fp8_guard.
+"""The FP8 guard over stand-in FP8 in any layout."""
 
-python -m tests.distributed.fp8_guard_worker jobs.json OUT     (once a rank; jobs: name -> job; rank r writes OUT.r)
-"""
-
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from nemo_jepo.actor import parallel
-
-parallel.init_distributed()
-
-from tests.actor import fp8_stand_in  # noqa: E402
-
-from nemo_jepo.actor.actor import MegatronJEPOActor  # noqa: E402
-from nemo_jepo.actor.fp8_guard import guard_fp8  # noqa: E402
-from nemo_jepo.actor.model import load_hf_config  # noqa: E402
-from nemo_jepo.actor.weights.load import load_stage, open_source  # noqa: E402
-from nemo_jepo.config.schema import ModelConfig, OptimConfig  # noqa: E402
-from nemo_jepo.data.packing import pack  # noqa: E402
-from nemo_jepo.objective.tables import group_scores  # noqa: E402
-from tests.distributed.batch import GROUP_SIZE, sequences  # noqa: E402
+from nemo_jepo.actor.actor import MegatronJEPOActor
+from nemo_jepo.actor.fp8_guard import guard_fp8
+from nemo_jepo.actor.model import load_hf_config
+from nemo_jepo.actor.weights.load import load_stage, open_source
+from nemo_jepo.config.schema import ModelConfig, OptimConfig
+from nemo_jepo.data.packing import pack
+from nemo_jepo.objective.tables import group_scores
+from tests.distributed import fp8_stand_in
+from tests.distributed.batch import GROUP_SIZE, sequences
 
 INTERVAL, STEPS = 2, 5
 
@@ -37,7 +27,13 @@ def build(job: dict[str, Any], layout: parallel.Layout, **fp8: Any) -> MegatronJ
     return actor
 
 
-def facts(job: dict[str, Any]) -> dict[str, Any]:
+def guarded(job: dict[str, Any]) -> dict[str, Any]:
+    """What the guard reads and says in five steps, and the scores and losses that it should have read."""
+    with fp8_stand_in.installed():
+        return _guarded(job)
+
+
+def _guarded(job: dict[str, Any]) -> dict[str, Any]:
     parallel.init_model_parallel(ModelConfig(**job["model"]))
     layout = parallel.Layout()
     first, count = sum(job["split"][: layout.data_parallel_rank]), job["split"][layout.data_parallel_rank]
@@ -76,13 +72,3 @@ def facts(job: dict[str, Any]) -> dict[str, Any]:
     found["said"], found["then"] = said, answer_logprobs(actor)
     found["losses"].append(loss(actor))
     return found
-
-
-def main(jobs: str, out: str) -> None:
-    fp8_stand_in.install()
-    found = {name: facts(job) for name, job in json.loads(Path(jobs).read_text()).items()}
-    Path(f"{out}.{torch.distributed.get_rank()}").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

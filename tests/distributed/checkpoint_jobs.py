@@ -1,17 +1,10 @@
-"""Train, save, go on; or resume and go on. Run by test_checkpoint.
-
-    python -c "from tests.distributed.checkpoint_worker import main; main()" jobs.json
-                                              (once a rank; jobs: output name -> job; every rank writes NAME.RANK)
-
-Megatron's writer spawns a helper process at every save, which imports the main module again: -c leaves it nothing.
+"""Train, save, go on; or resume and go on.
 
 A job trains two updates, or resumes from job["resume"] with other initial weights, and saves step 2 into job["save"];
 then it reports its whole state, does one more update, and reports the weights after it.
 """
 
 import errno
-import json
-import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,27 +12,23 @@ from typing import Any
 from unittest import mock
 
 import torch
-from safetensors.torch import save_file
 
 from nemo_jepo.actor import parallel
-
-parallel.init_distributed()
-
-from nemo_jepo.actor.actor import MegatronJEPOActor  # noqa: E402
-from nemo_jepo.actor.model import load_hf_config  # noqa: E402
-from nemo_jepo.actor.weights.load import load_stage, open_source  # noqa: E402
-from nemo_jepo.actor.weights.stream import weight_stream  # noqa: E402
-from nemo_jepo.checkpoint import writer as checkpoint  # noqa: E402
-from nemo_jepo.checkpoint.format import latest_checkpoint  # noqa: E402
-from nemo_jepo.config.schema import ModelConfig, OptimConfig, SchedConfig  # noqa: E402
-from nemo_jepo.data.packing import pack  # noqa: E402
-from tests.distributed.batch import TINY, sequences  # noqa: E402
+from nemo_jepo.actor.actor import MegatronJEPOActor
+from nemo_jepo.actor.model import load_hf_config
+from nemo_jepo.actor.weights.load import load_stage, open_source
+from nemo_jepo.actor.weights.stream import weight_stream
+from nemo_jepo.checkpoint import writer as checkpoint
+from nemo_jepo.checkpoint.format import latest_checkpoint
+from nemo_jepo.config.schema import ModelConfig, OptimConfig, SchedConfig
+from nemo_jepo.data.packing import pack
+from tests.distributed.batch import TINY, sequences
 
 LOOP_STATE = {"data": {"epoch": 3, "position": 17}}
 SCHEDULE = SchedConfig(name="cosine", warmup_steps=2, min_lr=0.001)
 
 
-def build(job: dict) -> MegatronJEPOActor:
+def build(job: dict[str, Any]) -> MegatronJEPOActor:
     model = ModelConfig(tokens_per_micro_batch=64, **job["model"])
     parallel.init_model_parallel(model)
     layout = parallel.Layout()
@@ -100,7 +89,7 @@ def die(folder: Path) -> None:
     raise KeyboardInterrupt
 
 
-def save(actor: MegatronJEPOActor, job: dict) -> None:
+def save(actor: MegatronJEPOActor, job: dict[str, Any]) -> None:
     """Steps 1 to 4 where the job asks what is kept; the last attempt dies, as a killed process would."""
     writer = checkpoint.CheckpointWriter(Path(job["save"]), 2, write_model_files)
     for step in job.get("steps", [2]):
@@ -125,7 +114,7 @@ def held_writer(held_rank: int, release: Path) -> Callable[..., None]:
     return hold_and_write
 
 
-def save_in_background(actor: MegatronJEPOActor, job: dict) -> None:
+def save_in_background(actor: MegatronJEPOActor, job: dict[str, Any]) -> None:
     """Step 2 while an update goes on: no checkpoint before every rank has written, then one of the state before it.
 
     Its save waits for that of step 1.
@@ -152,7 +141,7 @@ def save_in_background(actor: MegatronJEPOActor, job: dict) -> None:
     assert (folder / "latest").read_text() == "step_000002"
 
 
-def save_on_a_full_disk(actor: MegatronJEPOActor, job: dict) -> None:
+def save_on_a_full_disk(actor: MegatronJEPOActor, job: dict[str, Any]) -> None:
     """Step 1 is whole; the background writer of step 2 fails, and the call that would make a checkpoint says so."""
     folder = Path(job["full_disk"])
     writer = checkpoint.CheckpointWriter(folder, 2, write_model_files, in_background=True)
@@ -172,7 +161,8 @@ def full_disk(*args: object, **kwargs: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def run(job: dict) -> dict[str, torch.Tensor]:
+def trained(job: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """saved/..., the state that was saved or loaded; next/..., the metrics and the state of the update after it."""
     actor = build(job)
     if "resume" in job:
         state = checkpoint.load_checkpoint(Path(job["resume"]), actor.sharded_state_dict(is_loading=True))
@@ -192,9 +182,4 @@ def run(job: dict) -> dict[str, torch.Tensor]:
         metrics = update(actor)
         out |= {f"next/metric/{name}": torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
     out |= {f"next/{name}": tensor for name, tensor in state_of(actor).items()}
-    return {name: tensor.contiguous() for name, tensor in out.items()}
-
-
-def main() -> None:
-    for file, job in json.load(open(sys.argv[1])).items():
-        save_file(run(job), f"{file}.{torch.distributed.get_rank()}")
+    return out
