@@ -2,23 +2,20 @@
 
 import functools
 import json
-import urllib.request
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.distributed.convert_jobs import exported, imported
 from tests.support.command_line import TINY
 from tests.support.hf_models import SHAPES, random_model
 from tests.support.rank_pool import on_ranks
 from tests.support.ranks import run_ranks
-from tests.support.serving import KEY, logprobs, running_server, tiny_model
+from tests.support.serving import logprobs, tiny_model
 from tests.support.small_tokenizers import small_tokenizer
-from tests.support.vllm_processes import needs_vllm
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -134,19 +131,18 @@ TRAIN += ["trainer.jepo.max_steps=1", "trainer.jepo.save_interval=0", "trainer.j
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory) -> dict[str, Any]:
-    """A model that vLLM takes, its checkpoint and what that was exported to, all through the command line."""
-    folder = tmp_path_factory.mktemp("served")
+def imported_model(tmp_path_factory) -> tuple[PreTrainedModel, Path]:
+    """A model and its checkpoint, made through the command line."""
+    folder = tmp_path_factory.mktemp("imported")
     model = tiny_model(folder / "source", "qwen3", tied=True, seed=3)
     run_ranks(1, ["-m", "nemo_jepo.cli", "import", str(folder / "source"), str(folder / "checkpoint")])
-    tp2 = "model.tensor_model_parallel_size=2"
-    run_ranks(2, ["-m", "nemo_jepo.cli", "export", str(folder / "checkpoint"), str(folder / "back"), tp2])
-    return {"model": model, "checkpoint": folder / "checkpoint", "back": folder / "back"}
+    return model, folder / "checkpoint"
 
 
 @pytest.mark.parametrize("layout", [[], ["trainer.devices=2", *TP2]], ids=["one process", "TP2"])
-def test_a_run_starts_from_an_imported_checkpoint(layout, served, tmp_path):
-    start = ["model.hf_config=null", f"pretrained_checkpoint.restore_from_path={served['checkpoint']}"]
+def test_a_run_starts_from_an_imported_checkpoint(layout, imported_model, tmp_path):
+    model, checkpoint = imported_model
+    start = ["model.hf_config=null", f"pretrained_checkpoint.restore_from_path={checkpoint}"]
     where = [f"exp_manager.exp_dir={tmp_path}", "exp_manager.name=run"]
     command = ["-m", "nemo_jepo.cli", "train", *TRAIN, *start, *where, *layout]
     run_ranks(2 if layout else 1, command, timeout=400)
@@ -155,29 +151,9 @@ def test_a_run_starts_from_an_imported_checkpoint(layout, served, tmp_path):
     rollouts = (tmp_path / "run" / "rollouts" / "step_000001.jsonl").read_text().splitlines()
     for rollout in map(json.loads, rollouts):  # scored before the first update
         prompt, scored = (tuple(rollout["token_ids"][part]) for part in parts(rollout["prompt_length"]))
-        expected = logprobs(served["model"], prompt, scored)
+        expected = logprobs(model, prompt, scored)
         torch.testing.assert_close(torch.tensor(rollout["policy_logprobs"]), expected, rtol=0, atol=1e-4)
 
 
 def parts(length: int) -> tuple[slice, slice]:
     return slice(length), slice(length, None)
-
-
-def sample(url: str, prompt: tuple[int, ...]) -> tuple[tuple[int, ...], torch.Tensor]:
-    """A completion straight from a server, which holds what it read from the folder: token ids, log-probs."""
-    params = {"max_tokens": 12, "temperature": 1.0, "logprobs": 0, "seed": 0}
-    body = json.dumps({"token_ids": prompt, "sampling_params": params, "return_token_ids": True}).encode()
-    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
-    request = urllib.request.Request(f"{url}/inference/v1/generate", body, headers)
-    with urllib.request.urlopen(request, timeout=120) as answer:
-        (choice,) = json.load(answer)["choices"]
-    return tuple(choice["token_ids"]), torch.tensor([entry["logprob"] for entry in choice["logprobs"]["content"]])
-
-
-@needs_vllm
-def test_vllm_samples_from_an_exported_folder_with_the_log_probs_of_the_original(served, tmp_path):
-    with running_server(served["back"], log=tmp_path / "log") as (url, _):
-        for start in range(1, 5):
-            prompt = tuple(range(start, start + 40))
-            token_ids, found = sample(url, prompt)
-            torch.testing.assert_close(found, logprobs(served["model"], prompt, token_ids), rtol=0, atol=1e-4)
