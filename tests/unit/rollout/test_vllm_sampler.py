@@ -1,0 +1,117 @@
+"""The sampler over vLLM servers: who is sampled from after a sync, what is asked, and that a batch can be stopped."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import pytest
+import torch
+
+from nemo_jepo.config.schema import VLLMConfig
+from nemo_jepo.rollout.sampler import GenerationRequest, SamplersLost, SamplingStopped
+from nemo_jepo.rollout.vllm.pool import Pool
+from nemo_jepo.rollout.vllm.push import WeightTransfer
+from nemo_jepo.rollout.vllm.sampler import VLLMSampler
+from nemo_jepo.types import Prompt
+from tests.support.fake_vllm import KEY, VOCAB, FakeVLLM
+
+SYNCED = 7
+"""The version of the weights that the fakes report."""
+PROMPTS = [Prompt(i, (1, i), "question", "answer") for i in range(6)]
+DEADLINE_S = 60
+
+
+def request(stop_at_marker: bool = False) -> GenerationRequest:
+    return GenerationRequest(2, max_tokens=5, stop_at_marker=stop_at_marker, temperature=1.0, seed=1)
+
+
+class Transfer(WeightTransfer):
+    """Reads the stream; the servers in `faults` do not take it."""
+
+    faults: dict[str, str] = {}
+
+    def push(self, urls, named_tensors, version):
+        assert [name for name, _ in named_tensors] == ["weight"]
+        return {url: self.faults.get(url) for url in urls}
+
+
+@pytest.fixture
+def sampler_of(tmp_path) -> Iterator[Callable[[int, int], tuple[VLLMSampler, Transfer, list[FakeVLLM]]]]:
+    """(servers, own ones) -> a sampler that feeds the first of them; the others are another replica's."""
+    with ExitStack() as stack:
+
+        def make(num_servers: int, num_own: int) -> tuple[VLLMSampler, Transfer, list[FakeVLLM]]:
+            fakes = [stack.enter_context(FakeVLLM()) for _ in range(num_servers)]
+            urls, settings = [fake.url for fake in fakes], VLLMConfig(weight_transfer="gloo")
+            pool = Pool(urls, settings, KEY, VOCAB)
+            transfer = Transfer(pool.control, settings, [("weight", (1,))], torch.float32, tmp_path)
+            sampler = VLLMSampler(pool, transfer, urls[:num_own], "Answer:", 5.0, None)
+            stack.callback(sampler.close)
+            return sampler, transfer, fakes
+
+        yield make
+
+
+def sync(sampler: VLLMSampler, version: int = SYNCED) -> None:
+    sampler.load_weights([("weight", torch.zeros(1))], version)
+
+
+def test_without_weights_there_is_nothing_to_sample_from(sampler_of):
+    sampler, _, _ = sampler_of(1, 1)
+    with pytest.raises(RuntimeError, match="load_weights"):
+        sampler.submit(PROMPTS, request())
+
+
+def test_servers_that_another_replica_fed_are_sampled_from_as_well(sampler_of):
+    sampler, _, fakes = sampler_of(2, 1)
+    sync(sampler)
+    rollouts = sampler.submit(PROMPTS, request()).result(DEADLINE_S)
+    assert [(r.group, r.sample) for r in rollouts] == [(group, sample) for group in range(6) for sample in range(2)]
+    assert all(fake.requests for fake in fakes)
+    assert sampler.counts() == {"retried_attempts": 0, "failed_samples": 0, "servers": 2}
+
+
+def test_a_server_of_another_replica_with_other_weights_is_not_sampled_from(sampler_of):
+    """The fakes report step 7; this sampler is at step 8, which its own server is given."""
+    sampler, _, (own, other) = sampler_of(2, 1)
+    sync(sampler, version=8)
+    with pytest.raises(SamplersLost, match="sampled with weights of step 7 although it was given those of step 8"):
+        sampler.submit(PROMPTS, request()).result(DEADLINE_S)
+    assert own.requests and not other.requests
+
+
+def test_a_server_that_did_not_take_the_weights_is_out(sampler_of):
+    sampler, transfer, (first, second) = sampler_of(2, 2)
+    transfer.faults = {first.url: "no weight sync in time"}
+    sync(sampler)
+    sampler.submit(PROMPTS, request()).result(DEADLINE_S)
+    assert not first.requests and len(second.requests) == 12
+
+
+def test_the_markers_spellings_end_a_completion_only_where_it_is_asked_to(sampler_of):
+    sampler, _, (fake,) = sampler_of(1, 1)
+    sync(sampler)
+    for stop_at_marker in (True, False):
+        sampler.submit(PROMPTS[:1], request(stop_at_marker)).result(DEADLINE_S)
+    stops = [body["sampling_params"].get("stop") for body in fake.requests]
+    assert stops == [["Answer:", "answer:", "ANSWER:"]] * 2 + [None] * 2
+
+
+def test_a_probe_asks_each_own_server_and_one_that_fails_is_out(sampler_of):
+    sampler, _, (good, bad, other) = sampler_of(3, 2)
+    sync(sampler)
+    bad.status = 500
+    probes = sampler.probe(PROMPTS, request())
+    assert list(probes) == [good.url] and len(probes[good.url]) == 12
+    assert not other.requests and sampler.counts()["servers"] == 2
+
+
+def test_a_batch_that_is_told_to_stop_ends_within_a_moment_and_the_next_one_is_drawn(sampler_of):
+    sampler, _, (fake,) = sampler_of(1, 1)
+    sync(sampler)
+    fake.hangs = True
+    deadline = time.monotonic() + 1.0
+    with pytest.raises(SamplingStopped, match="12 of 12 samples to come"):
+        sampler.submit(PROMPTS, request(), stop=lambda: time.monotonic() > deadline).result(DEADLINE_S)
+    fake.hangs = False
+    assert len(sampler.submit(PROMPTS, request()).result(DEADLINE_S)) == 12
