@@ -85,7 +85,7 @@ def test_questions_and_answers_of_a_jsonl_file_train_with_few_rollouts_written(t
         assert len(rollout["policy_logprobs"]) == scored == len(rollout["tokens"]) - rollout["prompt_length"]
         assert len(rollout["generation_logprobs"]) == rollout["chain_length"]
         assert rollout["valid"] == (rollout["answer_length"] > 0)
-        assert {"advantage", "credit", "answer_weight"} <= rollout.keys()
+        assert {"advantage", "policy_weight", "answer_weight"} <= rollout.keys()
     valid = next(rollout for rollout in rollouts if rollout["valid"])
     assert valid["answer"] == f" {valid['reference_answer']}<|endoftext|>"
     assert valid["chain_of_thought"].lower().endswith("e")

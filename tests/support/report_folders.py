@@ -38,7 +38,7 @@ def records(question: str = "2+2=", advantage: float = 0.75) -> list[dict[str, A
     prompt = Prompt(prompt_id=41, token_ids=(0,), question=question, answer="4")
     logprobs = tuple(map(torch.tensor, POLICY))
     table = torch.tensor([[advantage, -1.0]], dtype=torch.float64)
-    tables = {"advantage": table, "credit": table / 8, "answer_weight": torch.tensor([[0.125, 0.0]])}
+    tables = {"advantage": table, "policy_weight": table / 8, "answer_weight": torch.tensor([[0.125, 0.0]])}
     return rollout_records([prompt], [VALID, INVALID], Scores(logprobs, logprobs), tables, decode, marker_span)
 
 

@@ -122,7 +122,7 @@ class Browser {
     const facts = element("dl", { class: "facts" }, fact("status", sample.status));
     facts.append(fact("reference answer", visible(sample.reference_answer)));
     facts.append(fact("answer log-prob, nats", number(sample.answer_logprob)));
-    facts.append(fact("advantage", number(sample.advantage)), fact("credit of a chain token", number(sample.credit)));
+    facts.append(fact("advantage", number(sample.advantage)), fact("weight of a chain token", number(sample.policy_weight)));
     facts.append(fact("weight of an answer token", number(sample.answer_weight)));
     this.tokens = tokensOf(sample);
     this.spans = this.tokens.map((token) => this.span(token));
@@ -195,7 +195,7 @@ class Browser {
     if (token.difference !== null) rows.push(["trainer less sampler", number(token.difference, 2)]);
     const sampled = token.part !== "answer" || sample.own_answer;
     rows.push(["advantage", number(sample.advantage)]);
-    rows.push([sampled ? "credit" : "weight", number(sampled ? sample.credit : sample.answer_weight)]);
+    rows.push(["weight", number(sampled ? sample.policy_weight : sample.answer_weight)]);
     rows.push(["sample", sample.status]);
     return rows;
   }

@@ -37,7 +37,7 @@ def test_a_run_is_its_settings_metrics_and_rollouts(folder):
     valid, invalid = run.rollouts[0].samples
     assert (valid["prompt_id"], valid["sample"], valid["status"], valid["marker"]) == (41, 0, "valid", [4, 5])
     assert valid["answer_logprob"] == pytest.approx(sum(POLICY[0][4:]))
-    assert (valid["advantage"], valid["credit"], valid["answer_weight"]) == (0.25, 0.25 / 8, 0.125)
+    assert (valid["advantage"], valid["policy_weight"], valid["answer_weight"]) == (0.25, 0.25 / 8, 0.125)
     assert (invalid["status"], invalid["marker"], invalid["answer_logprob"]) == ("no marker", None, None)
     assert valid["text"] is None and run.rollouts[3].samples[0]["text"] == "own text of step 2"
 
