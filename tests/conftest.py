@@ -16,6 +16,8 @@ settings.register_profile("reproducible", deadline=None, derandomize=True)
 settings.load_profile("reproducible")
 
 TESTS = Path(__file__).parent
+LONGEST_FIRST = ("vllm", "slurm", "e2e", "distributed", "browser", "gpu", "unit")
+"""Tiers by the length of the work that one xdist worker gets at once, so that none begins long work when others end."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -24,10 +26,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """A test has the marker of its folder; the tests of a file, or of a group that it names, share one xdist worker."""
     for item in items:
         folder, *_ = item.path.relative_to(TESTS).parts
         item.add_marker(getattr(pytest.mark, folder))
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(TESTS))))
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: LONGEST_FIRST.index(item.path.relative_to(TESTS).parts[0]))
