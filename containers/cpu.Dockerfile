@@ -29,4 +29,4 @@ ENV PIP_NO_CACHE_DIR=1
 RUN make vllm PIP_OPTIONS="--extra-index-url $TORCH_INDEX" \
     && .venv/bin/python -c "import torch, megatron.core, vllm, nemo.core, nemo_jepo.cli; print(torch.__version__)"
 
-CMD ["make", "test"]
+CMD ["make", "test-all"]
