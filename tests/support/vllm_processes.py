@@ -1,6 +1,7 @@
 """What a run leaves behind, and whom to kill: vLLM's processes under a process, files in /dev/shm."""
 
 import importlib.util
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,14 +19,18 @@ SHAPE += ["model.hf_config.num_key_value_heads=2"]
 
 
 def orphaned_memory() -> set[str]:
-    """Files in /dev/shm that no living process maps."""
+    """Files in /dev/shm that no living process maps.
+
+    loky's semaphores are mapped under a name that is gone; their own names bear the id of their process.
+    """
     mapped: set[str] = set()
     for process in psutil.process_iter():
         try:
             mapped |= {region.path for region in process.memory_maps() if region.path.startswith("/dev/shm/")}
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
-    return {file.name for file in Path("/dev/shm").iterdir()} - {Path(path).name for path in mapped}
+    left = {file.name for file in Path("/dev/shm").iterdir()} - {Path(path).name for path in mapped}
+    return {name for name in left if not any(psutil.pid_exists(int(pid)) for pid in re.findall(r"-(\d+)-", name))}
 
 
 def descendants(pid: int) -> list[psutil.Process]:
