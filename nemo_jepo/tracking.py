@@ -1,6 +1,7 @@
 """What a run writes for people: metrics, sampled rollouts, loggers, one line or a progress bar a step.
 
-    <run>/config.yaml  metrics.jsonl  rollouts/step_000012.jsonl  events.out.tfevents.*  nemo/ (what exp_manager keeps)
+    <run>/config.yaml  metrics.jsonl  rollouts/step_000012.jsonl  events.out.tfevents.*
+    <run>/nemo/        cmd-args.log  git-info.log: how the run was started; with W&B all that NeMo's exp_manager keeps
 
 Rank 0 holds a Tracker, every other rank a SilentTracker with the same methods. Metric names start with
 train_rollouts/, train_optim/, val_rollouts/, timers/ (seconds) or memory/ (GiB).
@@ -11,6 +12,7 @@ import logging
 import math
 import os
 import re
+import subprocess
 import sys
 import time
 import warnings
@@ -95,7 +97,7 @@ class Tracker(SilentTracker):
 
     Args:
         run_folder: made if missing.
-        settings: which loggers. With none, NeMo is not imported, which saves seconds and 400 MB.
+        settings: which loggers.
         max_steps: length of the progress bar.
         first_step: where a resumed run goes on; TensorBoard drops what an earlier start wrote from there on.
     """
@@ -106,7 +108,7 @@ class Tracker(SilentTracker):
         self._folder = run_folder
         self._settings = settings
         self._max_steps = max_steps
-        self._loggers = _nemo_loggers(run_folder, settings, first_step)
+        self._loggers = list(_loggers(run_folder, settings, first_step))
         self._bar = tqdm(total=max_steps, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
         self.say(f"run folder {run_folder}, {max_steps} steps")
 
@@ -160,7 +162,7 @@ class Tracker(SilentTracker):
         for logger in self._loggers:
             logger.finalize("finished")
         if self._loggers and self._settings.create_wandb_logger:
-            import wandb
+            import wandb  # only where it is asked for
 
             wandb.finish()  # or the next run of this process would go on in the same W&B run
         self._loggers = []
@@ -176,14 +178,62 @@ class Tracker(SilentTracker):
             self.say(f"step {step:>{width}}/{self._max_steps}  {shown}".rstrip())
 
 
-def _nemo_loggers(run_folder: Path, settings: ExpManagerConfig, first_step: int) -> list[Any]:
+class TensorBoard:
+    """Writes TensorBoard's events, with the two methods of a Lightning logger that a Tracker calls.
+
+    Args:
+        folder: of the events.
+        first_step: TensorBoard drops what an earlier writer wrote from there on.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # only where it is asked for
+
+        self._writer = SummaryWriter(str(folder), purge_step=first_step)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """One scalar each."""
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def finalize(self, status: str) -> None:
+        """The rest is written and the file closed."""
+        self._writer.close()
+
+
+def _loggers(run_folder: Path, settings: ExpManagerConfig, first_step: int) -> Iterator[Any]:
+    """The loggers that are asked for; how the run was started is noted with or without any."""
+    if settings.create_tensorboard_logger:
+        yield TensorBoard(run_folder, first_step)
+    if settings.create_wandb_logger:
+        yield from _nemo_loggers(run_folder, settings)
+    else:
+        _note_start(run_folder / "nemo")
+
+
+def _note_start(folder: Path) -> None:
+    """The command line, and commit and changes of the checkout that it was given in: a line or a part for each start.
+
+    The files are those of NeMo's exp_manager, which takes seconds and 400 MB to import.
+    """
+    folder.mkdir(exist_ok=True)
+    with open(folder / "cmd-args.log", "a", encoding="utf-8") as file:
+        file.write(" ".join(sys.argv) + "\n")
+    commit, changes = (
+        subprocess.run(["git", *arguments], capture_output=True, text=True, errors="replace")
+        for arguments in (("rev-parse", "HEAD"), ("diff",))
+    )
+    if commit.returncode == 0:
+        with open(folder / "git-info.log", "a", encoding="utf-8", errors="replace") as file:
+            file.write(f"commit hash: {commit.stdout}{changes.stdout}")
+
+
+def _nemo_loggers(run_folder: Path, settings: ExpManagerConfig) -> list[Any]:
     """The Lightning loggers that NeMo's exp_manager makes for the run.
 
-    exp_manager moves every file it finds in its folder into run_N, be it our metrics, so its folder is <run>/nemo; its
-    TensorBoard events still go to the run folder itself. It is told nothing of resuming: checkpoints are not its.
+    exp_manager moves every file it finds in its folder into run_N, be it our metrics, so its folder is <run>/nemo. It
+    is told nothing of resuming: checkpoints are not its.
     """
-    if not (settings.create_tensorboard_logger or settings.create_wandb_logger):
-        return []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what NeMo imports
         from nemo.utils import logging as nemo_logging
@@ -206,9 +256,8 @@ def _nemo_loggers(run_folder: Path, settings: ExpManagerConfig, first_step: int)
             trainer,
             {
                 "explicit_log_dir": str(run_folder / "nemo"),
-                "create_tensorboard_logger": settings.create_tensorboard_logger,
-                "summary_writer_kwargs": {"sub_dir": "..", "purge_step": first_step},
-                "create_wandb_logger": settings.create_wandb_logger,
+                "create_tensorboard_logger": False,
+                "create_wandb_logger": True,
                 "wandb_logger_kwargs": {"project": "nemo_jepo", "name": wandb_name}
                 | dict(settings.wandb_logger_kwargs),
                 "create_checkpoint_callback": False,

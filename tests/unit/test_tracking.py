@@ -1,9 +1,10 @@
-"""The run folder after steps, resumption and sudden death; NeMo's exp_manager called as a run calls it."""
+"""The run folder after steps, resumption and sudden death; TensorBoard and NeMo's exp_manager as a run uses them."""
 
 import io
 import json
 import math
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,12 +18,21 @@ from nemo_jepo.tracking import SilentTracker, Tracker
 
 
 def silent_settings(folder: Path) -> ExpManagerConfig:
-    """No loggers: NeMo stays out of it."""
+    """No loggers."""
     return ExpManagerConfig(exp_dir=str(folder), name="run", create_tensorboard_logger=False)
 
 
 def tracker_in(folder: Path) -> Tracker:
     return Tracker(folder / "run", silent_settings(folder), max_steps=10)
+
+
+def log_run(tracker: Tracker, steps: list[int]) -> None:
+    """What a run does with its tracker."""
+    with tracker:
+        tracker.rewind(steps[0] - 1)
+        tracker.save_config(f"first_step: {steps[0]}\n")
+        for step in steps:
+            tracker.log({"train_optim/loss": 0.5 * step}, step)
 
 
 def metric_lines(folder: Path) -> list[dict]:
@@ -157,41 +167,62 @@ def test_every_other_rank_times_but_writes_nothing(tmp_path, monkeypatch, capsys
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr() == ("", "")
 
 
-def test_exp_manager_serves_a_warm_up_a_run_and_its_resumption_in_one_folder(tmp_path, monkeypatch):
-    """Three calls in one process. exp_manager would move our files away, sleep, or fail on a second call.
-
-    The run is killed after step 2 and goes on from a checkpoint of step 1, so step 2 is logged twice.
-    """
-    slept: list[float] = []
-    monkeypatch.setattr(time, "sleep", slept.append)
+def test_tensorboard_serves_a_warm_up_a_run_and_its_resumption_in_one_folder(tmp_path):
+    """Three trackers in one process. The run is killed after step 2 and resumed at step 1: step 2 is logged twice."""
     settings = ExpManagerConfig(exp_dir=str(tmp_path), name="run")
     main = tmp_path / "run"
-    here = os.getcwd()
     for folder, steps in ((main / "warmup", [1]), (main, [1, 2]), (main, [2, 3])):
-        with Tracker(folder, settings, max_steps=3, first_step=steps[0]) as tracker:
-            tracker.rewind(steps[0] - 1)
-            tracker.save_config(f"first_step: {steps[0]}\n")
-            for step in steps:
-                tracker.log({"train_optim/loss": 0.5 * step}, step)
-    assert not slept
-    assert os.getcwd() == here
-
+        log_run(Tracker(folder, settings, max_steps=3, first_step=steps[0]), steps)
     assert [line["step"] for line in metric_lines(tmp_path)] == [1, 2, 3]
     assert (main / "config.yaml").read_text() == "first_step: 2\n"
     events = EventAccumulator(str(main)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("train_optim/loss")] == [(1, 0.5), (2, 1), (3, 1.5)]
     entries = {path.name for path in main.iterdir() if not path.name.startswith("events.out.tfevents.")}
     assert entries == {"warmup", "nemo", "config.yaml", "metrics.jsonl"}
-    assert {path.name for path in (main / "nemo").iterdir()} >= {"cmd-args.log", "nemo_error_log.txt", "run_0"}
 
 
-def test_two_runs_of_one_process_are_two_wandb_runs(tmp_path, monkeypatch):
-    """Lightning's logger would otherwise go on in the W&B run that is still open."""
+def test_every_start_is_noted_with_the_code_that_ran(tmp_path, monkeypatch):
+    def git(*arguments: str) -> str:
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        command = ["git", "-C", str(tmp_path), *who, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    (tmp_path / "code.py").write_text("one\n")
+    git("init", "-q")
+    git("add", "code.py")
+    git("commit", "-q", "-m", "first")
+    (tmp_path / "code.py").write_text("two\n")
+    monkeypatch.chdir(tmp_path)
+    for argument in ("model.seed=1", "model.seed=2"):
+        monkeypatch.setattr(sys, "argv", ["nemo-jepo", "train", argument])
+        tracker_in(tmp_path).close()
+    nemo = tmp_path / "run" / "nemo"
+    assert (nemo / "cmd-args.log").read_text() == "nemo-jepo train model.seed=1\nnemo-jepo train model.seed=2\n"
+    noted = (nemo / "git-info.log").read_text()
+    assert noted.count(f"commit hash: {git('rev-parse', 'HEAD')}") == 2
+    assert noted.count("-one\n+two\n") == 2
+
+
+def test_exp_manager_serves_wandb_for_a_warm_up_and_the_run_after_it(tmp_path, monkeypatch):
+    """Two calls in one process. exp_manager would move our files away, sleep, or fail on a second call, and Lightning's
+    logger would go on in the W&B run that is still open."""
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
     monkeypatch.setenv("WANDB_MODE", "offline")
+    wandb = {"project": "mine", "tags": ["first"]}
     settings = ExpManagerConfig(
-        exp_dir=str(tmp_path), name="run", create_tensorboard_logger=False, create_wandb_logger=True
+        exp_dir=str(tmp_path),
+        name="run",
+        create_tensorboard_logger=False,
+        create_wandb_logger=True,
+        wandb_logger_kwargs=wandb,
     )
-    for folder in (tmp_path / "run" / "warmup", tmp_path / "run"):
-        with Tracker(folder, settings, max_steps=1) as tracker:
-            tracker.log({"train_optim/loss": 0.5}, step=1)
+    main = tmp_path / "run"
+    here = os.getcwd()
+    for folder in (main / "warmup", main):
+        log_run(Tracker(folder, settings, max_steps=1, first_step=1), [1])
         assert len(list(folder.glob("nemo/wandb/offline-run-*/run-*.wandb"))) == 1
+    assert max(slept, default=0) < 5, "as long as exp_manager lets other ranks wait"
+    assert os.getcwd() == here
+    assert {path.name for path in main.iterdir()} == {"warmup", "nemo", "config.yaml", "metrics.jsonl"}
+    assert {path.name for path in (main / "nemo").iterdir()} >= {"cmd-args.log", "nemo_error_log.txt", "wandb"}
