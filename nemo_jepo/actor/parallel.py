@@ -144,12 +144,6 @@ class Layout:
         dist.broadcast(shared, group=self.pipeline_group, group_src=self.pipeline_group.size() - 1)
         return shared
 
-    def gather_on_rank_zero(self, value: Any) -> list[Any]:
-        """One value of every data-parallel rank of replica heads, on rank 0; [] elsewhere. Every rank must call."""
-        boxes: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
-        dist.gather_object(value if self.is_replica_head else None, boxes, dst=0)
-        return [box for box in boxes if box is not None] if boxes else []
-
     def barrier(self) -> None:
         """Wait for every rank of the world."""
         dist.barrier()

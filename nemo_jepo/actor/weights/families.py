@@ -31,8 +31,6 @@ class Experts:
 class Family:
     """What tells one family's models from another's."""
 
-    architecture: str
-    """The class in transformers and vLLM."""
     qkv_bias: bool = False
     qk_norm: bool = False
     head_size: int | None = None
@@ -41,16 +39,14 @@ class Family:
 
 
 FAMILIES: Mapping[str, Family] = {
-    "llama": Family("LlamaForCausalLM"),
-    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True),
-    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, head_size=128),
+    "llama": Family(),
+    "qwen2": Family(qkv_bias=True),
+    "qwen3": Family(qk_norm=True, head_size=128),
     "qwen3_moe": Family(
-        "Qwen3MoeForCausalLM",
         qk_norm=True,
         experts=Experts("mlp.gate", "mlp.experts", "gate_proj", "up_proj", "down_proj", 128, 8, width=768),
     ),
     "mixtral": Family(
-        "MixtralForCausalLM",
         experts=Experts("block_sparse_moe.gate", "block_sparse_moe.experts", "w1", "w3", "w2", 8, 2),
     ),
 }
