@@ -22,7 +22,7 @@ from nemo_jepo.actor.context import SegmentBucket, segment_buckets
 try:  # torch 2.10 and newer
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:
-    varlen_attn = None
+    varlen_attn = None  # type: ignore[assignment]
 
 _NAMED_GQA: dict[str, Any] = {}
 if varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters:
@@ -96,7 +96,9 @@ class PackedAttention(torch.nn.Module):
     def _flash(self, query: Tensor, key: Tensor, value: Tensor, row: PackedRowParams) -> Tensor:
         bounds, longest = row.bounds_on_device, row.max_seqlen_q
         causal = {"window_size": (-1, 0), "scale": self.softmax_scale} | _NAMED_GQA
-        return varlen_attn(query, key, value, bounds, bounds, longest, longest, **causal).flatten(1)
+        output = varlen_attn(query, key, value, bounds, bounds, longest, longest, **causal)
+        assert isinstance(output, Tensor), "nothing beside the output was asked for"
+        return output.flatten(1)
 
     def _buckets(self, query: Tensor, key: Tensor, value: Tensor, row: PackedRowParams) -> Tensor:
         contexts = []
