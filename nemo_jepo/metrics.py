@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 
 from nemo_jepo.config.objectives import OBJECTIVES
+from nemo_jepo.data.splice import REPLACEMENT
 from nemo_jepo.objective.estimators import effective_sample_size, masked, multi_sample_bound, single_sample_bound
 from nemo_jepo.objective.records import GroupScores, SampleWeights, Scored, UpdateRule
 from nemo_jepo.objective.registry import uses_verifiable_reward
 from nemo_jepo.types import Pair, Prompt, Rollout, Scores, Spliced
-
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-"""What a part of a character decodes to."""
 
 
 def step_metrics(
