@@ -70,7 +70,7 @@ def _sentences(section: type) -> dict[str, str]:
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
             found[statement.target.id] = ""
             if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
-                found[statement.target.id] = inspect.cleandoc(following.value.value)
+                found[statement.target.id] = inspect.cleandoc(str(following.value.value))
     return found
 
 
