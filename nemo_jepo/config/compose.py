@@ -6,11 +6,9 @@ Neither torch nor NeMo is imported here, so a wrong setting is reported within a
 defaults list with `nemo_jepo_schema`; a folder of one's own (`--config-path DIR`) also sees the groups of conf/.
 """
 
-import logging
 import os
 import re
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from difflib import SequenceMatcher
@@ -34,12 +32,7 @@ from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.schema import Config
 from nemo_jepo.config.usage import usage
 
-BAD_SETTINGS = 2
-"""Exit code of a run that a setting stopped."""
 DEFAULT_CONFIG = "jepo"
-
-Runner = Callable[..., Callable[[Callable[[DictConfig], Any]], Callable[[], Any]]]
-"""What NeMo's `hydra_runner` is: (config_path, config_name) -> decorator of a function of the composed config."""
 
 
 class SettingsError(ConfigError):
@@ -200,51 +193,6 @@ def _section(composed: DictConfig, key: str | None) -> DictConfig:
     if not isinstance(node, DictConfig):
         raise ConfigError("--package", key, "is no section of settings", "Name one, such as model.optim")
     return node
-
-
-def run(task: Callable[[Config], int], argv: Sequence[str], load_runner: Callable[[], Runner | None]) -> int:
-    """Exit code of `task` under the settings of a Hydra command line; 2 after one line on stderr if one is wrong.
-
-    Settings are resolved before `load_runner` is called, because importing NeMo takes seconds on every rank, and
-    `task` runs after Hydra has returned, so that its errors are ordinary ones.
-
-    Args:
-        argv: the command line without the program's name. --config-path (or --config-dir) is taken from the working
-            directory and may use everything in conf/.
-        load_runner: returns NeMo's hydra_runner; None leaves it out, and the settings are composed without it.
-    """
-    arguments = get_args_parser().parse_args(list(argv))
-    name = arguments.config_name or DEFAULT_CONFIG
-    path = str(Path(arguments.config_path or arguments.config_dir or conf_dir()).absolute())
-    inspecting = arguments.cfg or arguments.info or arguments.help or arguments.hydra_help
-    composed: list[DictConfig] = []
-    try:
-        if arguments.multirun:
-            raise ConfigError("--multirun", True, "one process trains one model", "Start one run for each setting")
-        cfg = compose(name, arguments.overrides, path)
-        if not inspecting:
-            check(resolve(cfg), int(os.environ.get("WORLD_SIZE", "1")))
-        runner = load_runner()
-        if runner is None:
-            return 0 if inspecting else task(resolve(cfg))
-        resolved = ["--resolve"] if arguments.cfg and not arguments.resolve else []
-        program, sys.argv = sys.argv, [sys.argv[0], *argv, "--config-path", path, *resolved]
-        try:
-            runner(config_path=path, config_name=name)(composed.append)()
-        finally:
-            sys.argv = program
-        _log_to_stderr()
-        return task(resolve(composed[0])) if composed else 0
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return BAD_SETTINGS
-
-
-def _log_to_stderr() -> None:
-    """Send there what NeMo's runner has sent to stdout, which is for results."""
-    for handler in logging.getLogger().handlers:
-        if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
-            handler.setStream(sys.stderr)
 
 
 def to_yaml(config: Config) -> str:

@@ -37,6 +37,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from nemo_jepo.config import compose
+from nemo_jepo.config.check import check
 from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.schema import Config
 from nemo_jepo.utils.exit_codes import BAD_SETTINGS, DONE, FAILED, INTERRUPTED
@@ -222,7 +223,7 @@ def _make_run(
     if config.trainer.num_nodes > 1:
         rule = "the runs of a set are started one at a time on one node"
         raise ConfigError("trainer.num_nodes", config.trainer.num_nodes, rule, "Start those of --commands by slurm/")
-    compose.check(config, config.trainer.devices)
+    check(config, config.trainer.devices)
     path = Path(config.exp_manager.exp_dir) / folder
     return Run(arm, seed, path, config, config_name, tuple(overrides), tuple(start))
 

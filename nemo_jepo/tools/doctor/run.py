@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from nemo_jepo.actor.model import load_hf_config
 from nemo_jepo.actor.weights.load import hf_shapes, open_source
-from nemo_jepo.config import compose
+from nemo_jepo.config.check import check
 from nemo_jepo.config.errors import ConfigError, DataError
 from nemo_jepo.config.schema import Config
 from nemo_jepo.data.dataset import load_prompts, training_texts
@@ -34,7 +34,7 @@ def blocker(subject: str, error: Exception) -> Finding:
 def check_settings(config: Config, world_size: int) -> Iterator[Finding]:
     """Every rule between settings, as train checks them."""
     try:
-        compose.check(config, world_size)
+        check(config, world_size)
     except (ConfigError, DataError) as error:
         yield blocker("settings", error)
     else:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from nemo_jepo.config import compose
+from nemo_jepo.config.check import check
 from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.layouts import model_shape
 from nemo_jepo.config.schema import Config
@@ -120,7 +120,7 @@ def checked(config: Config, cluster: Cluster) -> ModelShape:
         rollout = dataclasses.replace(rollout, servers=["http://rollout-node:8000"])  # addresses come at run time
     trainer = dataclasses.replace(config.trainer, num_nodes=cluster.trainer_nodes, devices=cluster.devices)
     data = dataclasses.replace(config.data, name="arithmetic")  # which needs no file
-    compose.check(dataclasses.replace(config, rollout=rollout, trainer=trainer, data=data), cluster.world_size)
+    check(dataclasses.replace(config, rollout=rollout, trainer=trainer, data=data), cluster.world_size)
     _check_gpus(config, cluster)
     return planned_shape(config)
 
@@ -145,7 +145,7 @@ def _check_gpus(config: Config, cluster: Cluster) -> None:
         key = "trainer.devices + rollout.vllm.num_servers * rollout.vllm.tensor_parallel_size"
         raise ConfigError(key, needed, f"a node has {cluster.gpus_per_node} GPUs", "Lower one, or add --rollout-nodes")
     if not config.rollout.kind.has_servers and cluster.rollout_nodes:
-        rule = "rollout=embedded samples in the trainer's own processes"
+        rule = f"rollout={config.rollout.name} samples in the trainer's own processes"
         raise ConfigError("--rollout-nodes", cluster.rollout_nodes, rule, "Use 0, or add rollout=vllm")
     if cluster.num_servers < 1:
         size = config.rollout.vllm.tensor_parallel_size
@@ -179,7 +179,7 @@ def estimate(config: Config, cluster: Cluster, means: MeanLengths) -> Plan:
     if keeps_reference:
         seconds["reference log-probs"] = {**scoring, "swapping weights": trainer.reference_swap(precision)}
     seconds |= {"training": trainer.training(work, precision), "other": {"data, rewards, logging": OTHER_SECONDS}}
-    on_servers = 0 if not config.rollout.kind.has_servers else sampler.num_servers * sampler.tensor_parallel_size
+    on_servers = sampler.num_servers * sampler.tensor_parallel_size if config.rollout.kind.has_servers else 0
     rented = cluster.rollout_nodes * cluster.gpus_per_node or on_servers
     return Plan(
         config=config,
