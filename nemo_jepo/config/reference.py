@@ -22,7 +22,7 @@ from nemo_jepo.config.schema import Config
 HEAD = """\
 # Settings
 
-<!-- Generated: python -m nemo_jepo.config.reference > docs/reference/configuration.md -->
+<!-- Generated from the schema by `make reference`. -->
 
 Every setting of a run. A conf file, or `key=value` on the command line, holds only what differs from the defaults;
 `nemo-jepo train --config-name NAME --cfg job` prints all of them resolved. A setting that breaks its rule stops a run

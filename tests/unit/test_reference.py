@@ -8,7 +8,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "reference" / "configuration.md"
 
 
 def test_the_page_of_settings_is_current():
-    again = "run: python -m nemo_jepo.config.reference > docs/reference/configuration.md"
+    again = "run: make reference"
     assert PAGE.read_text() == page(), again
 
 
