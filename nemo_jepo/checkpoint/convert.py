@@ -51,6 +51,7 @@ def export_main(argv: Sequence[str]) -> int:
 
 
 def _with_paths(work: Callable[[Path, Path, Sequence[str]], None], argv: Sequence[str], usage: str) -> int:
+    """The exit code of a command that takes two folders and model.* settings."""
     if {"-h", "--help"} & set(argv):
         print(usage)
         return DONE
