@@ -1,7 +1,7 @@
 """Whether an own answer to a generated problem is true, however it is written.
 
-For evaluation alone: no reward may read it (a test sees to that), because real unverifiable data has no oracle. It
-reads the question's text and shares nothing with the generator but the words for numbers.
+For evaluation alone: no reward may read it (a contract of import-linter holds that), because real unverifiable data has
+no oracle. It reads the question's text and shares nothing with the generator but the words for numbers.
 """
 
 import re

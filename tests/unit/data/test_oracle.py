@@ -1,4 +1,4 @@
-"""The oracle of generated problems: it knows the truth in every form, and no reward can reach it."""
+"""The oracle of generated problems knows the truth in every form."""
 
 import pytest
 
@@ -47,7 +47,7 @@ def test_no_value_or_several_are_not_true(own):
     assert not is_true("4+0=", own, derivation=False)
 
 
-def test_a_derivation_needs_its_result_and_every_step_in_any_wording():
+def test_a_derivation_needs_its_result_and_every_step_in_any_words():
     assert is_true("7+5*3=", DERIVATION, derivation=True)
     assert is_true("7+5*3=", "It is 6. 7+5=2 and so 2*3=6", derivation=True)
 
