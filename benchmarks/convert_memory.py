@@ -85,7 +85,7 @@ def anonymous_bytes() -> int:
 
 
 @contextmanager
-def sampled(figures: report.Figures) -> Iterator[None]:
+def sampled(metrics: report.Metrics) -> Iterator[None]:
     """Adds "bytes", the most that this process held over what it held before, and "seconds"."""
     before, begin, done = anonymous_bytes(), perf_counter(), threading.Event()
     peak = before
@@ -102,23 +102,23 @@ def sampled(figures: report.Figures) -> Iterator[None]:
     finally:
         done.set()
         sampler.join()
-    figures |= {"bytes": max(peak, anonymous_bytes()) - before, "seconds": perf_counter() - begin}
+    metrics |= {"bytes": max(peak, anonymous_bytes()) - before, "seconds": perf_counter() - begin}
 
 
-def convert(rank: int, ranks: int, port: str, command: str, source: str, target: str, out: str) -> None:
-    """One rank of one command, with its figures written to `out`.rank."""
+def run_rank(rank: int, ranks: int, port: str, command: str, source: str, target: str, out: str) -> None:
+    """One rank of one command, with its metrics written to `out`.rank."""
     if ranks > 1:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     torch.set_num_threads(1)
-    from nemo_jepo import convert as room
     from nemo_jepo.actor import parallel
+    from nemo_jepo.checkpoint import convert
 
     parallel.init_distributed()
     torch.distributed.barrier()
-    figures: report.Figures = {}
+    metrics: report.Metrics = {}
     share = 0
-    build = room._build_actor
+    build = convert._build_actor
 
     def counted(*arguments: Any) -> Any:
         nonlocal share
@@ -126,20 +126,20 @@ def convert(rank: int, ranks: int, port: str, command: str, source: str, target:
         share = sum(p.numel() * p.element_size() for chunk in actor.chunks for p in chunk.parameters())
         return actor
 
-    room._build_actor = counted
-    run = room.import_hf if command == "import" else room.export_hf_folder
-    with sampled(figures):
+    convert._build_actor = counted
+    run = convert.import_hf if command == "import" else convert.export_hf_folder
+    with sampled(metrics):
         run(Path(source), Path(target), [f"model.tensor_model_parallel_size={ranks}"])
-    Path(f"{out}.{rank}").write_text(json.dumps(figures | {"share": share}))
+    Path(f"{out}.{rank}").write_text(json.dumps(metrics | {"share": share}))
 
 
-def measure(command: str, ranks: int, source: Path, target: Path) -> list[report.Figures]:
-    """Every rank's figures of one command in fresh processes."""
+def measure(command: str, ranks: int, source: Path, target: Path) -> list[report.Metrics]:
+    """Every rank's metrics of one command in fresh processes."""
     port = str(*free_ports())
-    out = target.with_name(f"{target.name}.figures")
+    out = target.with_name(f"{target.name}.metrics")
     spawn = get_context("spawn")
     processes = [
-        spawn.Process(target=convert, args=(rank, ranks, port, command, str(source), str(target), str(out)))
+        spawn.Process(target=run_rank, args=(rank, ranks, port, command, str(source), str(target), str(out)))
         for rank in range(ranks)
     ]
     for process in processes:
@@ -157,14 +157,14 @@ def run(size: Size, tensor_parallel: list[int], folder: Path) -> dict[str, Any]:
         root = Path(name)
         write_model(size, root / "model")
         model_bytes = sum(file.stat().st_size for file in (root / "model").glob("*.safetensors"))
-        found: dict[str, list[report.Figures]] = {}
+        found: dict[str, list[report.Metrics]] = {}
         for ranks in tensor_parallel:
             checkpoint, back = root / f"checkpoint_{ranks}", root / f"back_{ranks}"
             for command, source, target in (("import", root / "model", checkpoint), ("export", checkpoint, back)):
                 print(f"{command}, {ranks} ranks ...", file=sys.stderr, flush=True)
                 found[f"{command} TP{ranks}"] = measure(command, ranks, source, target)
-    for figures in (figures for ranks_figures in found.values() for figures in ranks_figures):
-        figures["bound"] = 1.2 * (figures["share"] + BUCKET)
+    for metrics in (metrics for ranks_metrics in found.values() for metrics in ranks_metrics):
+        metrics["bound"] = 1.2 * (metrics["share"] + BUCKET)
     return {
         "benchmark": "convert_memory",
         "machine": before | {"load_after": report.machine()["load"]},
@@ -180,10 +180,10 @@ def show(found: dict[str, Any]) -> str:
     """The report as a table."""
     rows = [["", "share", "peak", "over the share", "bound", "seconds"]]
     for name, ranks in found["ranks"].items():
-        for rank, figures in enumerate(ranks):
-            sizes = (figures["share"], figures["bytes"], figures["bytes"] - figures["share"], figures["bound"])
+        for rank, metrics in enumerate(ranks):
+            sizes = (metrics["share"], metrics["bytes"], metrics["bytes"] - metrics["share"], metrics["bound"])
             cells = [f"{value / 1e6:.0f} MB" for value in sizes]
-            rows.append([f"{name} rank {rank}", *cells, f"{figures['seconds']:.1f}"])
+            rows.append([f"{name} rank {rank}", *cells, f"{metrics['seconds']:.1f}"])
     return report.table(rows)
 
 

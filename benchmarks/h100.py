@@ -251,7 +251,7 @@ def measure_packing(job: Job) -> dict[str, float]:
     return {name: median(values) for name, values in seconds.items()}
 
 
-def measure_logprobs(variant: str, size: logprob_memory.Size) -> dict[str, report.Figures]:
+def measure_logprobs(variant: str, size: logprob_memory.Size) -> dict[str, report.Metrics]:
     """Seconds and bytes of one way to compute log-probs in BF16, without gradients and with."""
     logprobs = logprob_memory.variants(size)[variant]
     *small, upstream = logprob_memory.inputs(logprob_memory.Size(tokens=8, hidden=64, vocab=512), torch.bfloat16)
@@ -298,7 +298,7 @@ def agreement(found: dict[str, Any], exact: dict[str, Any]) -> dict[str, float]:
     )
     reading = Reading(error=math.sqrt(error / samples), spread=math.sqrt(spread / freedom))
     pairs = zip(found["losses"], exact["losses"], strict=True)
-    return reading.figures() | {
+    return reading.metrics() | {
         "token_logprob_difference": tokens.abs().mean().item(),
         "largest_loss_difference": max(abs(loss / other - 1) for loss, other in pairs),
     }

@@ -69,11 +69,11 @@ def process_bytes(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def measured(work: Callable[[], object]) -> report.Figures:
+def measured(work: Callable[[], object]) -> report.Metrics:
     """Seconds, processor seconds, and peak bytes over what was held before, of one call.
 
     Processor seconds are the host's, summed over threads. With one thread they leave out the time that other programs
-    took from it, so on a busy machine without a GPU they are the steadier figure.
+    took from it, so on a busy machine without a GPU they are the steadier metric.
     """
     on_gpu = torch.cuda.is_available()
     if on_gpu:
@@ -91,8 +91,8 @@ def measured(work: Callable[[], object]) -> report.Figures:
     return {"seconds": seconds, "processor_seconds": processor_seconds, "bytes": peak - held}
 
 
-def measure(variant: str, size: Size) -> report.Figures:
-    """One variant's figures, first without gradients, then with."""
+def measure(variant: str, size: Size) -> report.Metrics:
+    """One variant's metrics, first without gradients, then with."""
     if size.threads:
         torch.set_num_threads(size.threads)
     logprobs = variants(size)[variant]
@@ -107,7 +107,7 @@ def measure(variant: str, size: Size) -> report.Figures:
     }
 
 
-def in_fresh_process(variant: str, size: Size) -> report.Figures:
+def in_fresh_process(variant: str, size: Size) -> report.Metrics:
     """`measure` in a process of its own, so that no memory is left over from another variant."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(measure, variant, size).result()
@@ -153,13 +153,13 @@ def show(found: dict[str, Any]) -> str:
     """The report as a table."""
     rows = [["", *found["medians"], "ratio"]]
     for name, ratio in found["ratios"].items():
-        values = [figures[name] for figures in found["medians"].values()]
+        values = [metrics[name] for metrics in found["medians"].values()]
         memory = name.startswith("bytes")
         cells = [f"{value / 1e6:.0f} MB" if memory else f"{value:.2f} s" for value in values]
         label = name.replace("processor_seconds", "processor time").replace("seconds", "time").replace("bytes", "peak")
         rows.append([label.replace("_", " "), *cells, f"{ratio:.3f}"])
     for name in found["differences_from_fp64"]["naive"]:
-        cells = [f"{figures[name]:.1e}" for figures in found["differences_from_fp64"].values()]
+        cells = [f"{metrics[name]:.1e}" for metrics in found["differences_from_fp64"].values()]
         rows.append([f"fp64 difference, {name.replace('_', ' ')}", *cells, ""])
     return report.table(rows)
 

@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
-from nemo_jepo import settings  # noqa: E402
+from nemo_jepo.config import compose  # noqa: E402
 from nemo_jepo.tools.plan.estimate import Plan  # noqa: E402
 from nemo_jepo.tools.plan.hardware import GPUS  # noqa: E402
 from nemo_jepo.tools.plan.search import best_plan  # noqa: E402
@@ -29,7 +29,7 @@ def plans(prompts: int, generations: int) -> list[Plan | None]:
         f"trainer.jepo.num_prompts_per_step={prompts}",
         f"trainer.jepo.num_generations_per_prompt={generations}",
     ]
-    config = settings.resolve(settings.compose("jepo_70b", batch))
+    config = compose.resolve(compose.compose("jepo_70b", batch))
     found = [best_plan(config, GPUS["h100"], 8, nodes, MeanLengths()) for nodes in NODES]
     return [plan if plan and plan.fits else None for plan in found]
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-Figures = dict[str, float]
-Round = dict[str, Figures]
-"""One repetition: every variant's figures, taken right after each other."""
+Metrics = dict[str, float]
+Round = dict[str, Metrics]
+"""One repetition: every variant's metrics, taken right after each other."""
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were taken on, and how busy it is (load: runnable processes, mean of the last minute)."""
+    """What the metrics were taken on, and how busy it is (load: runnable processes, mean of the last minute)."""
     return {
         "architecture": platform.machine(),
         "cores": os.cpu_count(),
@@ -28,9 +28,9 @@ def machine() -> dict[str, Any]:
 
 
 def medians(rounds: Sequence[Round]) -> Round:
-    """Every figure of every variant, median over the repetitions."""
+    """Every metric of every variant, median over the repetitions."""
     return {
-        variant: {name: median(figures[variant][name] for figures in rounds) for name in rounds[0][variant]}
+        variant: {name: median(metrics[variant][name] for metrics in rounds) for name in rounds[0][variant]}
         for variant in rounds[0]
     }
 
@@ -40,7 +40,7 @@ def paired_ratio(rounds: Sequence[Round], name: str, variant: str, baseline: str
 
     Both come from one repetition, seconds apart, so that a neighbour's load on the machine falls on both.
     """
-    return median(figures[variant][name] / figures[baseline][name] for figures in rounds)
+    return median(metrics[variant][name] / metrics[baseline][name] for metrics in rounds)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

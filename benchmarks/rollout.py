@@ -93,7 +93,7 @@ def one_server(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         servers.close()
 
 
-def figures(rollouts: Sequence[Rollout], seconds: float) -> report.Figures:
+def metrics(rollouts: Sequence[Rollout], seconds: float) -> report.Metrics:
     """Of one batch."""
     tokens = sum(len(rollout.token_ids) for rollout in rollouts)
     return {
@@ -116,10 +116,10 @@ def measure_sampling(
         suffix = "stop" if stop else "whole"
         began = time.perf_counter()
         rollouts = embedded.generate(prompts, request)
-        found[f"embedded, {suffix}"] = figures(rollouts, time.perf_counter() - began)
+        found[f"embedded, {suffix}"] = metrics(rollouts, time.perf_counter() - began)
         began = time.perf_counter()
         rollouts = pool.submit(prompts, request, stop_strings(MARKER) if stop else ()).result()
-        found[f"vllm, {suffix}"] = figures(rollouts, time.perf_counter() - began)
+        found[f"vllm, {suffix}"] = metrics(rollouts, time.perf_counter() - began)
     return found
 
 
@@ -190,7 +190,7 @@ def sync(hidden: int, layers: int, repetitions: int, folder: Path) -> dict[str, 
     return {"bytes": num_bytes, "medians": report.medians(rounds), "ratios": ratios, "rounds": rounds}
 
 
-def training_steps(max_staleness: int, num_steps: int, folder: Path) -> report.Figures:
+def training_steps(max_staleness: int, num_steps: int, folder: Path) -> report.Metrics:
     """Median seconds of a step of the demo's model and of what it waited for rollouts; the first two steps left out."""
     overrides = ["rollout=vllm", "warmup.max_steps=0", "data.num_validation_prompts=1", f"exp_manager.exp_dir={folder}"]
     overrides += [f"exp_manager.name=k{max_staleness}", f"rollout.max_staleness={max_staleness}"]
@@ -234,7 +234,7 @@ def run(num_prompts: int, max_tokens: int, width: int, num_steps: int, repetitio
 
 
 def show(found: dict[str, Any]) -> str:
-    """The figures as text."""
+    """The metrics as text."""
     names = ("tokens_per_second", "samples_per_second", "decoded_tokens")
     rows = [["sampling", "tokens/s", "samples/s", "decoded"]]
     for variant, values in found["sampling"]["medians"].items():

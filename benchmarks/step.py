@@ -88,7 +88,7 @@ def gsm8k_like_lengths() -> Lengths:
 
 
 def lengths_of_file(path: str) -> Lengths:
-    """The lengths of a GSM8K file's questions, solutions and answers, under a tokeniser trained on it."""
+    """The lengths of a GSM8K file's questions, solutions and answers, under a tokenizer trained on it."""
     config = DataConfig(name="gsm8k", train_path=path, on_bad_row="skip")
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = train_tokenizer(training_texts(config), VOCAB, Path(folder) / "tokenizer")
@@ -178,7 +178,7 @@ def build_update(tokens_per_row: int) -> Callable[[Sequence[Spliced], Sequence[P
     return update
 
 
-def timed(update: Callable[[], None], useful_tokens: int) -> report.Figures:
+def timed(update: Callable[[], None], useful_tokens: int) -> report.Metrics:
     """Seconds of one update, and useful tokens a second."""
     begin = perf_counter()
     update()
@@ -225,7 +225,7 @@ def run(batch: Batch, data: str | None, repetitions: int) -> dict[str, Any]:
 def show(found: dict[str, Any]) -> str:
     """The report as a table."""
     rows = [["", "rows", "tokens computed", "useful", "s an update", "useful tokens/s", "packed is faster by"]]
-    for name, figures in found["medians"].items():
+    for name, metrics in found["medians"].items():
         computed = found["computed_tokens"][name]
         rows.append(
             [
@@ -233,8 +233,8 @@ def show(found: dict[str, Any]) -> str:
                 str(found["rows"][name]),
                 str(computed),
                 f"{found['useful_tokens'] / computed:.0%}",
-                f"{figures['seconds']:.2f}",
-                f"{figures['useful_tokens_per_second']:.0f}",
+                f"{metrics['seconds']:.2f}",
+                f"{metrics['useful_tokens_per_second']:.0f}",
                 f"{found['speedup_of_packed'][name]:.2f}",
             ]
         )
@@ -245,7 +245,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in asdict(Batch()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
-    parser.add_argument("--data", help="a GSM8K .jsonl file: its own lengths, under a tokeniser trained on it")
+    parser.add_argument("--data", help="a GSM8K .jsonl file: its own lengths, under a tokenizer trained on it")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--out", type=Path)
     options = vars(parser.parse_args(arguments))

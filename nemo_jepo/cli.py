@@ -5,7 +5,7 @@ nemo-jepo plan [--nodes N] [--rollout-nodes N] [--gpu KIND] [--search] [--json] 
 nemo-jepo doctor [--json] [--config-name NAME] [key=value ...]
 nemo-jepo experiment NAME [--seeds 1,2] [--arms jepo,rloo] [--commands] [key=value ...]
 nemo-jepo checkpoint list RUN_FOLDER | verify CHECKPOINT
-nemo-jepo report [RUN_FOLDER ...] [--results FILE ...] [--figures FOLDER] [--out FILE]
+nemo-jepo report [RUN_FOLDER ...] [--results FILE ...] [--plots FOLDER] [--out FILE]
 nemo-jepo data prepare NAME [--out FOLDER] [--from PATH] [--revision REVISION] [--workers N]
 nemo-jepo serve MODEL_FOLDER [options]
 nemo-jepo demo [key=value ...]

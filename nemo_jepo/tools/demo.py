@@ -29,13 +29,13 @@ NEXT = """Next, on your own questions and answers (JSONL or Parquet), with a Hug
 
 
 def validations(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl that hold held-out figures."""
+    """The lines of metrics.jsonl that hold held-out metrics."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "val_rollouts/proxy_nll" in line]
 
 
 def table(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """Held-out figures before and after JEPO."""
+    """Held-out metrics before and after JEPO."""
     lines = [f"{'held-out problems':<42}{'warm-up':>10}{'JEPO':>10}"]
     for key, label, form in ROWS:
         lines.append(f"{label:<42}" + "".join(f"{form.format(m[f'val_rollouts/{key}']):>10}" for m in (before, after)))
@@ -54,8 +54,8 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
 
     steps = [line["step"] for line in lines]
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    figures = (("accuracy", "accuracy of own answers"), ("proxy_nll", "proxy NLL of the reference answer (nats)"))
-    for axes, (key, label), color in zip(figure.subplots(1, 2), figures, ("tab:blue", "tab:red"), strict=True):
+    curves = (("accuracy", "accuracy of own answers"), ("proxy_nll", "proxy NLL of the reference answer (nats)"))
+    for axes, (key, label), color in zip(figure.subplots(1, 2), curves, ("tab:blue", "tab:red"), strict=True):
         axes.plot(steps, [line[f"val_rollouts/{key}"] for line in lines], marker="o", color=color)
         axes.set(xlabel="JEPO updates", title=label, ylim=(0, 1 if key == "accuracy" else None))
         axes.grid(alpha=0.3)

@@ -12,7 +12,7 @@ from selenium.webdriver.support.select import Select
 
 from nemo_jepo.tools.report.command import main
 from tests.support.report_folders import HOSTILE, POLICY, write_run
-from tests.unit.report.test_figures import rows, written
+from tests.unit.report.test_drawings import rows, written
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="apt-get install chromium chromium-driver")

@@ -13,15 +13,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nemo-jepo report",
         description="Runs and results of experiments as one HTML page that needs no network: curves, settings that "
-        "differ, rollouts token by token, the figures of experiments. Exit code 0: written, 2: an input to change.",
+        "differ, rollouts token by token, the plots of experiments. Exit code 0: written, 2: an input to change.",
     )
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="a run folder, <exp_dir>/<name>")
     parser.add_argument(
-        "--results", type=Path, nargs="+", default=[], metavar="FILE", help="results.parquet of experiments, as figures"
+        "--results", type=Path, nargs="+", default=[], metavar="FILE", help="results.parquet of experiments, as plots"
     )
     parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="default report.html")
     parser.add_argument(
-        "--figures", type=Path, metavar="FOLDER", help="write figures (PNG) and tables (tables.md) there as well"
+        "--plots", type=Path, metavar="FOLDER", help="write plots (PNG) and tables (tables.md) there as well"
     )
     parser.add_argument(
         "--rollout-steps",
@@ -46,14 +46,14 @@ def main(argv: Sequence[str]) -> int:
     try:
         write(options)
     except OSError as error:
-        raise DataError(f"{error.filename}: {error.strerror}. Choose another --out or --figures.") from error
+        raise DataError(f"{error.filename}: {error.strerror}. Choose another --out or --plots.") from error
     print(options.out)
     return DONE
 
 
 def write(options: argparse.Namespace) -> None:
-    """Read everything, then write figures and page."""
-    from nemo_jepo.tools.report.figures import draw_all
+    """Read everything, then write plots and page."""
+    from nemo_jepo.tools.report.drawings import draw_all
     from nemo_jepo.tools.report.page import write_page
     from nemo_jepo.tools.report.results import read_all
     from nemo_jepo.tools.report.runs import read_runs
@@ -63,9 +63,9 @@ def write(options: argparse.Namespace) -> None:
     results = read_all(options.results)
     drawings = draw_all(results) if results else []
     tables = tables_of(results)
-    if options.figures and results:
-        options.figures.mkdir(parents=True, exist_ok=True)
+    if options.plots and results:
+        options.plots.mkdir(parents=True, exist_ok=True)
         files = {f"{drawing.name}.png": drawing.light for drawing in drawings}
         for name, content in (files | {"tables.md": markdown(tables).encode()}).items():
-            write_atomically(options.figures / name, content)
+            write_atomically(options.plots / name, content)
     write_page(options.out, runs, drawings, tables)

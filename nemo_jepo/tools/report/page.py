@@ -1,4 +1,4 @@
-"""Runs and figures -> one HTML page: style, script and data are inside, and its policy lets nothing else in.
+"""Runs and plots -> one HTML page: style, script and data are inside, and its policy lets nothing else in.
 
 Rollouts are untrusted text. Jinja escapes whatever stands in the markup, `tojson` whatever stands in the data, and the
 script only ever makes text nodes of it (the policy's trusted types forbid it anything else).
@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from nemo_jepo.tools.report.figures import Drawing
+from nemo_jepo.tools.report.drawings import Drawing
 from nemo_jepo.tools.report.runs import Run
 from nemo_jepo.tools.report.tables import Table
 from nemo_jepo.utils.files import write_atomically

@@ -1,4 +1,4 @@
-"""Which plots an experiment's results make, and the lines of each panel; `nemo_jepo.tools.report.figures` draws them.
+"""Which plots an experiment's results make, and the lines of each panel; `nemo_jepo.tools.report.drawings` draws them.
 
 A panel is a regime. Every line is a mean over seeds, every band reaches from the smallest to the largest seed; a
 caption says so and how many seeds there were.
@@ -25,7 +25,7 @@ LABELS = {
 }
 """What an axis says; another name stands for itself."""
 REWARDS = ("oracle_accuracy", "accuracy")
-"""What the figures call reward: the first of these that was measured."""
+"""What the plots call reward: the first of these that was measured."""
 PARTS = {
     "oracle_accuracy_verifiable": "where a program can grade the answers",
     "oracle_accuracy_unverifiable": "where no program can grade the answers",

@@ -1,4 +1,4 @@
-// Choose run, step and sample; the sample's tokens, shaded by how unlikely they were, each with its figures.
+// Choose run, step and sample; the sample's tokens, shaded by how unlikely they were, each with its numbers.
 
 const PARTS = { prompt: "prompt", chain: "chain of thought", marker: "marker", answer: "reference answer" };
 const DARKEST = 6; // nats at which the shade is full
@@ -94,10 +94,10 @@ class Browser {
     const name = visible(sample.prompt).replace(/\s+/g, " ");
     const short = name.length > 60 ? `${name.slice(0, 60)}\u2026` : name;
     const button = element("button", { type: "button", "aria-label": `Sample ${sample.sample} of prompt ${name}` }, short);
-    const figures = [sample.answer_logprob, sample.advantage, sample.answer_weight];
+    const values = [sample.answer_logprob, sample.advantage, sample.answer_weight];
     const row = element("tr", {}, element("th", { scope: "row" }, button), element("td", {}, String(sample.sample)));
     row.append(element("td", { class: sample.valid ? "good" : "bad" }, sample.status));
-    row.append(...figures.map((value) => element("td", { class: "number" }, number(value))));
+    row.append(...values.map((value) => element("td", { class: "number" }, number(value))));
     row.append(element("td", { class: "number" }, String(sample.chain_length)));
     row.addEventListener("click", () => this.chooseSample(index));
     return row;
@@ -160,7 +160,7 @@ class Browser {
     return span;
   }
 
-  /** Shade every token by the chosen figure: 0 is none, DARKEST nats and more are full. */
+  /** Shade every token by the chosen number: 0 is none, DARKEST nats and more are full. */
   shade() {
     const read = SHADES[this.shadeSelect.value][1];
     this.tokens?.forEach((token, index) => {
@@ -184,8 +184,8 @@ class Browser {
 
   // The card.
 
-  /** A token's figures: what it is, how likely it was, and what the update multiplies its gradient by. */
-  figures(token) {
+  /** A token's numbers: what it is, how likely it was, and what the update multiplies its gradient by. */
+  numbers(token) {
     const { sample } = this;
     const rows = [["part", nameOf(token.part, sample)], ["token", `${token.index}, id ${token.id}`]];
     if (token.part === "prompt") return rows;
@@ -202,7 +202,7 @@ class Browser {
 
   showCard(index) {
     const [token, span] = [this.tokens[index], this.spans[index]];
-    const rows = this.figures(token).flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]);
+    const rows = this.numbers(token).flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]);
     this.card.replaceChildren(element("code", {}, visible(token.text)), element("dl", {}, ...rows));
     this.card.hidden = false;
     this.spans.forEach((other) => other.removeAttribute("aria-describedby"));

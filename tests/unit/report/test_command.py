@@ -6,18 +6,18 @@ from nemo_jepo import cli
 from nemo_jepo.tools.report.results import read_results
 from nemo_jepo.tools.report.tables import markdown, tables_of
 from tests.support.report_folders import write_run
-from tests.unit.report.test_figures import rows, written
+from tests.unit.report.test_drawings import rows, written
 
 
 def main(*arguments: str) -> int:
     return cli.main(["report", *arguments])
 
 
-def test_figures_go_into_the_page_and_into_their_folder(tmp_path, capsys):
+def test_plots_go_into_the_page_and_into_their_folder(tmp_path, capsys):
     one = written(tmp_path / "one.parquet", rows(arms=("jepo",), regimes=("verifiable",)))
     other = written(tmp_path / "other.parquet", rows(("n_1", "n_2"), "n", regimes=("verifiable",)))
-    out, folder = tmp_path / "page.html", tmp_path / "figures"
-    assert main("--results", str(one), str(other), "--out", str(out), "--figures", str(folder)) == 0
+    out, folder = tmp_path / "page.html", tmp_path / "plots"
+    assert main("--results", str(one), str(other), "--out", str(out), "--plots", str(folder)) == 0
     names = sorted(path.stem for path in folder.glob("*.png"))
     main_figures = ["accuracy", "bound_against_reward", "chain_of_thought", "proxy_nll", "reward_against_kl"]
     assert names == ["ablation_n_accuracy", "ablation_n_proxy_nll", *main_figures]
@@ -27,9 +27,9 @@ def test_figures_go_into_the_page_and_into_their_folder(tmp_path, capsys):
 
 
 def test_without_results_there_are_no_figures_to_write(tmp_path):
-    folder = tmp_path / "figures"
+    folder = tmp_path / "plots"
     run = write_run(tmp_path / "mine")
-    assert main(str(run), "--out", str(tmp_path / "page.html"), "--figures", str(folder)) == 0
+    assert main(str(run), "--out", str(tmp_path / "page.html"), "--plots", str(folder)) == 0
     assert not folder.exists()
 
 

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from nemo_jepo.tools.report.figures import Drawing
+from nemo_jepo.tools.report.drawings import Drawing
 from nemo_jepo.tools.report.page import differences, phase_seconds, render, write_page
 from nemo_jepo.tools.report.runs import read_runs
 from tests.support.report_folders import HOSTILE, SETTINGS, write_run

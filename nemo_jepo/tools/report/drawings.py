@@ -28,7 +28,7 @@ PIXELS_PER_INCH = 96
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """One figure, twice."""
+    """One plot, twice."""
 
     name: str
     """Of its file, without .png."""
@@ -42,7 +42,7 @@ class Drawing:
 
 
 def draw_all(results: Sequence[Comparison]) -> list[Drawing]:
-    """Every figure that the results have the metrics for.
+    """Every plot that the results have the metrics for.
 
     Raises:
         DataError: there is none.
@@ -60,7 +60,7 @@ def draw_all(results: Sequence[Comparison]) -> list[Drawing]:
 
 
 def draw(plot: Plot, places: Mapping[str, int], theme: str) -> "Figure":
-    """One figure, a panel a regime. places: arm -> place in the palette."""
+    """One plot, a panel a regime. places: arm -> place in the palette."""
     from matplotlib.figure import Figure
 
     shown = [comparison for comparison in plot.comparisons if panel_lines(plot, comparison)]
@@ -152,7 +152,7 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def png(figure: "Figure") -> bytes:
-    """The figure as a PNG file of few colours, a third of the size; the same bytes every time."""
+    """The plot as a PNG file of few colours, a third of the size; the same bytes every time."""
     from PIL import Image
 
     drawn, small = io.BytesIO(), io.BytesIO()

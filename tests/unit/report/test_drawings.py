@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from matplotlib.collections import PolyCollection
 
 from nemo_jepo.config.errors import DataError
-from nemo_jepo.tools.report.figures import draw, draw_all, spread
+from nemo_jepo.tools.report.drawings import draw, draw_all, spread
 from nemo_jepo.tools.report.plots import caption, plots_of
 from nemo_jepo.tools.report.results import COLUMNS, key_and_number, read_all, read_results
 
