@@ -104,17 +104,17 @@ class Run:
         return [*python, "-m", "nemo_jepo.cli", "train", *options]
 
     def settings(self) -> dict[str, Any]:
-        """dotted key -> value, of all that the run's figures follow from: of everything but its name and place."""
+        """dotted key -> value, of all that the run's metrics follow from: of everything but its name and place."""
         tree = json.loads(json.dumps(OmegaConf.to_container(OmegaConf.structured(self.config))))
         del tree["exp_manager"]
         return dict(compose.flatten(tree))
 
     def require_same_settings(self) -> None:
-        """Raise ConfigError if the folder was begun with other settings."""
-        begun, wanted = _read_settings(self.folder), self.settings()
-        if begun is not None and begun != wanted:
-            others = sorted(key for key in begun | wanted if begun.get(key) != wanted.get(key))
-            rule = f"{self.folder} was begun with other settings ({', '.join(others)})"
+        """Raise ConfigError if the folder is of a run with other settings."""
+        held, wanted = _read_settings(self.folder), self.settings()
+        if held is not None and held != wanted:
+            others = sorted(key for key in held | wanted if held.get(key) != wanted.get(key))
+            rule = f"{self.folder} was started with other settings ({', '.join(others)})"
             raise ConfigError("exp_manager.exp_dir", self.config.exp_manager.exp_dir, rule, "Choose another folder")
 
     def begin(self) -> Path | None:
@@ -239,7 +239,7 @@ def run_all(runs: Sequence[Run]) -> int:
         if run.seconds is not None:
             continue
         if twin := run.begin():
-            _say(f"[{number}/{len(runs)}] {run}: the settings are those of {twin}, and so are the figures")
+            _say(f"[{number}/{len(runs)}] {run}: the settings are those of {twin}, and so are the metrics")
             continue
         _say(f"[{number}/{len(runs)}] {run}{_time_left(runs)}")
         began = time.monotonic()
@@ -316,10 +316,10 @@ def write_results(path: Path, name: str, regime: str, runs: Sequence[Run]) -> in
     types = {"experiment": text, "regime": text, "arm": text, "seed": pyarrow.int64(), "step": pyarrow.int64()}
     schema = pyarrow.schema(types | {"metric": text, "value": pyarrow.float64()})
     rows = [
-        {"experiment": name, "regime": regime, "arm": run.arm, "seed": run.seed} | figure
+        {"experiment": name, "regime": regime, "arm": run.arm, "seed": run.seed} | row
         for run in runs
         if run.arm != WARMUP and run.seconds is not None
-        for figure in _figures(run.folder / "metrics.jsonl")
+        for row in _metrics(run.folder / "metrics.jsonl")
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     written = pyarrow.BufferOutputStream()
@@ -328,11 +328,11 @@ def write_results(path: Path, name: str, regime: str, runs: Sequence[Run]) -> in
     return len(rows)
 
 
-def _figures(metrics: Path) -> Iterator[dict[str, object]]:
-    for line in metrics.read_text().splitlines():
-        figures = json.loads(line)
-        step = figures.pop("step")
-        for metric, value in figures.items():
+def _metrics(file: Path) -> Iterator[dict[str, object]]:
+    for line in file.read_text().splitlines():
+        metrics = json.loads(line)
+        step = metrics.pop("step")
+        for metric, value in metrics.items():
             if not metric.startswith(ABOUT_THE_MACHINE):
                 yield {"step": step, "metric": metric, "value": value}
 

@@ -39,8 +39,8 @@ def test_the_step_benchmark_writes_every_figure(tmp_path):
     assert report["rows"]["padded"] == 4
     assert report["computed_tokens"]["padded"] == 4 * report["longest_sequence"]
     assert report["speedup_of_packed"]["packed"] == 1.0
-    for figures in report["medians"].values():
-        assert figures["useful_tokens_per_second"] == pytest.approx(report["useful_tokens"] / figures["seconds"])
+    for metrics in report["medians"].values():
+        assert metrics["useful_tokens_per_second"] == pytest.approx(report["useful_tokens"] / metrics["seconds"])
     assert all(name in done.stdout for name in variants)
 
 
@@ -59,7 +59,7 @@ def test_the_rollout_benchmark_writes_every_figure(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     report = json.loads(out.read_text())
-    decoded = {name: figures["decoded_tokens"] for name, figures in report["sampling"]["medians"].items()}
+    decoded = {name: metrics["decoded_tokens"] for name, metrics in report["sampling"]["medians"].items()}
     assert set(decoded) == {f"{sampler}, {how}" for sampler in ("embedded", "vllm") for how in ("stop", "whole")}
     assert decoded["vllm, stop"] <= decoded["vllm, whole"] <= 2 * 4 * 24
     assert set(report["sync"]["ratios"]) == {"gloo / copy", "file / copy"}
@@ -75,9 +75,9 @@ def test_import_and_export_hold_little_more_than_the_share(tmp_path):
     assert set(found["ranks"]) == {"import TP1", "export TP1", "import TP2", "export TP2"}
     for name, ranks in found["ranks"].items():
         assert len(ranks) == int(name[-1])
-        for figures in ranks:
-            assert figures["share"] == pytest.approx(found["model_bytes"] / len(ranks), rel=0.01)
-            assert 0 <= figures["bytes"] - figures["share"] < 40e6, name
+        for metrics in ranks:
+            assert metrics["share"] == pytest.approx(found["model_bytes"] / len(ranks), rel=0.01)
+            assert 0 <= metrics["bytes"] - metrics["share"] < 40e6, name
         assert name in convert_memory.show(found)
 
 
@@ -102,12 +102,12 @@ def test_the_h100_benchmark_runs_dry_and_writes_every_figure(tmp_path):
     variants = updates["variants"]
     assert "Transformer Engine" in variants["fp8 tensorwise"]["refused"]
     for name in ("bf16", "fp32"):
-        figures = variants[name]
-        assert figures["update_tokens_per_second"] == pytest.approx(updates["tokens"] / figures["update_seconds"])
-        assert figures["update_tflops"] == pytest.approx(updates["model_flops"] / figures["update_seconds"] / 1e12)
-        assert figures["share_of_peak"] == pytest.approx(figures["update_tflops"] / 989)
-        assert figures["losses"][-1] < figures["losses"][0]
-        assert figures["peak_bytes"] > 0
+        metrics = variants[name]
+        assert metrics["update_tokens_per_second"] == pytest.approx(updates["tokens"] / metrics["update_seconds"])
+        assert metrics["update_tflops"] == pytest.approx(updates["model_flops"] / metrics["update_seconds"] / 1e12)
+        assert metrics["share_of_peak"] == pytest.approx(metrics["update_tflops"] / 989)
+        assert metrics["losses"][-1] < metrics["losses"][0]
+        assert metrics["peak_bytes"] > 0
     assert variants["bf16"]["agreement"]["fp8_logprob_error"] == 0
     assert 0 < variants["fp32"]["agreement"]["fp8_error_ratio"] < 0.1
     assert set(found["logprobs"]) == {"size", "naive", "chunked"}

@@ -24,7 +24,7 @@ def test_a_healthy_machine_ends_with_0_and_a_blocker_with_2(tmp_path):
     report = json.loads(done.stdout)
     assert done.returncode == 0 and report["blocked"] is False and not list(tmp_path.iterdir())
     subjects = [finding["subject"] for finding in report["findings"]]
-    assert {"versions", "settings", "GPU", "model", "disk", "file system", "tokeniser", "marker"} <= set(subjects)
+    assert {"versions", "settings", "GPU", "model", "disk", "file system", "tokenizer", "marker"} <= set(subjects)
     done = doctor("rollout.top_p=0.5", f"exp_manager.exp_dir={tmp_path}")
     assert done.returncode == 2 and "rollout.top_p=0.5" in done.stdout
 

@@ -56,9 +56,9 @@ def test_smoke_runs_is_interrupted_goes_on_and_ends_with_a_table(tmp_path):
     for arm in ("jepo", "rloo"):
         mine = {(row["step"], row["metric"]): row["value"] for row in rows if row["arm"] == arm}
         lines = (tmp_path / "smoke" / arm / "seed_1" / "metrics.jsonl").read_text().splitlines()
-        figures = [json.loads(line) for line in lines]
-        assert [line["step"] for line in figures] == [0, 1, 2, 3]
-        for line in figures:
+        logged = [json.loads(line) for line in lines]
+        assert [line["step"] for line in logged] == [0, 1, 2, 3]
+        for line in logged:
             for metric in ("val_rollouts/oracle_accuracy", "train_optim/loss", "train_rollouts/bound"):
                 assert mine.get((line["step"], metric)) == line.get(metric)
     begun = {row["value"] for row in rows if row["step"] == 0 and row["metric"] == "val_rollouts/proxy_nll"}
@@ -68,7 +68,7 @@ def test_smoke_runs_is_interrupted_goes_on_and_ends_with_a_table(tmp_path):
 LIAR = "from nemo_jepo import evaluate as e; true = e.is_true; e.is_true = lambda *a, **k: not true(*a, **k); "
 
 
-def test_an_oracle_that_lies_changes_its_own_figures_and_no_other(tmp_path):
+def test_an_oracle_that_lies_changes_its_own_metrics_and_no_other(tmp_path):
     """jepo_rl reads every reward there is: verifiable ones, likelihoods, the format."""
     found = []
     for folder, preparation in (("honest", ""), ("lying", LIAR)):

@@ -233,7 +233,7 @@ def test_a_run_that_does_not_end_well_ends_the_set(code, tmp_path, trained, monk
 def test_a_folder_begun_with_other_settings_is_refused(tmp_path, trained):
     arguments = [small_file(tmp_path), f"exp_manager.exp_dir={tmp_path}"]
     assert main(arguments) == 0
-    with pytest.raises(ConfigError, match=r"was begun with other settings \(model.optim.lr\)"):
+    with pytest.raises(ConfigError, match=r"was started with other settings \(model.optim.lr\)"):
         main([*arguments, "model.optim.lr=1"])
     assert trained == ALL
 

@@ -2,7 +2,7 @@
 
 versions.py   installed packages against what they ask of each other
 machine.py    GPUs, disk, file system, ports
-run.py        a run's settings, tokeniser, marker, data and batch arithmetic
+run.py        a run's settings, tokenizer, marker, data and batch arithmetic
 groups.py     all ranks together: process groups, a shared file system
 command.py    the command line
 """

@@ -1,4 +1,4 @@
-"""A run's own settings: the model's shape, tokeniser and marker, data, batch arithmetic."""
+"""A run's own settings: the model's shape, tokenizer and marker, data, batch arithmetic."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -74,10 +74,10 @@ def find_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
 
 
 def check_data(config: Config, world_size: int) -> Iterator[Finding]:
-    """Tokeniser, data files, marker, and what a step consists of."""
+    """Tokenizer, data files, marker, and what a step consists of."""
     try:
         tokenizer = find_tokenizer(config)
-        yield Finding(OK, "tokeniser", f"{len(tokenizer)} tokens, end of text {tokenizer.eos_token!r}")
+        yield Finding(OK, "tokenizer", f"{len(tokenizer)} tokens, end of text {tokenizer.eos_token!r}")
         dataset = load_prompts(config.data, "train", tokenizer)
         yield from _rows("training data", len(dataset.prompts), [str(row) for row in dataset.bad_rows])
         if config.data.validation_path is not None:

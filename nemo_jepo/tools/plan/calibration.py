@@ -41,7 +41,7 @@ ALL_REDUCE_SECONDS = 15e-6
 HOST_COPY_EFFICIENCY = 0.25
 """Share of PCIe's bandwidth that copies from and to pageable host memory reach. An assumption."""
 OTHER_SECONDS = 3.0
-"""Of a step outside its phases: data, rewards, logging. What NeMo-RL's figures leave (112 - 109 s, 147 - 144 s)."""
+"""Of a step outside its phases: data, rewards, logging. NeMo-RL's published times leave (112 - 109 s, 147 - 144 s)."""
 
 
 @dataclass(frozen=True, slots=True)

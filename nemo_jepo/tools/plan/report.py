@@ -38,7 +38,7 @@ def _yaml(value: object) -> str:
 
 
 def as_json(plan: Plan, price: float | None, fix: str | None) -> dict[str, Any]:
-    """Every figure: bytes, seconds, tokens a second, GPU-hours, dollars."""
+    """Every number: bytes, seconds, tokens a second, GPU-hours, dollars."""
     longest, part = plan.limit
     return {
         "fits": plan.fits,

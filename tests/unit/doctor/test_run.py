@@ -46,7 +46,7 @@ def test_parameters_are_counted_and_a_folder_that_is_no_model_blocks(tmp_path):
     ],
 )
 def test_a_marker_that_ends_inside_a_token_is_said(marker, answer, split, tmp_path):
-    """The tokeniser has tokens of several signs: a marker that ends in ":" cannot be cut off before another one."""
+    """The tokenizer has tokens of several signs: a marker that ends in ":" cannot be cut off before another one."""
     tokenizer = train_tokenizer(["So the answer is 4 the answer:: the answer:("] * 9, 300, tmp_path / "words")
     prompts = [Prompt(number, (1,), "2+2?", answer) for number in range(2)]
     finding = check_marker(Splicer(tokenizer, AnswerConfig(marker=marker)), tokenizer, marker, prompts)

@@ -66,7 +66,7 @@ def test_the_actor_reads_the_recipes_shape(name):
     assert (rope["rope_type"], rope["factor"], rope["rope_theta"]) == ("llama3", 8.0, 500000.0)
 
 
-def test_figures_add_up(capsys):
+def test_numbers_add_up(capsys):
     _, found, _ = run(capsys, "--config-name", "jepo_8b", "--price-per-gpu-hour", "3")
     assert found["step_seconds"] == pytest.approx(sum(sum(parts.values()) for parts in found["seconds"].values()))
     assert found["gpu_hours"] == pytest.approx(8 * found["step_seconds"] / 3600)
