@@ -153,9 +153,15 @@ class MegatronJEPOActor:
 
     @torch.no_grad()
     def load_weights(self, state: dict[str, Any]) -> None:
-        """Take back what a checkpoint of sharded_weights holds."""
+        """Take back what a checkpoint of sharded_weights holds.
+
+        Transformer Engine's layers have extra state beside their weights, local ones have none; either loads the other.
+        """
         for number, chunk in enumerate(self.chunks):
-            chunk.load_state_dict(state[f"chunk_{number}"])
+            odd = chunk.load_state_dict(state[f"chunk_{number}"], strict=False)
+            names = [name for name in (*odd.missing_keys, *odd.unexpected_keys) if not name.endswith("_extra_state")]
+            if names:
+                raise RuntimeError(f"chunk {number}: the checkpoint's weights are not the model's: {', '.join(names)}")
 
     def sharded_state_dict(self, is_loading: bool = False) -> dict[str, Any]:
         """Weights, optimizer and schedule as dist_checkpointing shards, independent of the layout."""

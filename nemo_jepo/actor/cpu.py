@@ -13,50 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 _CPU = torch.device("cpu")
 _installed = False
-
-
-class HostFusedAdam(torch.optim.Optimizer):
-    """AdamW with the step count in the parameter group, as Transformer Engine's and Apex's FusedAdam keep it.
-
-    Megatron's DistributedOptimizer reads `group["step"]` when it loads sharded state; torch.optim.AdamW keeps one
-    step tensor per parameter instead, which that loader would share between all parameters.
-    """
-
-    def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), **settings: Any):
-        super().__init__(
-            params,
-            {"lr": lr, "betas": betas, "eps": settings["eps"], "weight_decay": settings["weight_decay"]},
-        )
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One AdamW update (decoupled weight decay, bias-corrected moments)."""
-        for group in self.param_groups:
-            group["step"] = group.get("step", 0) + 1
-            params = [param for param in group["params"] if param.grad is not None]
-            for param in params:
-                if not self.state[param]:
-                    self.state[param] = {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
-            if params:
-                adamw(
-                    params,
-                    [param.grad for param in params],
-                    [self.state[param]["exp_avg"] for param in params],
-                    [self.state[param]["exp_avg_sq"] for param in params],
-                    [],
-                    [torch.tensor(float(group["step"] - 1)) for _ in params],
-                    amsgrad=False,
-                    beta1=group["betas"][0],
-                    beta2=group["betas"][1],
-                    lr=group["lr"],
-                    weight_decay=group["weight_decay"],
-                    eps=group["eps"],
-                    maximize=False,
-                )
 
 
 def _on_host(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -104,16 +63,6 @@ def _patch_tensor_type() -> None:
     torch.Tensor.type = type_  # type: ignore[method-assign,assignment]
 
 
-def _patch_optimizer() -> None:
-    """get_megatron_optimizer and DistributedOptimizer's loader: an Adam that behaves as the fused ones do."""
-    from megatron.core import optimizer
-    from megatron.core.optimizer import distrib_optimizer
-
-    optimizer.Adam = distrib_optimizer.Adam = HostFusedAdam
-    optimizer.USING_PYTORCH_OPTIMIZER = False
-    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
-
-
 class _NoEvent:
     """torch.cuda.Event: work on the host is done when its call returns."""
 
@@ -150,11 +99,8 @@ def _patch_streams() -> None:
 
 
 def _patch_experts() -> None:
-    """moe_utils.RouterGatingLinearFunction asks for Transformer Engine's name; all_to_all wants lengths as numbers."""
-    from megatron.core.transformer.moe import moe_utils, token_dispatcher
-
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
+    """MoEAlltoAllTokenDispatcher: all_to_all wants lengths as numbers."""
+    from megatron.core.transformer.moe import token_dispatcher
 
     def on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
@@ -176,7 +122,6 @@ def install() -> None:
     _patch_device()
     _patch_random_state()
     _patch_tensor_type()
-    _patch_optimizer()
     _patch_streams()
     _patch_experts()
     _installed = True

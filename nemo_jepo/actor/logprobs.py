@@ -2,9 +2,13 @@
 
 The output head runs over a few tokens at a time; the backward pass recomputes each chunk's logits. With tensor
 parallelism every rank holds V_local columns of the vocabulary and only three numbers a token are all-reduced.
+The gradient of the output matrix is summed over chunks in fp32.
 
 Shape letters: S scored tokens, H hidden size, V vocabulary, V_local its columns on this rank.
 """
+
+from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -14,10 +18,12 @@ Group = dist.ProcessGroup | None
 
 
 def _logits(hidden: Tensor, weight: Tensor, block: Tensor) -> Tensor:
-    """fp32 logits [chunk, V_local] in block's first rows; the product runs in the model's precision."""
+    """fp32 logits [chunk, V_local] in block's first rows; the product's factors are in the model's precision."""
     logits = block[: hidden.shape[0]]
     if weight.dtype == logits.dtype:
         return torch.mm(hidden, weight.t(), out=logits)
+    if logits.is_cuda:  # sums in fp32 anyway: not rounded on the way out
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=logits)
     return logits.copy_(torch.mm(hidden, weight.t()))
 
 
@@ -38,13 +44,58 @@ def _logit_block(hidden: Tensor, weight: Tensor, chunk_tokens: int) -> Tensor:
     return hidden.new_empty((min(chunk_tokens, hidden.shape[0]), weight.shape[0]), dtype=torch.float32)
 
 
-def _gradient_sum(weight: Tensor) -> Tensor:
-    """Zeros that the chunks' gradients of the output matrix are added to."""
-    return torch.zeros_like(weight)
-
-
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    total.addmm_(left, right)
+    """total += left . right, in total's fp32: a sum over chunks in bf16 would round each time."""
+    if total.is_cuda and left.dtype != total.dtype:
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(left.to(total.dtype), right.to(total.dtype))
+
+
+def _sums(logits: Tensor, largest: Tensor, column: Tensor, here: Tensor) -> Tensor:
+    """[3, chunk] of a chunk's columns on this rank: sum_v e_v, sum_v -e_v log e_v, z_target - m, e_v = exp(z_v - m)."""
+    shifted = logits - largest[:, None]
+    exponentials = shifted.exp()
+    target = torch.where(here, shifted.gather(1, column[:, None])[:, 0], 0.0)
+    return torch.stack([exponentials.sum(1), -(exponentials * shifted).sum(1), target])
+
+
+def _sums_in_place(logits: Tensor, largest: Tensor, column: Tensor, here: Tensor) -> Tensor:
+    """The same; the logits are used up."""
+    logits.sub_(largest[:, None])
+    target = torch.where(here, logits.gather(1, column[:, None])[:, 0], 0.0)
+    exponential_sum = logits.exp_().sum(1)
+    return torch.stack([exponential_sum, torch.special.entr(logits, out=logits).sum(1), target])
+
+
+def _logits_gradient(
+    logits: Tensor, log_normalizer: Tensor, column: Tensor, here: Tensor, grad: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """[chunk, V_local] of d (grad . log p(target)) / d z_v = grad (1{v = target} - p_v)."""
+    gradient = -grad[:, None] * (logits - log_normalizer[:, None]).exp()
+    target = (torch.arange(logits.shape[1], device=logits.device) == column[:, None]) & here[:, None]
+    return torch.where(target, gradient + grad[:, None], gradient).to(dtype)
+
+
+def _logits_gradient_in_place(
+    logits: Tensor, log_normalizer: Tensor, column: Tensor, here: Tensor, grad: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The same; the logits are used up."""
+    gradient = logits.sub_(log_normalizer[:, None]).exp_().mul_(-grad[:, None])
+    gradient.scatter_add_(1, column[:, None], torch.where(here, grad, 0.0)[:, None])
+    return gradient.to(dtype)
+
+
+@cache
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(function)
+
+
+def _functions(logits: Tensor) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Sums and gradient: on a GPU a kernel each, which reads the logits once or twice; on a CPU in place."""
+    if logits.is_cuda:
+        return _compiled(_sums), _compiled(_logits_gradient)
+    return _sums_in_place, _logits_gradient_in_place
 
 
 class _ChunkedLogProb(torch.autograd.Function):
@@ -62,12 +113,8 @@ class _ChunkedLogProb(torch.autograd.Function):
             logits = _logits(hidden[part], weight, block)
             largest = logits.amax(1)
             _all_reduce(largest, dist.ReduceOp.MAX, group)
-            logits.sub_(largest[:, None])
             column, here = _local_target(target[part], first_token, weight.shape[0])
-            target_logit = torch.where(here, logits.gather(1, column[:, None])[:, 0], 0.0)
-            # With e_v = exp(z_v - m): sum_v e_v, sum_v -e_v log e_v, z_target - m; one all-reduce for the three.
-            exponential_sum = logits.exp_().sum(1)
-            sums = torch.stack([exponential_sum, torch.special.entr(logits, out=logits).sum(1), target_logit])
+            sums = _functions(logits)[0](logits, largest, column, here)  # one all-reduce for the three
             _all_reduce(sums, dist.ReduceOp.SUM, group)
             log_sum = sums[0].log()
             log_normalizers[part] = largest + log_sum
@@ -82,20 +129,21 @@ class _ChunkedLogProb(torch.autograd.Function):
     def backward(ctx, grad_logprobs, _grad_entropies):
         hidden, weight, target, log_normalizers = ctx.saved_tensors
         hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        weight_grad = _gradient_sum(weight) if ctx.needs_input_grad[1] else None
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        weight_grad = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         block = _logit_block(hidden, weight, ctx.chunk_tokens)
         for start in range(0, target.shape[0], ctx.chunk_tokens):
             part = slice(start, start + ctx.chunk_tokens)
-            grad = grad_logprobs[part, None]
-            # d log p(target) / d z_v = 1{v = target} - p_v
-            logits_grad = _logits(hidden[part], weight, block).sub_(log_normalizers[part, None]).exp_().mul_(-grad)
+            logits = _logits(hidden[part], weight, block)
             column, here = _local_target(target[part], ctx.first_token, weight.shape[0])
-            logits_grad.scatter_add_(1, column[:, None], torch.where(here[:, None], grad, 0.0))
-            logits_grad = logits_grad.to(weight.dtype)
+            normalizer, grad = log_normalizers[part], grad_logprobs[part]
+            logits_grad = _functions(logits)[1](logits, normalizer, column, here, grad, weight.dtype)
             if hidden_grad is not None:
                 torch.mm(logits_grad, weight, out=hidden_grad[part])
             if weight_grad is not None:
                 _add_product(weight_grad, logits_grad.t(), hidden[part])
+        if weight_grad is not None:
+            weight_grad = weight_grad.to(weight.dtype)
         return hidden_grad, weight_grad, None, None, None, None
 
 

@@ -182,6 +182,12 @@ def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> Module
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm, **options)
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm, **options)
     parts = layer.submodules
+    if config.num_moe_experts:  # a checkpoint has Transformer Engine's names: it joins a norm to the matrix after it,
+        parts.sharded_state_dict_keys_map = {  # but not to experts
+            name: saved
+            for name, saved in parts.sharded_state_dict_keys_map.items()
+            if not name.startswith("pre_mlp_layernorm")
+        }
     parts.input_layernorm = parts.pre_mlp_layernorm = PackedRMSNorm
     attention = parts.self_attention.submodules
     attention.core_attention = PackedAttention

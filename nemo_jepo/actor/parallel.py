@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_jepo.actor import cpu
+from nemo_jepo.actor import cpu, fallback
 from nemo_jepo.config.schema import ModelConfig
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -34,6 +34,7 @@ def init_distributed(timeout: timedelta = COLLECTIVE_TIMEOUT) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     else:
         cpu.install()
+    fallback.install()
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:

@@ -26,6 +26,8 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
@@ -182,7 +184,18 @@ def load_checkpoint(path: Path, sharded_state: dict[str, Any]) -> RunState:
         ConfigError: the checkpoint is not whole; says which file.
     """
     require_whole(path)
-    return RunState(dist_checkpointing.load(sharded_state, str(path)), read_loop_state(path))
+    known = {shard.key for shard in load_sharded_metadata(str(path)).values()}
+    wanted = _without_unknown_extra_state(sharded_state, known)
+    return RunState(dist_checkpointing.load(wanted, str(path)), read_loop_state(path))
+
+
+def _without_unknown_extra_state(state: dict[str, Any], known: set[str]) -> dict[str, Any]:
+    """The state without what Transformer Engine's layers ask for beside weights, where local layers wrote none."""
+    return {
+        name: _without_unknown_extra_state(value, known) if isinstance(value, dict) else value
+        for name, value in state.items()
+        if not (isinstance(value, ShardedObject) and name.endswith("_extra_state") and value.key not in known)
+    }
 
 
 def read_loop_state(path: Path) -> dict[str, Any]:

@@ -36,6 +36,7 @@ CHECKS = (
     Check("small_updates", 180),
     Check("actor", 150),
     Check("actor_fp8", 150),
+    Check("cpu_checkpoint", 150),
     Check("race", 60),
     Check("run", 150),
     Check("vllm", 600),

@@ -16,9 +16,10 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -65,6 +66,7 @@ class Sizes:
     kv_heads: int = 8
     head_size: int = 128
     families: tuple[str, ...] = ("llama", "llama3", "qwen2", "qwen3", "qwen3_moe", "mixtral")
+    crossing: tuple[str, ...] = ("llama", "qwen3", "qwen3_moe")
     layers: int = 4
     more_layers: int = 8
     rows: tuple[int, ...] = (4096, 8192)
@@ -92,6 +94,7 @@ class Sizes:
             kv_heads=2,
             head_size=16,
             families=("llama",),
+            crossing=("qwen3_moe",),
             layers=2,
             more_layers=3,
             rows=(128, 256),
@@ -166,12 +169,13 @@ def require_transformer_engine() -> None:
         raise Skip(f"Transformer Engine is not installed ({error})") from error
 
 
-SYNCHRONISING = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 KINDS = {
     "attention": ("flash", "fmha", "attention", "attn"),
     "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk"),
     "optimizer": ("adam", "multi_tensor", "foreach"),
-    "copies": ("memcpy", "memset", "copy_kernel", "copy"),
+    "norms": ("norm",),
+    "copies": ("memcpy", "memset", "copy"),
+    "casts to FP8": ("quantize", "cast", "amax", "scale"),
 }
 
 
@@ -182,7 +186,7 @@ def kind_of(kernel: str) -> str:
 
 
 def profile(work: Callable[[], Any]) -> dict[str, Any]:
-    """Where one call's time goes: GPU seconds by kind and by kernel, and how often the host waits."""
+    """Where one call's time goes: GPU seconds by kind and by kernel, launches, and how busy the GPU is."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 
@@ -194,34 +198,46 @@ def profile(work: Callable[[], Any]) -> dict[str, Any]:
         issued = perf_counter() - begin
         synchronize()
         wall = perf_counter() - begin
-    waits: Counter[str] = Counter()
     kernels: Counter[str] = Counter()
     calls: Counter[str] = Counter()
+    launches = 0
     for event in found.key_averages():
-        if event.key in SYNCHRONISING:
-            waits[event.key] += event.count
-        if event.key == "cudaLaunchKernel" or event.key == "cuLaunchKernel" or event.key == "cudaLaunchKernelExC":
-            calls["launches"] += event.count
-        if str(event.device_type).endswith("CUDA"):
+        if event.key in ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx"):
+            launches += event.count
+        if str(event.device_type).endswith("CUDA") and "#" not in event.key:  # "#" marks an optimizer's whole step
             kernels[event.key] += event.self_device_time_total / 1e6
             calls[event.key] += event.count
     kinds: Counter[str] = Counter()
     for kernel, seconds in kernels.items():
         kinds[kind_of(kernel)] += seconds
     busy = sum(kernels.values())
+    top = kernels.most_common(20)
     return {
         "wall_seconds": wall,
         "host_seconds": issued,
         "gpu_seconds": busy,
         "gpu_busy": busy / wall,
-        "launches": calls["launches"],
-        "waits": dict(waits),
+        "launches": launches,
         "seconds_by_kind": dict(kinds.most_common()),
-        "top_kernels": [
-            {"kernel": name[:120], "seconds": seconds, "calls": calls[name]}
-            for name, seconds in kernels.most_common(20)
-        ],
+        "top_kernels": [{"kernel": name[:120], "seconds": seconds, "calls": calls[name]} for name, seconds in top],
     }
+
+
+def waits(work: Callable[[], Any]) -> dict[str, int]:
+    """How often the host waits for the GPU inside torch in one call, by the line that asks."""
+    if not GPU:
+        work()
+        return {}
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            work()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    lines = Counter(f"{'/'.join(Path(w.filename).parts[-3:])}:{w.lineno}" for w in said if "synchron" in str(w.message))
+    return dict(lines.most_common(12))
 
 
 # ---- what there is
@@ -334,7 +350,7 @@ def attention(report: Report, size: Sizes) -> None:
             "forward_ms": 1e3 * forward,
             "forward_and_backward_ms": 1e3 * both,
             "forward_tflops": flops / forward / 1e12,
-            "waits": traced["waits"],
+            "waits": waits(lambda attend=attend: results(attend, dtype)),
             "kernels": [k["kernel"] for k in traced["top_kernels"] if kind_of(k["kernel"]) == "attention"][:4],
         }
         report.expect(max(errors.values()) < 0.02, f"{name} is within 2% of fp32")
@@ -374,25 +390,24 @@ def transformer_engine_attention(size: Sizes, bounds: Tensor, longest: int) -> C
 
 def parity(report: Report, size: Sizes) -> None:
     """The actor's log-probs, entropies, loss and gradients against transformers' on the CPU, every family."""
-    from safetensors.torch import save_file
+    from nemo_jepo.actor import parallel
 
-    from tests.distributed import scoring_worker, test_against_transformers
+    parallel.init_distributed()
+    from tests.distributed import scoring_jobs, test_against_transformers
     from tests.support.hf_models import random_model, save
 
     by_transformers = test_against_transformers.by_transformers
     weights = test_against_transformers.token_weights()
     with tempfile.TemporaryDirectory() as folder:
-        save_file(weights, Path(folder) / "weights.safetensors")
         for family in size.families:
             model = random_model(f"{family} untied")
             job = {"folder": save(model, Path(folder) / family), "model": {}, "precision": "fp32"}
+            given = [weights[str(number)] for number in range(len(weights))]
             expected = by_transformers(model, weights)
             rounded = by_transformers(random_model(f"{family} untied").bfloat16(), weights)
             with local_layers():  # no packed attention of Transformer Engine computes in fp32
-                found = scoring_worker.scores_and_gradients(
-                    job | {"token_weights": str(Path(folder) / "weights.safetensors")}
-                )
-            in_bf16 = scoring_worker.scores_and_gradients(job | {"precision": "bf16", "token_weights": None})
+                found = scoring_jobs.scores_and_gradients(job | {"token_weights": given})
+            in_bf16 = scoring_jobs.scores_and_gradients(job | {"precision": "bf16", "token_weights": None})
             names = [name for name in expected if name.startswith("logprob/")]
             gradients = [name for name in expected if name.startswith("grad/")]
             difference = {
@@ -634,15 +649,32 @@ def measure_updates(
             "peak_gib": peak_gib(),
             "losses": losses,
         }
-        few = rows[:2]
-        traced = profile(lambda few=few: actor.train_step(few, weights))
-        per_layer = sum(traced["waits"].values()) / (layers * len(few))
+        few, few_weights = rows[:2], h100.mean_nll_weights(sequences)
+
+        def gradients(few: Sequence[Any] = few, few_weights: Sequence[Tensor] = few_weights) -> None:
+            actor.prepare_for_training_step()
+            actor.get_loss_and_metrics(few, few_weights)
+
+        waited = waits(gradients)
+        per_layer = sum(waited.values()) / (layers * len(few))
         report[f"rows of {length}"] = found | {
             "waits_per_layer_and_row": per_layer,
-            "profile of two rows": traced,
+            "waits of two rows": waited,
+            "waits of the optimizer": waits(actor.finish_training_step),
+            "profile of two rows": profile(gradients),
+            "profile of the optimizer": profile(actor.finish_training_step),
         }
         report.expect(losses[-1] < losses[0], f"rows of {length}: the loss falls")
         report.expect(not GPU or per_layer < 1, f"rows of {length}: less than one wait for the GPU a layer")
+
+
+def most_layers(size: Sizes) -> int:
+    """Twice as many where there is twice the memory: at 18 bytes a parameter 16 layers take 76 GiB."""
+    return (
+        2 * size.more_layers
+        if GPU and torch.cuda.get_device_properties(0).total_memory > 120 * 2**30
+        else size.more_layers
+    )
 
 
 def updates(report: Report, size: Sizes) -> None:
@@ -652,19 +684,19 @@ def updates(report: Report, size: Sizes) -> None:
 
 def updates_more_layers(report: Report, size: Sizes) -> None:
     """The same with more layers: the difference is what layers cost, without output head and embedding."""
-    measure_updates(report, size, size.more_layers, size.rows[-1:])
+    measure_updates(report, size, most_layers(size), size.rows[-1:])
 
 
 def updates_fp8(report: Report, size: Sizes, recipe: str) -> None:
     """The same in FP8."""
     require_transformer_engine()
-    measure_updates(report, size, size.layers, size.rows[-1:], fp8="hybrid", fp8_recipe=recipe)
+    measure_updates(report, size, most_layers(size), size.rows[-1:], fp8="hybrid", fp8_recipe=recipe)
 
 
 def updates_fused_gradients(report: Report, size: Sizes) -> None:
     """The same with weight gradients that Transformer Engine adds to the fp32 sum itself."""
     require_transformer_engine()
-    measure_updates(report, size, size.layers, size.rows[-1:], fused_gradients=True)
+    measure_updates(report, size, most_layers(size), size.rows[-1:], fused_gradients=True)
 
 
 def updates_local(report: Report, size: Sizes) -> None:
@@ -733,7 +765,7 @@ def plain_transformers(report: Report, size: Sizes) -> None:
 def logprob_head(report: Report, size: Sizes) -> None:
     """Log-probs of one row from hidden states, in chunks: milliseconds, memory, and the gradients' error in bf16."""
     from benchmarks import logprob_memory
-    from nemo_jepo.actor.logprobs import chunked_logprobs
+    from nemo_jepo.actor.logprobs import _logits_gradient_in_place, _sums_in_place, chunked_logprobs
 
     tokens, hidden, vocab = size.head
     inputs = logprob_memory.inputs(logprob_memory.Size(tokens, hidden, vocab), torch.bfloat16)
@@ -742,28 +774,14 @@ def logprob_head(report: Report, size: Sizes) -> None:
     variants: dict[str, Callable[..., Tensor]] = {"whole logits": logprob_memory.naive_logprobs}
     for chunk in size.chunks:
         variants[f"chunks of {chunk}"] = lambda *given, chunk=chunk: chunked_logprobs(*given, 0, chunk)[0]
-    wide = {} if not GPU else {f"{name}, fp32 sums": logprobs for name, logprobs in variants.items() if "chunk" in name}
-    for name, logprobs in (variants | wide).items():
-        with ExitStack() as changed:
-            if name in wide:
-                for function in (_logits, _gradient_sum, _add_product):
-                    changed.enter_context(mock.patch(f"nemo_jepo.actor.logprobs.{function.__name__}", function))
+    for chunk in size.chunks[:1] + size.chunks[2:3]:
+        variants[f"chunks of {chunk}, not compiled"] = variants[f"chunks of {chunk}"]
+    for name, logprobs in variants.items():
+        eager = mock.patch(
+            "nemo_jepo.actor.logprobs._functions", lambda logits: (_sums_in_place, _logits_gradient_in_place)
+        )
+        with eager if "not compiled" in name else nullcontext():
             measure_head(report, name, logprobs, inputs, exact)
-
-
-def _logits(hidden: Tensor, weight: Tensor, block: Tensor) -> Tensor:
-    """fp32 logits without rounding to bf16 between."""
-    logits = block[: hidden.shape[0]]
-    return torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=logits)
-
-
-def _gradient_sum(weight: Tensor) -> Tensor:
-    """fp32, so that a sum over chunks does not round each time."""
-    return torch.zeros_like(weight, dtype=torch.float32)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
 
 
 def measure_head(
@@ -821,6 +839,64 @@ def head_gradients(states: Tensor, weight: Tensor, target: Tensor, upstream: Ten
     return hidden_gradient, weight_gradient
 
 
+# ---- checkpoints between kinds of layers
+
+
+def cpu_checkpoint(report: Report, size: Sizes) -> None:
+    """A checkpoint that a CPU wrote, with local layers, is read here into whatever layers serve, and back."""
+    from nemo_jepo.actor import parallel
+
+    parallel.init_distributed()
+    from nemo_jepo.actor.actor import MegatronJEPOActor
+    from nemo_jepo.actor.model import load_hf_config
+    from nemo_jepo.actor.weights.load import load_stage, open_source
+    from nemo_jepo.actor.weights.stream import weight_stream
+    from nemo_jepo.checkpoint.format import latest_checkpoint
+    from nemo_jepo.checkpoint.writer import CheckpointWriter, RunState, load_checkpoint
+    from nemo_jepo.config.schema import ModelConfig
+    from tests.support.hf_models import random_model, save
+
+    def command(*words: str) -> None:
+        ended = subprocess.run(
+            [sys.executable, "-m", "nemo_jepo.cli", *words],
+            cwd=ROOT,
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+        )
+        if ended.returncode:
+            raise RuntimeError((ended.stdout + ended.stderr)[-2500:])
+
+    def actor_of(folder: str) -> Any:
+        model = ModelConfig(tokens_per_micro_batch=256)
+        parallel.init_model_parallel(model)
+        return MegatronJEPOActor(load_hf_config(folder), model, "bf16", parallel.Layout())
+
+    def same(actor: Any, folder: str) -> bool:
+        other = actor_of(folder)
+        load_stage(other.chunks, other.hf_config, open_source(other.hf_config, folder, 0), other.layout)
+        pairs = zip(
+            *(dict(weight_stream(a.chunks, a.hf_config, a.layout)).items() for a in (actor, other)), strict=True
+        )
+        return all(name == other_name and torch.equal(own, its) for (name, own), (other_name, its) in pairs)
+
+    for family in size.crossing:
+        with tempfile.TemporaryDirectory() as root:
+            folder = save(random_model(f"{family} untied").bfloat16(), Path(root) / "hf")
+            command("import", folder, f"{root}/imported")
+            actor = actor_of(folder)
+            path = next(Path(root, "imported").glob("**/complete.json")).parent
+            actor.load_weights(load_checkpoint(path, {"model": actor.sharded_weights()}).sharded["model"])
+            here = type(actor.chunks[0].decoder.layers[0].self_attention.core_attention).__name__
+            report[family] = {"attention here": here, "weights of the CPU's checkpoint": same(actor, folder)}
+            report.expect(report[family]["weights of the CPU's checkpoint"], f"{family}: a CPU's checkpoint is read")
+            writer = CheckpointWriter(Path(root) / "own", 1, actor.hf_config.save_pretrained)
+            writer.save(1, lambda actor=actor: RunState({"model": actor.sharded_weights()}, {}), last=True)
+            command("export", str(latest_checkpoint(Path(root) / "own")), f"{root}/exported")
+            report[family]["weights of the CPU's export"] = same(actor, f"{root}/exported")
+            report.expect(report[family]["weights of the CPU's export"], f"{family}: a CPU exports this checkpoint")
+
+
 # ---- whole runs
 
 
@@ -867,6 +943,7 @@ CHECKS: dict[str, Callable[[Report, Sizes], None]] = {
     "small_updates": partial(suite, files=["test_updates.py", "test_against_transformers.py"]),
     "actor": partial(suite, files=["test_actor.py"], expression="not fp8"),
     "actor_fp8": partial(suite, files=["test_actor.py"], expression="fp8"),
+    "cpu_checkpoint": cpu_checkpoint,
     "race": race,
     "run": run,
     "ceilings": ceilings,
