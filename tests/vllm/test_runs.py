@@ -99,9 +99,9 @@ def sampled_prompts(folder: Path, step: int) -> list[tuple[int, int]]:
     return [(record["prompt_id"], record["sample"]) for record in map(json.loads, lines)]
 
 
-def assert_every_prompt_was_trained_on_once_and_in_order(folder: Path, num_steps: int) -> None:
+def assert_every_prompt_was_trained_on_once_and_in_order(folder: Path, num_steps: int, tokenizer: Path) -> None:
     config = compose.resolve(compose.compose("config", [], folder / "run"))
-    prompts = load_prompts(config.data, "train", load_tokenizer(folder / "run" / "tokenizer")).prompts
+    prompts = load_prompts(config.data, "train", load_tokenizer(tokenizer)).prompts
     stream = PromptStream(prompts, config.trainer.jepo.num_prompts_per_step, config.data.shuffle, config.data.seed)
     siblings = range(config.trainer.jepo.num_generations_per_prompt)
     for step in range(1, num_steps + 1):
@@ -136,7 +136,7 @@ def test_a_run_outlives_a_server_and_when_it_has_none_it_saves_and_goes_on_when_
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines] == list(range(1, done + 4))
     assert all(line["train_rollouts/logprob_difference"] < 1e-4 for line in lines)
-    assert_every_prompt_was_trained_on_once_and_in_order(tmp_path, done + 3)
+    assert_every_prompt_was_trained_on_once_and_in_order(tmp_path, done + 3, tmp_path / "run" / "tokenizer")
 
 
 def staleness(folder: Path) -> float:
@@ -159,4 +159,4 @@ def test_sampling_ahead_is_bounded_and_an_interruption_neither_loses_nor_repeats
     assert 1 < staleness(tmp_path) <= 2
     # At the start nothing has been sampled yet, and what was begun before the interruption is not used.
     assert [lines[start]["train_rollouts/staleness_mean"] for start in (0, done)] == [0, 0]
-    assert_every_prompt_was_trained_on_once_and_in_order(tmp_path, done + 4)
+    assert_every_prompt_was_trained_on_once_and_in_order(tmp_path, done + 4, servers.model_folder)
