@@ -11,7 +11,7 @@ import pytest
 from nemo_jepo.rollout.vllm.server import KEY_VARIABLE
 from tests.gpu.marks import needs_two_gpus
 from tests.support.command_line import ENVIRONMENT, metrics, run
-from tests.support.serving import KEY, running_server, tiny_model
+from tests.support.serving import KEY, start_server, tiny_model, wait_for
 from tests.support.vllm_processes import SHAPE, needs_vllm
 
 pytestmark = [needs_vllm, pytest.mark.timeout(900)]
@@ -41,12 +41,16 @@ def shared_gpu(tmp_path) -> Iterator[list[str]]:
     model = tmp_path / "model"
     tiny_model(model, "llama", tied=True, seed=1)
     options = ["--dtype", "bfloat16", "--", "--gpu-memory-utilization", "0.2"]
-    with running_server(model, *options, log=tmp_path / "server.log") as (url, _):
+    server = start_server(model, *options, log=tmp_path / "server.log")
+    try:
+        wait_for([server])
         hf_config = ["hidden_size=64", "intermediate_size=96", "num_attention_heads=2", "num_key_value_heads=2"]
-        yield [f"rollout.servers=[{url}]", f"tokenizer.path={model}"] + [
+        yield [f"rollout.servers=[{server.url}]", f"tokenizer.path={model}"] + [
             f"model.hf_config.{entry}"
             for entry in (*hf_config, "num_hidden_layers=2", "vocab_size=320", "initializer_range=0.2")
         ]
+    finally:
+        server.end()
 
 
 def test_weights_are_pushed_through_files_to_a_server_on_the_same_gpu(shared_gpu, tmp_path):
