@@ -63,9 +63,19 @@ class SharedMemory:
         self._session = session
         self._members: set[int] = set()
         self._files: set[Path] = set()
+        self._present: set[str] = set()
+        self._num_alike = 0
 
     def look(self) -> None:
-        """Note what is mapped now; look again while the processes live."""
+        """Note what is mapped now; look again while the processes live.
+
+        Costs little while /dev/shm stays as it is: a new file is looked for twice, for it may not be mapped at once.
+        """
+        present = set(os.listdir(_SHARED_MEMORY))
+        self._num_alike = self._num_alike + 1 if present == self._present else 0
+        self._present = present
+        if self._num_alike > 1:
+            return
         for pid in session_members(self._session):
             self._members.add(pid)
             self._files |= _mapped(pid)

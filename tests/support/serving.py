@@ -125,9 +125,9 @@ class SharedServers:
         return server
 
     def give_up(self, server: Server) -> None:
-        """End one that is no longer as it was."""
+        """One that is no longer as it was: it is left over, for a test that ends it."""
         self._alike.remove(server)
-        server.end()
+        self._others.append(server)
 
     def settings(self, count: int = 1) -> list[str]:
         """Of a run that starts from their model and samples from the first `count` of them."""

@@ -24,12 +24,13 @@ def orphaned_memory() -> set[str]:
     loky's semaphores are mapped under a name that is gone; their own names bear the id of their process.
     """
     mapped: set[str] = set()
-    for process in psutil.process_iter():
+    for maps in Path("/proc").glob("[0-9]*/maps"):
         try:
-            mapped |= {region.path for region in process.memory_maps() if region.path.startswith("/dev/shm/")}
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            lines = maps.read_text().splitlines()
+        except OSError:
             continue
-    left = {file.name for file in Path("/dev/shm").iterdir()} - {Path(path).name for path in mapped}
+        mapped |= {Path(line.split(maxsplit=5)[5]).name for line in lines if " /dev/shm/" in line}
+    left = {file.name for file in Path("/dev/shm").iterdir()} - mapped
     return {name for name in left if not any(psutil.pid_exists(int(pid)) for pid in re.findall(r"-(\d+)-", name))}
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from tests.support.pushes import pushed_twice_and_again
 from tests.support.ranks import run_ranks
 from tests.support.serving import KEY, logprobs, tiny_model
 from tests.support.vllm_processes import needs_vllm, shares_servers
-from tests.vllm.test_pushes import pushed_twice_and_again
 
 pytestmark = [needs_vllm, shares_servers, pytest.mark.timeout(900)]
 
