@@ -61,8 +61,8 @@ def test_smoke_runs_is_interrupted_goes_on_and_ends_with_a_table(tmp_path):
         for line in logged:
             for metric in ("val_rollouts/oracle_accuracy", "train_optim/loss", "train_rollouts/bound"):
                 assert mine.get((line["step"], metric)) == line.get(metric)
-    begun = {row["value"] for row in rows if row["step"] == 0 and row["metric"] == "val_rollouts/proxy_nll"}
-    assert len(begun) == 1, "the arms of a seed begin with the same weights"
+    at_start = {row["value"] for row in rows if row["step"] == 0 and row["metric"] == "val_rollouts/proxy_nll"}
+    assert len(at_start) == 1, "the arms of a seed begin with the same weights"
 
 
 LIAR = "from nemo_jepo import evaluate as e; true = e.is_true; e.is_true = lambda *a, **k: not true(*a, **k); "

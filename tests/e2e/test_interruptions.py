@@ -167,27 +167,27 @@ def test_only_the_newest_checkpoints_are_kept_and_each_knows_its_model(uninterru
     assert (folders[-1] / "tokenizer.json").exists()
 
 
-def test_an_exported_checkpoint_is_a_hugging_face_model_with_the_same_figures(uninterrupted, tmp_path):
+def test_an_exported_checkpoint_is_a_hugging_face_model_with_the_same_metrics(uninterrupted, tmp_path):
     checkpoint, folder = uninterrupted / "run" / "checkpoints" / "step_000006", tmp_path / "exported"
     arguments = ["-m", "nemo_jepo.cli", "export", str(checkpoint), str(folder)]
     assert fork_server.run(arguments, environment=ENVIRONMENT).returncode == 0
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype == torch.float32 and AutoTokenizer.from_pretrained(folder).eos_token_id is not None
     source = [f"pretrained_checkpoint.restore_from_path={folder}", "model.hf_config=null"]
-    figures = json.loads(run("evaluate", tmp_path, *source).stdout)
+    found = json.loads(run("evaluate", tmp_path, *source).stdout)
     last = metrics(uninterrupted)[-1]
     for name in ("proxy_nll", "marker_rate", "cot_tokens_mean"):
-        assert figures[name] == pytest.approx(last[f"val_rollouts/{name}"], rel=1e-6)
+        assert found[name] == pytest.approx(last[f"val_rollouts/{name}"], rel=1e-6)
     again = fork_server.run(arguments, environment=ENVIRONMENT)
     assert again.returncode == 2 and "exists" in again.stderr.strip().splitlines()[-1]
 
 
 def test_evaluate_prints_one_json_object_of_the_newest_checkpoint(uninterrupted):
-    figures = json.loads(run_truly("evaluate", uninterrupted).stdout)
+    found = json.loads(run_truly("evaluate", uninterrupted).stdout)
     last = metrics(uninterrupted)[-1]
-    assert figures["model"].endswith("step_000006")
+    assert found["model"].endswith("step_000006")
     for name in ("accuracy", "proxy_nll", "marker_rate", "cot_tokens_mean"):
-        assert figures[name] == pytest.approx(last[f"val_rollouts/{name}"], rel=1e-6)
+        assert found[name] == pytest.approx(last[f"val_rollouts/{name}"], rel=1e-6)
 
 
 ON_A_FULL_DISK = """

@@ -13,7 +13,7 @@ def evaluated(folder, *overrides: str) -> tuple[dict[str, Any], str]:
 
 
 def test_evaluate_reports_the_combined_accuracy_and_what_it_knows_it_never_asks_again(tmp_path):
-    """A random model's answers are wrong by the rule; this judge splits its votes 3 to 2 for every one of them."""
+    """A random model's answers are wrong by the verifier; this judge splits its votes 3 to 2 for every one of them."""
     key = tmp_path / "key"
     key.write_text("secret\n")
     key.chmod(0o600)
@@ -45,7 +45,7 @@ def test_evaluate_with_a_judge_that_is_down_reports_null_and_one_line(tmp_path):
 
 
 def test_a_judge_that_calls_everything_correct_earns_no_reward(tmp_path):
-    """rloo learns from the rule, by which a random model is never right; the judge is asked in the validation alone."""
+    """rloo learns from the verifier, to which a random model is never right; only a validation asks the judge."""
     overrides = ["objective=rloo", "rollout.stop_at_marker=false", "trainer.jepo.max_steps=2"]
     with FakeJudge(says(True)) as fake:
         run("train", tmp_path, *overrides, f"evaluation.judge.url={fake.base}")

@@ -154,7 +154,7 @@ def test_a_wrong_setting_of_a_judge_ends_an_evaluation_with_one_line(tmp_path):
 
 
 @pytest.mark.quick
-def test_a_tokeniser_without_end_of_text_is_refused_before_a_model_is_built(tmp_path):
+def test_a_tokenizer_without_end_of_text_is_refused_before_a_model_is_built(tmp_path):
     from transformers import AutoTokenizer
 
     from nemo_jepo.data.tokenizer import train_tokenizer

@@ -24,7 +24,7 @@ CONFIGS = {"llama": LlamaConfig, "qwen3": Qwen3Config}
 
 
 def tiny_model(folder: Path, family: str, tied: bool, seed: int) -> PreTrainedModel:
-    """A seeded random model with its tokeniser, written as a Hugging Face folder; fp32."""
+    """A seeded random model with its tokenizer, written as a Hugging Face folder; fp32."""
     config = CONFIGS[family](
         vocab_size=VOCAB,
         hidden_size=64,

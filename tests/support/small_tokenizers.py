@@ -1,4 +1,4 @@
-"""Small real tokenisers, one for every way in which a space may stick to a token. Trained when first asked for."""
+"""Small real tokenizers, one for every way in which a space may stick to a token. Trained when first asked for."""
 
 import functools
 import json

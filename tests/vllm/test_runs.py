@@ -46,7 +46,7 @@ def test_every_layout_of_a_trainer_feeds_its_servers(num_servers, layout, server
 
 
 def test_the_servers_of_an_evaluation_judge_its_answers(servers, tmp_path):
-    """A random model, held to a grammar: all it can reply is that an answer is right which the rule calls wrong."""
+    """A random model, held to a grammar: all it can reply is that an answer is right which the verifier calls wrong."""
     votes = ["correct=Right", "wrong=Wrong", "prompt='{reference_answer} or {answer}?'", "max_tokens=8"]
     judge = [f"evaluation.judge.{setting}" for setting in ("url=rollout", *votes)]
     judge.append("+evaluation.judge.extra_body.structured_outputs.choice=[Right]")
@@ -157,6 +157,6 @@ def test_sampling_ahead_is_bounded_and_an_interruption_neither_loses_nor_repeats
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines] == list(range(1, done + 5))
     assert 1 < staleness(tmp_path) <= 2
-    # At the start nothing has been sampled yet, and what was begun before the interruption is not used.
+    # At the start nothing has been sampled yet, and what was being sampled at the interruption is not used.
     assert [lines[start]["train_rollouts/staleness_mean"] for start in (0, done)] == [0, 0]
     assert_every_prompt_was_trained_on_once_and_in_order(tmp_path, done + 4, servers.model_folder)
