@@ -13,10 +13,9 @@ from megatron.core.utils import get_te_version
 from torch import nn
 
 from nemo_jepo.config.errors import ConfigError
+from nemo_jepo.config.layouts import check_fp8_settings
 from nemo_jepo.config.schema import ModelConfig
 
-TOKEN_MULTIPLE = 16
-"""FP8 matrix products need both sides of a token matrix divisible by it (fp8_utils.get_fp8_align_size)."""
 OLDEST_TRANSFORMER_ENGINE = {"delayed": (1, 0), "tensorwise": (2, 2), "blockwise": (2, 3)}
 """Major and minor version that each recipe needs (fp8_utils.get_fp8_recipe)."""
 LOWEST_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0)}
@@ -52,37 +51,9 @@ def check_fp8(model: ModelConfig, precision: str) -> None:
     Raises:
         ConfigError: the first broken rule.
     """
-    if model.fp8 is None:
-        if model.fp8_param:
-            raise ConfigError("model.fp8_param", True, "keeps weights in FP8, and model.fp8 is null", "Set model.fp8")
-        return
-    _check_settings(model, precision)
-    _check_tokens(model)
-    _check_transformer_engine(model)
-
-
-def _check_settings(model: ModelConfig, precision: str) -> None:
-    if precision != "bf16":
-        rule = "FP8 matrix products belong to bf16 training"
-        raise ConfigError("trainer.precision", precision, rule, "Use bf16, or model.fp8=null")
-    if model.first_last_layers_bf16 and model.fp8_recipe == "delayed":
-        rule = "delayed scaling keeps one state for all layers, so none of them can be left out"
-        raise ConfigError("model.first_last_layers_bf16", True, rule, "Use model.fp8_recipe=tensorwise or blockwise")
-    if model.fp8_param and not model.optim.distributed:
-        rule = "only the distributed optimizer keeps fp32 main weights of FP8 weights"
-        raise ConfigError("model.fp8_param", True, rule, "Add model.optim.distributed=true")
-
-
-def _check_tokens(model: ModelConfig) -> None:
-    """A rank's part of a packed row: cut by sequence parallelism and by context parallelism."""
-    shards = model.context_parallel_size
-    if model.sequence_parallel:
-        shards *= model.tensor_model_parallel_size
-    tokens = model.tokens_per_micro_batch
-    if tokens % (TOKEN_MULTIPLE * shards):
-        rule = f"FP8 needs a multiple of {TOKEN_MULTIPLE} tokens in each of the {shards} shards of a row"
-        fix = f"Use a multiple of {TOKEN_MULTIPLE * shards}"
-        raise ConfigError("model.tokens_per_micro_batch", tokens, rule, fix)
+    check_fp8_settings(model, precision)
+    if model.fp8 is not None:
+        _check_transformer_engine(model)
 
 
 def _check_transformer_engine(model: ModelConfig) -> None:

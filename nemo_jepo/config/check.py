@@ -9,7 +9,7 @@ from typing import Any
 
 from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.judge import RUN_SERVERS, check_judge
-from nemo_jepo.config.layouts import check_layout, model_shape
+from nemo_jepo.config.layouts import check_fp8_settings, check_layout, model_shape
 from nemo_jepo.config.rules import rules_of
 from nemo_jepo.config.schema import (
     ArithmeticConfig,
@@ -54,6 +54,7 @@ def check(config: Config, world_size: int) -> None:
     _check_on_policy(config.objective, config.rollout)
     _check_sampler(config.rollout, config.objective, config.trainer)
     _check_judges(config.evaluation, config.rollout)
+    check_fp8_settings(config.model, config.trainer.precision)
     _check_model(config.model, config.pretrained_checkpoint)
 
 

@@ -1,4 +1,4 @@
-"""Rules between a model's shape and its parallel layout, found before a model is built. No torch here."""
+"""Rules between a model's shape, layout and precision, checked before a model is built. No torch here."""
 
 import json
 from collections.abc import Mapping
@@ -7,6 +7,9 @@ from typing import Any
 
 from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.model import ModelConfig
+
+FP8_TOKENS = 16
+"""FP8 matrix products need both sides of a token matrix divisible by it (Megatron's fp8_utils.get_fp8_align_size)."""
 
 
 def model_shape(model: ModelConfig, restore_from_path: str | None) -> dict[str, Any] | None:
@@ -102,3 +105,31 @@ def _check_experts(model: ModelConfig, num_experts: int) -> None:
     if num_experts and model.tensor_model_parallel_size > 1 and not model.sequence_parallel:
         rule = "experts take each token once, so tensor-parallel ranks must hold different ones"
         raise ConfigError("model.sequence_parallel", False, rule, "Set it to true")
+
+
+def check_fp8_settings(model: ModelConfig, precision: str) -> None:
+    """Every rule of FP8 that needs no machine; `nemo_jepo.actor.precision` asks for the software and the GPU.
+
+    Args:
+        precision: trainer.precision.
+    Raises:
+        ConfigError: the first broken rule.
+    """
+    if model.fp8 is None:
+        if model.fp8_param:
+            raise ConfigError("model.fp8_param", True, "keeps weights in FP8, and model.fp8 is null", "Set model.fp8")
+        return
+    if precision != "bf16":
+        rule = "FP8 matrix products belong to bf16 training"
+        raise ConfigError("trainer.precision", precision, rule, "Use bf16, or model.fp8=null")
+    if model.first_last_layers_bf16 and model.fp8_recipe == "delayed":
+        rule = "delayed scaling keeps one state for all layers, so none of them can be left out"
+        raise ConfigError("model.first_last_layers_bf16", True, rule, "Use model.fp8_recipe=tensorwise or blockwise")
+    if model.fp8_param and not model.optim.distributed:
+        rule = "only the distributed optimizer keeps fp32 main weights of FP8 weights"
+        raise ConfigError("model.fp8_param", True, rule, "Add model.optim.distributed=true")
+    shards = model.context_parallel_size * (model.tensor_model_parallel_size if model.sequence_parallel else 1)
+    if model.tokens_per_micro_batch % (FP8_TOKENS * shards):
+        rule = f"FP8 needs a multiple of {FP8_TOKENS} tokens in each of the {shards} shards of a row"
+        fix = f"Use a multiple of {FP8_TOKENS * shards}"
+        raise ConfigError("model.tokens_per_micro_batch", model.tokens_per_micro_batch, rule, fix)
