@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from nemo_jepo.actor.context import SegmentBucket, segment_buckets
+from nemo_jepo.actor.context import SegmentBucket, segment_buckets, to_device
 
 try:  # torch 2.10 and newer
     from torch.nn.attention.varlen import varlen_attn
@@ -55,7 +55,7 @@ class PackedRowParams(PackedSeqParams):
     def bounds_on_device(self) -> Tensor:
         """The bounds, for a kernel."""
         assert self.bounds is not None
-        return self.bounds.to(self.device)
+        return to_device(self.bounds, self.device)
 
 
 class PackedAttention(torch.nn.Module):

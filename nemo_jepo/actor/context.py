@@ -13,6 +13,13 @@ import torch
 from torch import Tensor
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on a device, without waiting for what the device does."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def local_positions(cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
     """Row positions of the tokens on one context-parallel rank, [T / C], in the order in which it holds them.
 
@@ -47,9 +54,10 @@ class SegmentBucket:
 
     def to(self, device: torch.device) -> "SegmentBucket":
         """On a device."""
-        mask = None if self.mask is None else self.mask.to(device)
-        rest = (tensor.to(device) for tensor in (self.slots, self.tokens))
-        return SegmentBucket(self.queries.to(device), self.keys.to(device), mask, *rest)
+        queries, keys, slots, tokens = (
+            to_device(tensor, device) for tensor in (self.queries, self.keys, self.slots, self.tokens)
+        )
+        return SegmentBucket(queries, keys, None if self.mask is None else to_device(self.mask, device), slots, tokens)
 
 
 def _bucket(queries: Tensor, keys: Tensor, mask: Tensor | None) -> SegmentBucket:

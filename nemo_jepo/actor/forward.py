@@ -13,7 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from nemo_jepo.actor.attention import PackedRowParams
-from nemo_jepo.actor.context import local_positions
+from nemo_jepo.actor.context import local_positions, to_device
 from nemo_jepo.actor.logprobs import chunked_logprobs
 from nemo_jepo.actor.model import HiddenStateGPTModel, unwrap
 from nemo_jepo.actor.parallel import Layout
@@ -60,13 +60,6 @@ class TokenHead:
         where = (to_device(here.nonzero()[:, 0], hidden.device),)
         token_logprobs, entropies = (values.new_zeros(len(scored)).index_put(where, values) for values in found)
         return token_logprobs, entropies
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on a device, without waiting for what the device does."""
-    if device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def sequence_parameters(

@@ -142,6 +142,7 @@ class _ChunkedLogProb(torch.autograd.Function):
                 torch.mm(logits_grad, weight, out=hidden_grad[part])
             if weight_grad is not None:
                 _add_product(weight_grad, logits_grad.t(), hidden[part])
+            del logits_grad  # before the next one is made
         if weight_grad is not None:
             weight_grad = weight_grad.to(weight.dtype)
         return hidden_grad, weight_grad, None, None, None, None
@@ -155,7 +156,8 @@ def chunked_logprobs(
         logprob_s = z_s[target_s] - log sum_v exp z_s[v],   z_s = weight . hidden_s   (fp32 log-sum-exp)
         entropy_s = - sum_v p_s[v] log p_s[v]
 
-    Peak memory beyond inputs and gradients is one [chunk_tokens, V_local] fp32 block, and in bf16 one more of bf16.
+    Peak memory beyond inputs and gradients is one [chunk_tokens, V_local] fp32 block and, in bf16 or on a GPU, one more
+    of the model's dtype; in bf16 also the fp32 sum of the weight's gradient, [V_local, H].
 
     Args:
         hidden: [S, H], the model's dtype; its gradient is this rank's part of the sum over vocabulary shards, to be

@@ -29,12 +29,25 @@ def wrap_data_parallel(chunks: Sequence[torch.nn.Module], distributed_optimizer:
         DistributedDataParallel(config, reduction, chunk, disable_bucketing=number > 0)
         for number, chunk in enumerate(chunks)
     ]
+    for chunk in wrapped:
+        _add_gradients_in_products(chunk)
     if distributed_optimizer:
         for chunk in wrapped:
             _count_padding_as_parameters(chunk)
     config.finalize_model_grads_func = lambda chunks, num_tokens=None, **groups: finalize_model_grads(chunks, **groups)
     config.grad_scale_func = None
     return wrapped
+
+
+def _add_gradients_in_products(wrapped: DistributedDataParallel) -> None:
+    """Let Transformer Engine's matrix products add weight gradients to DDP's fp32 sums, without a bf16 tensor between.
+
+    Megatron's own setting, gradient_accumulation_fusion, asks for Apex in the output layer. Experts stay as they are:
+    their grouped products have not been run like this.
+    """
+    for name, module in wrapped.named_modules():
+        if hasattr(module, "fuse_wgrad_accumulation") and ".experts." not in name:
+            module.fuse_wgrad_accumulation = True
 
 
 def _count_padding_as_parameters(wrapped: DistributedDataParallel) -> None:

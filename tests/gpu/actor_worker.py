@@ -20,10 +20,10 @@ from nemo_jepo.actor.actor import MegatronJEPOActor  # noqa: E402
 from nemo_jepo.actor.fp8_guard import guard_fp8  # noqa: E402
 from nemo_jepo.actor.model import load_hf_config  # noqa: E402
 from nemo_jepo.actor.precision import assert_fp8_is_used  # noqa: E402
+from nemo_jepo.actor.scoring import score  # noqa: E402
 from nemo_jepo.actor.weights.load import load_stage, open_source  # noqa: E402
 from nemo_jepo.config.schema import ModelConfig, OptimConfig  # noqa: E402
 from nemo_jepo.data.packing import pack, padded_rows  # noqa: E402
-from nemo_jepo.objective.tables import group_scores  # noqa: E402
 from nemo_jepo.types import PackedRow  # noqa: E402
 
 SHAPE = {  # every side a multiple of 128, as block scaling wants it
@@ -92,10 +92,9 @@ def precision() -> dict[str, Any]:
         found[name]["again"] = logprobs(actor)
         if name != "bf16":
             assert_fp8_is_used(torch.nn.ModuleList(actor.chunks))
-            scores = actor.get_inference_log_probs(ROWS, len(SEQUENCES))
-            groups = group_scores(SEQUENCES, scores, None, None, GENERATIONS)
             said: list[str] = []
-            found[name] |= {"guard": guard_fp8(actor, SEQUENCES, ROWS, groups, 0, said.append), "said": said}
+            scored = score(actor, SEQUENCES, None, GENERATIONS)
+            found[name] |= {"guard": guard_fp8(actor, scored, 0, said.append), "said": said}
         found[name]["losses"] = [actor.train_step(ROWS, MEAN_NLL)["loss"] for _ in range(UPDATES)]
     return found
 
