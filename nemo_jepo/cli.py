@@ -33,7 +33,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from nemo_jepo.config.compose import read_command_line
 from nemo_jepo.config.errors import ConfigError, DataError, RunError
 from nemo_jepo.utils.exit_codes import BAD_SETTINGS, DONE, ENDED_AT_ONCE, FAILED
 
@@ -83,6 +82,8 @@ def run(name: str, argv: list[str]) -> int:
     """The exit code of a command; raises what the command raises."""
     if name not in WITH_SETTINGS:
         return load(COMMANDS[name])(argv)
+    from nemo_jepo.config.compose import read_command_line  # Hydra, which half of the commands do without
+
     config = read_command_line(argv)
     return DONE if config is None else load(COMMANDS[name])(config)
 

@@ -1,1 +1,1 @@
-"""What any part may use and none owns: files, HTTP, processes."""
+"""What any part may use and none owns: files, network, HTTP, processes, exit codes."""
