@@ -135,12 +135,13 @@ def output_head(shape: ModelShape, model: ModelConfig, dtype_bytes: int, trainin
     """Bytes of scoring on the last stage, as nemo_jepo.actor.logprobs does it.
 
     A chunk's logits in fp32 and in the model's precision; the row's hidden states, gathered; for training also their
-    gradient and one of the output matrix.
+    gradient and one of the output matrix, whose sum over chunks is fp32.
     """
     columns = shape.vocab / model.tensor_model_parallel_size
     chunk = min(model.logprob_chunk_tokens, model.tokens_per_micro_batch) * columns * (4 + dtype_bytes)
     states = model.tokens_per_micro_batch / model.context_parallel_size * shape.hidden * dtype_bytes
-    return chunk + states * (2 if training else 1) + (columns * shape.hidden * dtype_bytes if training else 0)
+    gradient = dtype_bytes + (4 if dtype_bytes < 4 else 0)
+    return chunk + states * (2 if training else 1) + (columns * shape.hidden * gradient if training else 0)
 
 
 def weight_bytes(stage: StageParameters, model: ModelConfig, dtype_bytes: int) -> float:
