@@ -137,7 +137,7 @@ def test_every_second_step_reports_the_definitions_of_another_row(layout, found)
     assert [bool(figures) for figures in replicas[0]["quiet"]] == [True, False, True, False, True]
     for turn, step in enumerate((0, 2, 4)):
         reading = expected(replicas, turn)
-        assert replicas[0]["quiet"][step] == pytest.approx(reading.figures(), rel=1e-6)
+        assert replicas[0]["quiet"][step] == pytest.approx(reading.metrics(), rel=1e-6)
         assert 0 < reading.ratio < 1
     assert replicas[0]["quiet"][0] != replicas[0]["quiet"][2]
     assert replicas[0]["said"]["quiet"] == []
