@@ -134,7 +134,7 @@ def expected(replicas: list[dict[str, Any]], turn: int) -> Reading:
 @pytest.mark.parametrize("layout", NAMES)
 def test_every_second_step_reports_the_definitions_of_another_row(layout, found):
     replicas = found[layout]
-    assert [bool(figures) for figures in replicas[0]["quiet"]] == [True, False, True, False, True]
+    assert [bool(reading) for reading in replicas[0]["quiet"]] == [True, False, True, False, True]
     for turn, step in enumerate((0, 2, 4)):
         reading = expected(replicas, turn)
         assert replicas[0]["quiet"][step] == pytest.approx(reading.metrics(), rel=1e-6)
@@ -173,12 +173,12 @@ def train(folder: Path, *overrides: str) -> tuple[list[dict[str, Any]], str]:
 
 def test_a_run_reports_the_ratio_and_warns_each_time(tmp_path):
     lines, output = train(tmp_path, "trainer.jepo.max_steps=3", "model.fp8_guard_ratio=0")
-    figures = ("fp8_logprob_error", "fp8_group_spread", "fp8_error_ratio")
-    assert [[f"train_rollouts/{name}" in line for name in figures] for line in lines] == [[True] * 3, [False] * 3] + [
+    names = ("fp8_logprob_error", "fp8_group_spread", "fp8_error_ratio")
+    assert [[f"train_rollouts/{name}" in line for name in names] for line in lines] == [[True] * 3, [False] * 3] + [
         [True] * 3
     ]
     for line in lines[::2]:
-        error, spread, ratio = (line[f"train_rollouts/{name}"] for name in figures)
+        error, spread, ratio = (line[f"train_rollouts/{name}"] for name in names)
         assert 0 < ratio == pytest.approx(error / spread)
     assert output.count("model.fp8_guard_action=bf16 would help") == 2
 
