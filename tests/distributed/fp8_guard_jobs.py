@@ -8,6 +8,7 @@ from nemo_jepo.actor import parallel
 from nemo_jepo.actor.actor import MegatronJEPOActor
 from nemo_jepo.actor.fp8_guard import guard_fp8
 from nemo_jepo.actor.model import load_hf_config
+from nemo_jepo.actor.scoring import score
 from nemo_jepo.actor.weights.load import load_stage, open_source
 from nemo_jepo.config.schema import ModelConfig, OptimConfig
 from nemo_jepo.data.packing import pack
@@ -64,11 +65,11 @@ def _guarded(job: dict[str, Any]) -> dict[str, Any]:
     found["rows"] = [row.sequence_index[row.scored_mask].unique().tolist() for row in rows]
     found["losses"] = [loss(actor), loss(bf16_actor)]
 
-    groups = group_scores(mine, actor.get_inference_log_probs(rows, len(mine)), None, None, GROUP_SIZE)
+    scored = score(actor, mine, None, GROUP_SIZE)
     said: dict[str, list[str]] = {"quiet": [], "bf16": []}
-    found["quiet"] = [guard_fp8(quiet, mine, rows, groups, step, said["quiet"].append) for step in range(STEPS)]
-    found["guarded"] = [guard_fp8(actor, mine, rows, groups, step, said["bf16"].append) for step in range(STEPS)]
-    found["without fp8"] = [guard_fp8(bf16_actor, mine, rows, groups, step, said["bf16"].append) for step in range(2)]
+    found["quiet"] = [guard_fp8(quiet, scored, step, said["quiet"].append) for step in range(STEPS)]
+    found["guarded"] = [guard_fp8(actor, scored, step, said["bf16"].append) for step in range(STEPS)]
+    found["without fp8"] = [guard_fp8(bf16_actor, scored, step, said["bf16"].append) for step in range(2)]
     found["said"], found["then"] = said, answer_logprobs(actor)
     found["losses"].append(loss(actor))
     return found
