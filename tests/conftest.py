@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from tests.support import fork_server
+from tests.support import fork_server, rank_pool
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -23,6 +23,7 @@ LONGEST_FIRST = ("vllm", "slurm", "e2e", "distributed", "browser", "gpu", "unit"
 def pytest_configure(config: pytest.Config) -> None:
     folder = fork_server.make_session_folder()
     config.add_cleanup(lambda: fork_server.remove_session_folder(folder))
+    config.add_cleanup(rank_pool.close_pools)  # which comes first
 
 
 @pytest.hookimpl(tryfirst=True)

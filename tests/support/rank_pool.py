@@ -11,9 +11,7 @@ of the fork server, in less than a second.
 Job modules import no pytest, so that a process on a GPU can run them without it.
 """
 
-import atexit
 import contextlib
-import functools
 import gc
 import os
 import pickle
@@ -37,14 +35,17 @@ WORKER = "from tests.support.rank_pool import work; work()"
 
 def on_ranks(world_size: int, job: Callable[..., Any], *arguments: Any, timeout: float = 240) -> list[Any]:
     """Run job(*arguments) on every rank of the session's pool of this size; what they returned, by rank."""
-    return _session_pool(world_size).run(job, *arguments, timeout=timeout)
+    pool = _pools.setdefault(world_size, RankPool(world_size))
+    return pool.run(job, *arguments, timeout=timeout)
 
 
-@functools.cache
-def _session_pool(world_size: int) -> "RankPool":
-    pool = RankPool(world_size)
-    atexit.register(pool.close)
-    return pool
+def close_pools() -> None:
+    """End the session's ranks; the next job would get new ones."""
+    for pool in _pools.values():
+        pool.close()
+
+
+_pools: dict[int, "RankPool"] = {}
 
 
 class RankPool:
