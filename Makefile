@@ -17,7 +17,7 @@ VLLM := 0.32.0
 VLLM_STAMP := .venv/.vllm-$(VLLM)
 QUICK := unit or distributed or quick
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=30
-PARALLEL = -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PARALLEL = -n $(WORKERS)
 
 .DEFAULT_GOAL := help
 .PHONY: help env lock vllm demo test test-rest test-all test-nightly accept-gpu test-gpu lint check docs reference clean

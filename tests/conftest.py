@@ -16,6 +16,7 @@ settings.register_profile("reproducible", deadline=None, derandomize=True)
 settings.load_profile("reproducible")
 
 TESTS = Path(__file__).parent
+SHARED = ("vllm", "slurm", "gpu")
 LONGEST_FIRST = ("vllm", "slurm", "e2e", "distributed", "browser", "gpu", "unit")
 """Tiers by the length of the work that one xdist worker gets at once, so that none begins long work when others end."""
 
@@ -28,11 +29,23 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """A test has the marker of its folder; the tests of a file, or of a group that it names, share one xdist worker."""
+    """A test has the marker of its folder."""
     for item in items:
-        folder, *_ = item.path.relative_to(TESTS).parts
-        item.add_marker(getattr(pytest.mark, folder))
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(TESTS))))
+        item.add_marker(getattr(pytest.mark, item.path.relative_to(TESTS).parts[0]))
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: LONGEST_FIRST.index(item.path.relative_to(TESTS).parts[0]))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """A worker gets whole files, and of the tiers whose tests share servers or a cluster the whole tier."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, *_ = nodeid.split("::")
+            tier = Path(file).parts[1]
+            return tier if tier in SHARED else file
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
