@@ -10,8 +10,6 @@ import psutil
 import pytest
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM: make vllm")
-shares_servers = pytest.mark.xdist_group("vllm")
-"""On every file whose tests ask for `servers`: one worker has them."""
 
 # vLLM's attention on a CPU refuses heads under 32 channels.
 SHAPE = ["model.hf_config.hidden_size=64", "model.hf_config.num_attention_heads=2"]

@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 from tests.support.pushes import pushed_twice_and_again
 from tests.support.ranks import run_ranks
 from tests.support.serving import KEY, logprobs, tiny_model
-from tests.support.vllm_processes import needs_vllm, shares_servers
+from tests.support.vllm_processes import needs_vllm
 
-pytestmark = [needs_vllm, shares_servers, pytest.mark.timeout(900)]
+pytestmark = [needs_vllm, pytest.mark.timeout(900)]
 
 
 def sample(url: str, prompt: tuple[int, ...]) -> tuple[tuple[int, ...], torch.Tensor]:

@@ -3,9 +3,9 @@
 import pytest
 
 from tests.support.pushes import pushed_twice_and_again
-from tests.support.vllm_processes import needs_vllm, shares_servers
+from tests.support.vllm_processes import needs_vllm
 
-pytestmark = [needs_vllm, shares_servers, pytest.mark.timeout(900)]
+pytestmark = [needs_vllm, pytest.mark.timeout(900)]
 
 
 def test_after_a_push_the_server_samples_with_the_new_weights(servers, tmp_path):

@@ -16,9 +16,9 @@ from nemo_jepo.data.tokenizer import load_tokenizer
 from tests.support import fork_server
 from tests.support.command_line import ENVIRONMENT, command, metrics, run
 from tests.support.ranks import run_ranks
-from tests.support.vllm_processes import SHAPE, alive, descendants, named, needs_vllm, shares_servers, wait_until
+from tests.support.vllm_processes import SHAPE, alive, descendants, named, needs_vllm, wait_until
 
-pytestmark = [needs_vllm, shares_servers, pytest.mark.timeout(900)]
+pytestmark = [needs_vllm, pytest.mark.timeout(900)]
 
 
 # ---- Short runs through the shared servers.

@@ -10,9 +10,9 @@ from nemo_jepo.config.schema import VLLMConfig
 from nemo_jepo.rollout.vllm.pool import Pool
 from tests.support.pushes import assert_samples_with, stream, transfer_of
 from tests.support.serving import KEY, VOCAB, Server, SharedServers
-from tests.support.vllm_processes import named, needs_vllm, shares_servers
+from tests.support.vllm_processes import named, needs_vllm
 
-pytestmark = [needs_vllm, shares_servers, pytest.mark.timeout(900)]
+pytestmark = [needs_vllm, pytest.mark.timeout(900)]
 
 
 def stopping(worker: psutil.Process, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -22,9 +22,9 @@ from nemo_jepo.utils.processes import SharedMemory
 from tests.support import fork_server
 from tests.support.command_line import ENVIRONMENT, command
 from tests.support.serving import KEY, tiny_model
-from tests.support.vllm_processes import alive, descendants, named, needs_vllm, shares_servers, wait_until
+from tests.support.vllm_processes import alive, descendants, named, needs_vllm, wait_until
 
-pytestmark = [shares_servers, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 # ---- Refusals, without a server.
 
