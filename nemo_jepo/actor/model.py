@@ -81,7 +81,7 @@ def use_transformer_engine() -> bool:
     try:
         import transformer_engine.pytorch  # noqa: F401
     except ImportError:
-        log.warning("Transformer Engine is not installed: local layers with SDPA attention serve, at lower speed")
+        log.warning("Transformer Engine is not installed: local layers with torch's attention serve, a little slower")
         return False
     return True
 

@@ -13,7 +13,7 @@ FAMILIES = ("llama", "qwen2", "qwen3")
 
 @pytest.fixture(scope="module")
 def by_actor(tmp_path_factory) -> dict[str, Values]:
-    """Transformer Engine's layers where they are installed, local ones with SDPA attention otherwise."""
+    """Transformer Engine's layers where they are installed, local ones otherwise."""
     root = tmp_path_factory.mktemp("models")
     scores = {}
     with RankPool(1, forked=False) as gpu:
