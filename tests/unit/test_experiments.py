@@ -63,8 +63,9 @@ def test_a_main_comparison_has_the_arms_and_seeds_of_the_claims(name):
 def test_a_full_size_set_is_complete_but_for_model_and_data(name, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"question": "1+1", "answer": "2"}\n')
-    runs = plan_runs(name, load_experiment(name), [f"data.train_path={rows}", f"data.validation_path={rows}"])
-    assert [run.arm for run in runs[:3]] == list(load_experiment(name).arms)
+    whole = only(load_experiment(name), [1], [])
+    runs = plan_runs(name, whole, [f"data.train_path={rows}", f"data.validation_path={rows}"])
+    assert [run.arm for run in runs] == list(whole.arms)
     for run in runs:
         assert run.command()[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
         assert run.config.model.hf_config["num_hidden_layers"] == 32
