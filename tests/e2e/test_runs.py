@@ -128,7 +128,7 @@ WRONG = {
         ["trainer.devices=3", "trainer.jepo.num_prompts_per_step=4"],
         ["trainer.jepo.num_prompts_per_step=4", "multiple of the 3"],
     ),
-    "a missing file": (["data.train_path=/nowhere/rows.jsonl"], ["data.train_path='/nowhere/rows.jsonl'", "no such"]),
+    "a missing file": (["data.train_path=/nowhere/rows.jsonl"], ["data.train_path='/nowhere/rows.jsonl'", "exists"]),
     "a missing model": (["pretrained_checkpoint.restore_from_path=/nowhere"], ["restore_from_path='/nowhere'"]),
 }
 
@@ -149,7 +149,7 @@ def test_a_wrong_setting_is_one_line_and_exit_code_2(mistake, tmp_path, monkeypa
 @pytest.mark.quick
 def test_a_wrong_setting_of_a_judge_ends_an_evaluation_with_one_line(tmp_path):
     line = run("evaluate", tmp_path, "evaluation.judge.votes=2", expect=2).stderr
-    assert line.startswith("evaluation.judge.votes=2: an even number can tie.")
+    assert line.startswith("evaluation.judge.votes=2: must be odd, because an even number can tie.")
     assert line.count("\n") == 1 and "no such key" not in line
 
 
