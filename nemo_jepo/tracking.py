@@ -1,7 +1,7 @@
 """What a run writes for people: metrics, sampled rollouts, loggers, one line or a progress bar a step.
 
     <run>/config.yaml  metrics.jsonl  rollouts/step_000012.jsonl  events.out.tfevents.*
-    <run>/nemo/        cmd-args.log  git-info.log: how the run was started; with W&B all that NeMo's exp_manager keeps
+    <run>/nemo/        cmd-args.log  git-info.log: how the run was started; with W&B what NeMo keeps there
 
 Rank 0 holds a Tracker, every other rank a SilentTracker with the same methods. Metric names start with
 train_rollouts/, train_optim/, val_rollouts/, timers/ (seconds) or memory/ (GiB).
@@ -205,10 +205,20 @@ def _loggers(run_folder: Path, settings: ExpManagerConfig, first_step: int) -> I
     """The loggers that are asked for; how the run was started is noted with or without any."""
     if settings.create_tensorboard_logger:
         yield TensorBoard(run_folder, first_step)
+    if settings.create_mlflow_logger:
+        from lightning.pytorch.loggers import MLFlowLogger  # NeMo's exp_manager would give it run_name twice
+
+        defaults = {"experiment_name": "nemo_jepo", "run_name": _name(run_folder, settings)}
+        yield MLFlowLogger(**defaults | dict(settings.mlflow_logger_kwargs))
     if settings.create_wandb_logger:
         yield from _nemo_loggers(run_folder, settings)
     else:
         _note_start(run_folder / "nemo")
+
+
+def _name(run_folder: Path, settings: ExpManagerConfig) -> str:
+    """What W&B and MLflow call the run: <name>, <name>/warmup."""
+    return os.path.relpath(run_folder, settings.exp_dir)
 
 
 def _note_start(folder: Path) -> None:
@@ -250,7 +260,7 @@ def _nemo_loggers(run_folder: Path, settings: ExpManagerConfig) -> list[Any]:
         _default_root_dir=None,
         _logger_connector=SimpleNamespace(configure_logger=loggers.extend),
     )
-    wandb_name = os.path.relpath(run_folder, settings.exp_dir)
+    wandb = {"project": "nemo_jepo", "name": _name(run_folder, settings)} | dict(settings.wandb_logger_kwargs)
     with nemo_logging.temp_verbosity(nemo_logging.ERROR):  # it prints its whole schema
         exp_manager(
             trainer,
@@ -258,8 +268,7 @@ def _nemo_loggers(run_folder: Path, settings: ExpManagerConfig) -> list[Any]:
                 "explicit_log_dir": str(run_folder / "nemo"),
                 "create_tensorboard_logger": False,
                 "create_wandb_logger": True,
-                "wandb_logger_kwargs": {"project": "nemo_jepo", "name": wandb_name}
-                | dict(settings.wandb_logger_kwargs),
+                "wandb_logger_kwargs": wandb,
                 "create_checkpoint_callback": False,
                 "disable_validation_on_resume": False,
                 "log_step_timing": False,

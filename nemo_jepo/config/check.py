@@ -5,6 +5,7 @@ settings, files and machines. Both raise ConfigError for the first broken rule, 
 """
 
 from dataclasses import fields, is_dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from nemo_jepo.config.errors import ConfigError
@@ -16,6 +17,7 @@ from nemo_jepo.config.schema import (
     Config,
     DataConfig,
     EvaluationConfig,
+    ExpManagerConfig,
     ModelConfig,
     ObjectiveConfig,
     PretrainedConfig,
@@ -56,6 +58,7 @@ def check(config: Config, world_size: int) -> None:
     _check_judges(config.evaluation, config.rollout)
     check_fp8_settings(config.model, config.trainer.precision)
     _check_model(config.model, config.pretrained_checkpoint)
+    _check_loggers(config.exp_manager)
 
 
 def _check_data(data: DataConfig) -> None:
@@ -194,3 +197,12 @@ def _check_model(model: ModelConfig, pretrained: PretrainedConfig) -> None:
         if name not in shape:
             raise ConfigError(given[0], sorted(shape), f"the model's shape has no {name}", "Add it")
     check_layout(model, shape)
+
+
+def _check_loggers(exp_manager: ExpManagerConfig) -> None:
+    for library in ("wandb", "mlflow"):
+        key = f"create_{library}_logger"
+        if getattr(exp_manager, key) and find_spec(library) is None:
+            raise ConfigError(
+                f"exp_manager.{key}", True, f"{library} is not installed", "Install it, or leave this out"
+            )

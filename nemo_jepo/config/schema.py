@@ -366,6 +366,10 @@ class ExpManagerConfig:
     """Log to Weights & Biases."""
     wandb_logger_kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments of the W&B logger: {project: ..., name: ...}."""
+    create_mlflow_logger: bool = False
+    """Log to MLflow, which must be installed (pip install mlflow-skinny)."""
+    mlflow_logger_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the MLflow logger: {experiment_name: ..., tracking_uri: ...}."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -255,3 +255,11 @@ def test_servers_are_auto_one_address_or_several():
 
 def test_the_run_folder_is_the_name_in_exp_dir():
     assert str(load("exp_manager.exp_dir=/out", "exp_manager.name=mine").run_folder) == "/out/mine"
+
+
+@pytest.mark.parametrize("library", ["wandb", "mlflow"])
+def test_a_logger_whose_library_is_missing_is_refused(library, monkeypatch):
+    monkeypatch.setattr("nemo_jepo.config.check.find_spec", lambda name: None if name == library else name)
+    config = load(f"exp_manager.create_{library}_logger=true")
+    with pytest.raises(ConfigError, match=f"^exp_manager.create_{library}_logger=True: {library} is not installed"):
+        check(config, 1)
