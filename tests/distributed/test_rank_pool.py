@@ -3,11 +3,12 @@
 import pytest
 
 from tests.distributed import pool_jobs
-from tests.support.rank_pool import on_ranks
+from tests.support.rank_pool import RankPool, on_ranks
 
 
 def test_jobs_run_on_the_same_processes_which_talk_to_each_other():
-    first, second = on_ranks(2, pool_jobs.where), on_ranks(2, pool_jobs.where)
+    with RankPool(2) as pool:
+        first, second = pool.run(pool_jobs.where), pool.run(pool_jobs.where)
     assert first == second
     assert [rank for _, rank, _ in first] == [0, 1] and {total for *_, total in first} == {2.0}
 

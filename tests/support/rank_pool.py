@@ -5,8 +5,8 @@
 A job is a function at the top of a module and arguments that pickle. It finds torch.distributed initialised as a run
 does it (gloo over loopback without CUDA), seeds its own layout with parallel.init_model_parallel, and leaves nothing:
 process groups, random states, environment and working directory are as before when it has ended. A job that raises is
-an AssertionError with its traceback; one that hangs is killed. After either the next job gets new processes, children
-of the fork server, in less than a second.
+an AssertionError with its traceback; one that hangs is killed. After either, and after 20 jobs, the next job gets new
+processes, children of the fork server, in less than a second.
 
 Job modules import no pytest, so that a process on a GPU can run them without it.
 """
@@ -30,6 +30,8 @@ from nemo_jepo.utils.network import free_ports
 from tests.support import fork_server
 from tests.support.ranks import ROOT, place_of
 
+JOBS_OF_A_RANK = 20
+"""Then come new ones: gloo keeps threads of the groups of each job, and they wake a hundred times a second."""
 WORKER = "from tests.support.rank_pool import work; work()"
 
 
@@ -59,6 +61,7 @@ class RankPool:
     def __init__(self, world_size: int, environment: Mapping[str, str] | None = None, forked: bool = True) -> None:
         self._world_size, self._environment, self._forked = world_size, dict(environment or {}), forked
         self._ranks: list[_Rank] = []
+        self._num_jobs = 0
 
     def run(self, job: Callable[..., Any], *arguments: Any, timeout: float = 240) -> list[Any]:
         """What job(*arguments) returned on every rank.
@@ -67,6 +70,9 @@ class RankPool:
             AssertionError: a rank raised, died or did not answer in time.
         """
         message = pickle.dumps((job, arguments))
+        if self._num_jobs == JOBS_OF_A_RANK:
+            self.close()
+        self._num_jobs += 1
         if not self._ranks:
             (port,) = free_ports()
             self._ranks = [self._start(rank, port) for rank in range(self._world_size)]
@@ -127,7 +133,7 @@ class RankPool:
         for rank in self._ranks:
             rank.process.wait()
             rank.connection.close()
-        self._ranks = []
+        self._ranks, self._num_jobs = [], 0
 
     def __enter__(self) -> "RankPool":
         return self
