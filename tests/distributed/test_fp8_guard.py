@@ -167,6 +167,7 @@ def train(folder: Path, *overrides: str) -> tuple[list[dict[str, Any]], str]:
     """Metrics and output of a tiny run over stand-in FP8."""
     where = [f"exp_manager.exp_dir={folder}", "exp_manager.name=run"]
     run = ["trainer.jepo.val_check_interval=0", "model.fp8=hybrid", "model.fp8_guard_interval=2"]
+    run += ["trainer.precision=bf16", "model.tokens_per_micro_batch=1024"]  # so one row holds every sample
     output = run_ranks(1, ["-m", "tests.distributed.fp8_stand_in", "train", *TINY_RUN, *where, *run, *overrides])
     return metrics(folder), output
 

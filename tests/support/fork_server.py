@@ -276,6 +276,7 @@ def _serve(address: str) -> dict[str, Any]:
             if not pid:
                 signal.set_wakeup_fd(-1)
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
                 selector.close()
                 os.close(session)
                 for part in (wake_read, wake_write, listener, connection, *children.values()):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from hydra.core.hydra_config import HydraConfig
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nemo_jepo.config.schema import ExpManagerConfig
@@ -206,6 +207,7 @@ def test_every_start_is_noted_with_the_code_that_ran(tmp_path, monkeypatch):
 def test_exp_manager_serves_wandb_for_a_warm_up_and_the_run_after_it(tmp_path, monkeypatch):
     """Two calls in one process. exp_manager would move our files away, sleep, or fail on a second call, and Lightning's
     logger would go on in the W&B run that is still open."""
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)  # of a command line that an earlier test has read
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
     monkeypatch.setenv("WANDB_MODE", "offline")
