@@ -212,7 +212,7 @@ def test_a_table_that_could_not_be_written_leaves_the_old_one(tmp_path, trained,
     assert table(tmp_path) == before
 
 
-@pytest.mark.parametrize("code", [75, 1])
+@pytest.mark.parametrize("code", [75, 1, 2])
 def test_a_run_that_does_not_end_well_ends_the_set(code, tmp_path, trained, monkeypatch, capsys):
     arguments = [small_file(tmp_path), f"exp_manager.exp_dir={tmp_path}"]
     good = experiments._train

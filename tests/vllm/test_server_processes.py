@@ -186,11 +186,11 @@ def test_the_key_opens_every_route_is_shown_to_nobody_and_a_stop_leaves_nothing(
 
 
 @needs_vllm
-def test_when_the_engine_of_a_server_is_killed_the_rest_ends_with_one_line(servers):
-    """The other process of a server is killed under a run, in test_runs.py."""
+@pytest.mark.parametrize("victim", ["api_server", "EngineCor"])
+def test_when_a_process_of_a_server_is_killed_the_rest_ends_with_one_line(victim, servers):
     taken = servers.take()
     family = descendants(taken.process.pid)
-    named(taken.process.pid, "EngineCor")[0].kill()
+    named(taken.process.pid, victim)[0].kill()
     assert taken.process.wait(60) == 1
     assert not alive(family)
     assert f"nemo-jepo serve: the server at {taken.url} died" in taken.log.read_text()
