@@ -289,7 +289,7 @@ def agreement(found: dict[str, Any], exact: dict[str, Any]) -> dict[str, float]:
     """How far a variant's log-probs and losses are from another's; nats, and ratios."""
     tokens = torch.tensor(found["token_logprobs"]) - torch.tensor(exact["token_logprobs"])
     answers, exact_answers = (
-        torch.tensor(figures["answer_logprobs"], dtype=torch.float64) for figures in (found, exact)
+        torch.tensor(measured["answer_logprobs"], dtype=torch.float64) for measured in (found, exact)
     )
     everywhere = torch.ones_like(answers, dtype=torch.bool)
     (error, samples), (spread, freedom) = (
@@ -305,18 +305,18 @@ def agreement(found: dict[str, Any], exact: dict[str, Any]) -> dict[str, float]:
 
 
 def updates_report(start: Start, shape: dict[str, Any], variants: dict[str, Variant], size: Size) -> dict[str, Any]:
-    """Every variant's figures over one model."""
+    """Every variant's measured over one model."""
     sequences = batch_of(size)
     flops, tokens = model_flops(shape, sequences), sum(sequence.length for sequence in sequences)
     raw = {name: start(measure_updates, Job(shape, variant, size)) for name, variant in variants.items()}
-    figures: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
     for name, found in raw.items():
         if "refused" in found:
-            figures[name] = found
+            measured[name] = found
             continue
         update, scoring = median(found["update_seconds"]), median(found["scoring_seconds"])
         tflops = flops / update / 1e12
-        figures[name] = {
+        measured[name] = {
             "update_seconds": update,
             "update_tokens_per_second": tokens / update,
             "update_tflops": tflops,
@@ -329,7 +329,7 @@ def updates_report(start: Start, shape: dict[str, Any], variants: dict[str, Vari
             "losses": found["losses"],
             "all_update_seconds": found["update_seconds"],
         } | ({} if "refused" in raw["bf16"] else {"agreement": agreement(found, raw["bf16"])})
-    return {"tokens": tokens, "model_flops": flops, "variants": figures}
+    return {"tokens": tokens, "model_flops": flops, "variants": measured}
 
 
 def run(models: Sequence[str], parts: Sequence[str], dry: bool) -> dict[str, Any]:
@@ -369,13 +369,13 @@ def measure(start: Start, models: Sequence[str], parts: Sequence[str], dry: bool
 def show(found: dict[str, Any]) -> str:
     """The report as tables."""
     tables = []
-    for model, figures in found.get("updates", {}).items():
+    for model, measured in found.get("updates", {}).items():
         head = [model, "update s", "tokens/s", "TFLOP/s", "of peak", "scoring s", "memory GiB"]
         rows = [[*head, "error/spread", "token nats", "loss"]]
-        for name, of_variant in figures["variants"].items():
+        for name, of_variant in measured["variants"].items():
             rows.append([name, *_update_cells(of_variant)])
         tables.append(report.table(rows))
-        refused = {name: f["refused"] for name, f in figures["variants"].items() if "refused" in f}
+        refused = {name: f["refused"] for name, f in measured["variants"].items() if "refused" in f}
         tables += [f"{name}: {line}" for name, line in refused.items()]
     if "logprobs" in found:
         rows = [["log-probs, bf16", "s", "s with gradients", "MB", "MB with gradients"]]
@@ -395,17 +395,17 @@ def show(found: dict[str, Any]) -> str:
     return "\n\n".join(tables)
 
 
-def _update_cells(figures: dict[str, Any]) -> list[str]:
-    if "refused" in figures:
+def _update_cells(measured: dict[str, Any]) -> list[str]:
+    if "refused" in measured:
         return ["refused", *[""] * 8]
-    near = figures.get("agreement")
+    near = measured.get("agreement")
     return [
-        f"{figures['update_seconds']:.3f}",
-        f"{figures['update_tokens_per_second']:.0f}",
-        f"{figures['update_tflops']:.3g}",
-        f"{figures['share_of_peak']:.1%}",
-        f"{figures['scoring_seconds']:.3f}",
-        f"{figures['peak_bytes'] / 2**30:.1f}",
+        f"{measured['update_seconds']:.3f}",
+        f"{measured['update_tokens_per_second']:.0f}",
+        f"{measured['update_tflops']:.3g}",
+        f"{measured['share_of_peak']:.1%}",
+        f"{measured['scoring_seconds']:.3f}",
+        f"{measured['peak_bytes'] / 2**30:.1f}",
         *([f"{near['fp8_error_ratio']:.3f}"] if near else [""]),
         *([f"{near['token_logprob_difference']:.4f}"] if near else [""]),
         *([f"{near['largest_loss_difference']:.2%}"] if near else [""]),

@@ -122,6 +122,8 @@ def fit(t: Trainer, folder: Path, tracker: SilentTracker, interrupted: Callable[
     step = resume(t, folder)
     tracker.rewind(step if step else -1)
     metrics = unreported_metrics(folder, step)  # of a step that is done and not in metrics.jsonl yet
+    if metrics is None:
+        forget_unreported(t, folder)  # those of a step whose checkpoint was never written
     if metrics is None and step == 0 and loop.val_at_start:
         metrics = {}
     try:

@@ -122,6 +122,17 @@ def test_a_run_told_to_stop_in_a_validation_saves_its_step_and_validates_it_at_t
     assert not (stopped / "run" / "unreported.json").exists()
 
 
+def test_kept_metrics_of_a_step_whose_checkpoint_was_never_written_are_dropped(tmp_path):
+    """A run killed between the two: the step is made again, and a later start at that step reports it once."""
+    run("train", tmp_path, "trainer.jepo.max_steps=2")
+    kept = tmp_path / "run" / "unreported.json"
+    kept.write_text(json.dumps({"step": 3, "metrics": {"train_optim/loss": 1.0}}))
+    for steps in (3, 4):
+        run("train", tmp_path, f"trainer.jepo.max_steps={steps}")
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4]
+    assert not kept.exists()
+
+
 def test_the_uninterrupted_run_really_trained(uninterrupted):
     lines = metrics(uninterrupted)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -42,14 +42,8 @@ class Transfer(WeightTransfer):
         return self.connections[url]
 
 
-def control(
-    url: str,
-    method: str,
-    route: str,
-    body: Mapping[str, Any] | None = None,
-    params: Mapping[str, str] | None = None,
-    timeout_s: float = 60.0,
-) -> dict[str, Any]:
+def control(url: str, method: str, route: str, *_: Any, **__: Any) -> dict[str, Any]:
+    """Every route of every server says yes."""
     return {"success": True}
 
 
