@@ -5,7 +5,7 @@ A new family is an entry in FAMILIES; names.py makes its parameters from that.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from nemo_jepo.config.errors import ConfigError
 
@@ -70,7 +70,7 @@ def family_of(model_type: object, key: str = "model_type") -> Family:
 class Shape:
     """The numbers of a Hugging Face config that decide sizes and layouts."""
 
-    family: Family
+    model_type: str
     num_layers: int
     hidden_size: int
     inner_size: int
@@ -85,8 +85,23 @@ class Shape:
     experts_per_token: int
     """0 for a dense model."""
 
+    @property
+    def family(self) -> Family:
+        """The model's entry in FAMILIES."""
+        return FAMILIES[self.model_type]
+
+    @property
+    def query_width(self) -> int:
+        """Channels of all query heads."""
+        return self.num_heads * self.head_size
+
+    @property
+    def key_value_width(self) -> int:
+        """Channels of all key heads, and of all value heads."""
+        return self.num_kv_heads * self.head_size
+
     @classmethod
-    def of(cls, config: Any) -> "Shape":
+    def of(cls, config: Any) -> Self:
         """From a transformers config, or from a mapping as config.json has it, which may leave defaults out.
 
         Raises:
@@ -102,7 +117,7 @@ class Shape:
             num_experts = config.get("num_local_experts") or config.get("num_experts") or experts.num_experts
             per_token = config.get("num_experts_per_tok", experts.num_per_token)
         return cls(
-            family=family,
+            model_type=config["model_type"],
             num_layers=config["num_hidden_layers"],
             hidden_size=config["hidden_size"],
             inner_size=inner_size,

@@ -81,10 +81,12 @@ class Sampler:
         shape, ranks = self.shape, self.tensor_parallel_size
         bandwidth = self.gpu.memory_bandwidth * MEMORY_EFFICIENCY
         weights = self._weights_read(batch) * self.dtype_bytes / ranks / bandwidth
-        shards = min(ranks, shape.num_key_value_heads)
+        shards = min(ranks, shape.num_kv_heads)
         cache = batch * context * shape.key_value_bytes(self.dtype_bytes) / shards / bandwidth
         compute = batch * shape.forward_flops(context) / ranks / (self.gpu.bf16_flops * MATMUL_EFFICIENCY["bf16"])
-        reduced = 2 * 2 * batch * shape.hidden * (ranks - 1) / ranks / (self.gpu.nvlink_bandwidth * LINK_EFFICIENCY)
+        reduced = (
+            2 * 2 * batch * shape.hidden_size * (ranks - 1) / ranks / (self.gpu.nvlink_bandwidth * LINK_EFFICIENCY)
+        )
         transfers = 2 * shape.num_layers * (reduced + ALL_REDUCE_SECONDS) if ranks > 1 else 0.0
         return {
             "reading weights": weights,

@@ -9,23 +9,16 @@ without the distributed optimizer d = 1. FP8 layers on Hopper keep each weight t
 2 bytes a parameter, beside the bf16 weight, or instead of it with model.fp8_param.
 Source: Megatron Core user guide, "Distributed Optimizer", table of bytes a parameter (18; 6 + 12/d; 16; 8 + 8/d).
 
-Activations of a layer, elements a token, with flash attention, no dropout, t tensor-parallel ranks, s = t with sequence
-parallelism and 1 without:
-
-    4 h / s                     inputs and outputs of the two norms
-    (2 q + 2 k) / t             query, key, value and the output of attention
-    3 f / t                     input and output of SwiGLU (experts: A (3 f + 2 h), dispatched tokens included)
-
-in 2 bytes; FP8 keeps the inputs of matrix products in 1 byte. Full recompute keeps h / s of each layer and all of one.
+Activations of a layer are counted in nemo_jepo.actor.activations; full recompute keeps all of one layer beside it.
 A pipeline's first stage holds p micro-batches, with v interleaved chunks 1 + (p - 1) / (p v) times the whole model's
-layers. Source: Korthikanti et al., arXiv 2205.05198, sections 4 and 5, for LayerNorm and GELU; counted anew for
-RMSNorm, SwiGLU and grouped queries.
+layers (Korthikanti et al., arXiv 2205.05198, section 4.2.3).
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from nemo_jepo.actor.activations import kept_of_layer, layer_activations
 from nemo_jepo.config.layouts import stage_layers
 from nemo_jepo.config.schema import ModelConfig
 from nemo_jepo.tools.plan.hardware import GIB
@@ -87,25 +80,11 @@ def stage_parameters(shape: ModelShape, model: ModelConfig) -> list[StageParamet
         matrices = num_layers * shape.dense_matrices / tensor
         dense = matrices + num_layers * shape.layer_vectors
         dense += shape.embedding / tensor if stage == 0 else 0
-        dense += shape.hidden if stage == last else 0
+        dense += shape.hidden_size if stage == last else 0
         dense += shape.embedding / tensor if stage == last and not (shape.tied and stage == 0) else 0
         experts = num_layers * shape.num_experts * shape.expert_matrices / model.expert_model_parallel_size
         stages.append(StageParameters(dense, experts, matrices + experts, num_layers))
     return stages
-
-
-def layer_activations(shape: ModelShape, model: ModelConfig, dtype_bytes: int) -> float:
-    """Bytes that one layer keeps of one token of a row for the backward pass, on one rank, without recompute."""
-    tensor = model.tensor_model_parallel_size
-    sequence = tensor if model.sequence_parallel else 1
-    norms = 4 * shape.hidden / sequence
-    attention = (2 * shape.query_width + 2 * shape.key_value_width) / tensor
-    if shape.num_experts:
-        feed_forward = shape.experts_per_token * (3 * shape.feed_forward + 2 * shape.hidden) / sequence
-    else:
-        feed_forward = 3 * shape.feed_forward / tensor
-    in_fp8 = 2 * shape.hidden / sequence + feed_forward / 3 - shape.query_width / tensor
-    return dtype_bytes * (norms + attention + feed_forward) - (in_fp8 if model.fp8 else 0)
 
 
 def layers_in_flight(model: ModelConfig, num_layers: int, num_micro_batches: int) -> float:
@@ -124,11 +103,10 @@ def activations(shape: ModelShape, model: ModelConfig, num_micro_batches: int, d
     """Bytes of activations on a rank of the first stage, which holds most of them."""
     tokens = model.tokens_per_micro_batch / model.context_parallel_size
     in_flight = layers_in_flight(model, shape.num_layers, num_micro_batches)
-    whole = layer_activations(shape, model, dtype_bytes)
-    if model.activations_checkpoint_granularity != "full":  # selective recomputes what flash attention never keeps
-        return tokens * in_flight * whole
-    kept = dtype_bytes * shape.hidden / (model.tensor_model_parallel_size if model.sequence_parallel else 1)
-    return tokens * (in_flight * kept + whole)
+    recomputed = (
+        layer_activations(shape, model, dtype_bytes) if model.activations_checkpoint_granularity == "full" else 0
+    )
+    return tokens * (in_flight * kept_of_layer(shape, model, dtype_bytes) + recomputed)
 
 
 def output_head(shape: ModelShape, model: ModelConfig, dtype_bytes: int, training: bool) -> float:
@@ -137,11 +115,11 @@ def output_head(shape: ModelShape, model: ModelConfig, dtype_bytes: int, trainin
     A chunk's logits in fp32 and in the model's precision; the row's hidden states, gathered; for training also their
     gradient and one of the output matrix, whose sum over chunks is fp32.
     """
-    columns = shape.vocab / model.tensor_model_parallel_size
+    columns = shape.vocab_size / model.tensor_model_parallel_size
     chunk = min(model.logprob_chunk_tokens, model.tokens_per_micro_batch) * columns * (4 + dtype_bytes)
-    states = model.tokens_per_micro_batch / model.context_parallel_size * shape.hidden * dtype_bytes
+    states = model.tokens_per_micro_batch / model.context_parallel_size * shape.hidden_size * dtype_bytes
     gradient = dtype_bytes + (4 if dtype_bytes < 4 else 0)
-    return chunk + states * (2 if training else 1) + (columns * shape.hidden * gradient if training else 0)
+    return chunk + states * (2 if training else 1) + (columns * shape.hidden_size * gradient if training else 0)
 
 
 def weight_bytes(stage: StageParameters, model: ModelConfig, dtype_bytes: int) -> float:
@@ -240,7 +218,7 @@ def sampler_memory(
         memory: bytes of the GPU.
     """
     weights = shape.num_parameters * dtype_bytes / tensor_parallel_size
-    shards = min(tensor_parallel_size, shape.num_key_value_heads)
+    shards = min(tensor_parallel_size, shape.num_kv_heads)
     token = shape.key_value_bytes(dtype_bytes) / shards
     left = utilization * memory - weights - SAMPLER_RESERVED
     cache = max(left, longest * token)

@@ -107,7 +107,7 @@ def _head(plan: Plan) -> list[str]:
     samplers = f"{beside} for rollouts" if beside else "which also sample"
     num_samplers = cluster.num_servers if beside else plan.replicas
     return [
-        f"{plan.shape.num_parameters / 1e9:.2f}B {plan.shape.family} on {plan.num_gpus} x {cluster.gpu.name}: "
+        f"{plan.shape.num_parameters / 1e9:.2f}B {plan.shape.model_type} on {plan.num_gpus} x {cluster.gpu.name}: "
         f"{cluster.world_size} for the trainer, {samplers}. A model, not a measurement.",
         f"{plan.replicas} data-parallel replicas, {plan.rows} micro-batches of "
         f"{plan.config.model.tokens_per_micro_batch} tokens each; {num_samplers} samplers with up to "

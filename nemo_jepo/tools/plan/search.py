@@ -24,8 +24,8 @@ def _rules(shape: ModelShape) -> dict[str, int]:
     return {
         "num_hidden_layers": shape.num_layers,
         "num_attention_heads": shape.query_width // shape.head_size,
-        "num_key_value_heads": shape.num_key_value_heads,
-        "intermediate_size": shape.feed_forward,
+        "num_key_value_heads": shape.num_kv_heads,
+        "intermediate_size": shape.inner_size,
         "num_experts": shape.num_experts,
     }
 

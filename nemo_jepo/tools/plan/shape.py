@@ -13,42 +13,28 @@ against which tests/unit/plan/test_shape.py counts.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from nemo_jepo.actor.weights.families import FAMILIES, Shape, family_of
+from nemo_jepo.actor.weights.families import Shape, family_of
 from nemo_jepo.config.errors import ConfigError
 
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 
 
-@dataclass(frozen=True, slots=True)
-class ModelShape:
-    """The numbers of a model that decide its memory and its time."""
+class ModelShape(Shape):
+    """What the numbers of a model come to: parameters, FLOP, bytes of cache."""
 
-    family: str
-    hidden: int
-    num_layers: int
-    query_width: int
-    key_value_width: int
-    num_key_value_heads: int
-    head_size: int
-    feed_forward: int
-    """Of one expert, where there are experts."""
-    vocab: int
-    tied: bool
-    num_experts: int = 0
-    experts_per_token: int = 0
+    __slots__ = ()
 
     @property
     def attention_matrices(self) -> int:
         """Parameters of one layer's query, key, value and output matrices."""
-        return self.hidden * (2 * self.query_width + 2 * self.key_value_width)
+        return self.hidden_size * (2 * self.query_width + 2 * self.key_value_width)
 
     @property
     def expert_matrices(self) -> int:
         """Parameters of one expert, or of the dense feed-forward layer."""
-        return 3 * self.hidden * self.feed_forward
+        return 3 * self.hidden_size * self.inner_size
 
     @property
     def dense_matrices(self) -> int:
@@ -58,21 +44,20 @@ class ModelShape:
     @property
     def layer_vectors(self) -> int:
         """Parameters of one layer that every tensor-parallel rank holds whole (biases are counted with them)."""
-        family = FAMILIES[self.family]
-        biases = self.query_width + 2 * self.key_value_width if family.qkv_bias else 0
-        query_key_norms = 2 * self.head_size if family.qk_norm else 0
-        return 2 * self.hidden + biases + query_key_norms + self.num_experts * self.hidden
+        biases = self.query_width + 2 * self.key_value_width if self.family.qkv_bias else 0
+        query_key_norms = 2 * self.head_size if self.family.qk_norm else 0
+        return 2 * self.hidden_size + biases + query_key_norms + self.num_experts * self.hidden_size
 
     @property
     def embedding(self) -> int:
         """Parameters of the embedding, and of the output matrix."""
-        return self.vocab * self.hidden
+        return self.vocab_size * self.hidden_size
 
     @property
     def num_parameters(self) -> int:
         """All parameters."""
         layer = self.dense_matrices + self.layer_vectors + self.num_experts * self.expert_matrices
-        return self.num_layers * layer + self.hidden + self.embedding * (1 if self.tied else 2)
+        return self.num_layers * layer + self.hidden_size + self.embedding * (1 if self.tied else 2)
 
     @property
     def active_layer_matrices(self) -> int:
@@ -113,18 +98,4 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
     missing = [name for name in _NEEDED if config.get(name) is None]
     if missing:
         raise ConfigError(f"model.hf_config.{missing[0]}", None, "the planner cannot guess it", "Add it")
-    shape = Shape.of(config)
-    return ModelShape(
-        family=config["model_type"],
-        hidden=shape.hidden_size,
-        num_layers=shape.num_layers,
-        query_width=shape.num_heads * shape.head_size,
-        key_value_width=shape.num_kv_heads * shape.head_size,
-        num_key_value_heads=shape.num_kv_heads,
-        head_size=shape.head_size,
-        feed_forward=shape.inner_size,
-        vocab=shape.vocab_size,
-        tied=shape.tied,
-        num_experts=shape.num_experts,
-        experts_per_token=shape.experts_per_token,
-    )
+    return ModelShape.of(config)

@@ -97,8 +97,8 @@ class Trainer:
         attention_passes = (4.5 if recompute else 3.5) if training else 1
         matrices = 2 * num_layers * shape.active_layer_matrices * tokens / self._tensor
         attention = num_layers * shape.attention_flops(work.context) * tokens / self._tensor
-        width = max(1, shape.experts_per_token) * shape.feed_forward
-        moved = 2 * num_layers * tokens * (14 * shape.hidden / self._sequence + 3 * width / self._tensor)
+        width = max(1, shape.experts_per_token) * shape.inner_size
+        moved = 2 * num_layers * tokens * (14 * shape.hidden_size / self._sequence + 3 * width / self._tensor)
         head = 2 * shape.embedding / self._tensor * tokens * work.scored_share if has_head else 0
         seconds = {
             "matrix products": passes * matrices / self._matmul_rate(),
@@ -119,10 +119,10 @@ class Trainer:
         ranks, context = self._tensor, model.context_parallel_size
         recompute = 4 if model.activations_checkpoint_granularity == "full" else 0
         count = (4 + (6 if model.sequence_parallel else 4) + recompute) if training else 4
-        tensor = count * (ranks - 1) / ranks * tokens * shape.hidden * 2 / self.link(ranks)
+        tensor = count * (ranks - 1) / ranks * tokens * shape.hidden_size * 2 / self.link(ranks)
         ring = (3 if training else 1) * (context - 1) * tokens * 2 * shape.key_value_width / ranks * 2
         experts = model.expert_model_parallel_size
-        sent = shape.experts_per_token * tokens / self._sequence * shape.hidden * 2 * (experts - 1) / experts
+        sent = shape.experts_per_token * tokens / self._sequence * shape.hidden_size * 2 * (experts - 1) / experts
         exchange = (4 if training else 2) * sent / self.link(experts)
         return tensor + ring / self.link(ranks * context) + exchange
 
@@ -131,7 +131,7 @@ class Trainer:
         if self.model.pipeline_model_parallel_size == 1 or self.software.overlaps_tensor_parallel:
             return 0.0
         chunks = self.model.virtual_pipeline_model_parallel_size or 1
-        return chunks * tokens / self._sequence * self.shape.hidden * 2 / self.link(self.world_size)
+        return chunks * tokens / self._sequence * self.shape.hidden_size * 2 / self.link(self.world_size)
 
     def forward_and_backward(self, work: Workload, training: bool) -> Seconds:
         """Seconds of a pass over a replica's rows of one update, pipeline bubble included."""

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from nemo_jepo.actor.activations import activation_bytes_per_token, layer_activations
 from nemo_jepo.config.schema import ModelConfig, OptimConfig
 from nemo_jepo.tools.plan.hardware import GIB
 from nemo_jepo.tools.plan.memory import (
@@ -11,7 +12,6 @@ from nemo_jepo.tools.plan.memory import (
     SAMPLER_RESERVED,
     TrainerMemory,
     activations,
-    layer_activations,
     layers_in_flight,
     optimizer_bytes,
     output_head,
@@ -24,10 +24,10 @@ from nemo_jepo.tools.plan.shape import ModelShape
 
 # h 8, q 8, k 4, f 16, V 32, 4 layers. Attention 8*(8+8)+8*8 = 192; feed-forward 3*8*16 = 384; norms 16.
 SHAPE = ModelShape(
-    family="llama", hidden=8, num_layers=4, query_width=8, key_value_width=4, num_key_value_heads=2, head_size=2,
-    feed_forward=16, vocab=32, tied=False,
+    model_type="llama", num_layers=4, hidden_size=8, inner_size=16, num_heads=4, num_kv_heads=2, head_size=2,
+    vocab_size=32, tied=False, num_experts=0, experts_per_token=0,
 )  # fmt: skip
-EXPERTS = dataclasses.replace(SHAPE, family="mixtral", num_experts=4, experts_per_token=2)
+EXPERTS = dataclasses.replace(SHAPE, model_type="mixtral", num_experts=4, experts_per_token=2)
 RUN = TrainerMemory(world_size=4, precision="bf16", num_micro_batches=8, keeps_reference=False)
 
 
@@ -114,6 +114,17 @@ def test_full_recompute_keeps_the_inputs_of_layers_and_one_layer():
     model = layout(activations_checkpoint_granularity="full")
     assert activations(SHAPE, model, 8, 2) == 64 * (4 * 2 * 8 + layer_activations(SHAPE, layout(), 2))
     assert activations(SHAPE, layout(), 8, 2) == 64 * 4 * layer_activations(SHAPE, layout(), 2)
+
+
+def test_a_token_of_a_row_is_kept_by_every_layer_of_its_rank_and_by_the_head():
+    """Of h = 8: last norm and hidden states; two tensor-parallel ranks cut the norm's input, never the states."""
+    model, cut = layout(), layout(tensor=2)
+    assert activation_bytes_per_token(SHAPE, model, 2) == 4 * layer_activations(SHAPE, model, 2) + 2 * (8 + 8)
+    assert activation_bytes_per_token(SHAPE, cut, 2) == 4 * layer_activations(SHAPE, cut, 2) + 2 * (4 + 8)
+    recomputed = layout(activations_checkpoint_granularity="full")
+    assert activation_bytes_per_token(SHAPE, recomputed, 2) == 4 * 2 * 8 + 2 * (8 + 8)
+    uneven = layout(pipeline=2, num_layers_in_first_pipeline_stage=3, num_layers_in_last_pipeline_stage=1)
+    assert activation_bytes_per_token(SHAPE, uneven, 2) == 3 * layer_activations(SHAPE, uneven, 2) + 2 * (8 + 8)
 
 
 @pytest.mark.parametrize(
