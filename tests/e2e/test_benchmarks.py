@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from benchmarks import convert_memory
+from benchmarks.peers import __main__ as peers
+from benchmarks.peers.driver import Variant
 from tests.support.ranks import ROOT
 from tests.support.vllm_processes import needs_vllm
 
@@ -79,6 +81,28 @@ def test_import_and_export_hold_little_more_than_the_share(tmp_path):
             assert metrics["share"] == pytest.approx(found["model_bytes"] / len(ranks), rel=0.01)
             assert 0 <= metrics["bytes"] - metrics["share"] < 40e6, name
         assert name in convert_memory.show(found)
+
+
+def test_peers_do_the_same_work_and_trl_may_be_absent(tmp_path):
+    size = peers.Size(hidden=64, layers=2, sequences=16, sequences_per_micro_batch=8, chain_tokens=12)
+    updates = {"TRL": Variant("update_trl", python=str(tmp_path / "absent"))}
+    updates |= {"ours": Variant("update_ours"), "limit": Variant("update_limit", ["shared_prompts"])}
+    samplers = {name: Variant("sampling", [name]) for name in ("nemo_jepo", "plain_loop")}
+    found = peers.run({"update_5m": updates, "sampling": samplers}, size, threads=1, repetitions=2)
+    assert found["left_out"] == ["TRL"]
+    assert set(found["update_5m"]["medians"]) == {"ours", "limit"}
+    assert set(found["sampling"]["medians"]) == set(samplers)
+    assert found["sampling"]["useful_tokens"] == 16 * (12 + 4)
+    for part in ("update_5m", "sampling"):
+        of_part = found[part]
+        assert len(of_part["rounds"]) == 2 and of_part["speedup"][of_part["baseline"]] == 1.0
+        for metrics in of_part["rounds"][0].values():
+            rate = of_part["useful_tokens"] / metrics["cpu_seconds"]
+            assert metrics["useful_tokens_per_cpu_second"] == pytest.approx(rate)
+    norms = [metrics["grad_norm"] for metrics in found["update_5m"]["medians"].values()]
+    assert norms == pytest.approx([norms[0]] * len(norms), rel=1e-4)
+    shown = peers.show(json.loads(json.dumps(found)))
+    assert "make peers" in shown and all(name in shown for name in (*samplers, *updates))
 
 
 def h100_command(*options: str) -> "subprocess.CompletedProcess[str]":

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from benchmarks import h100, logprob_memory, step
+from benchmarks.peers import __main__ as peers
+from benchmarks.peers import workload
 from benchmarks.report import medians, paired_ratio
 from nemo_jepo.actor.model import load_hf_config
 from nemo_jepo.actor.weights.load import hf_shapes
@@ -112,3 +114,27 @@ def test_agreement_is_measured_against_the_spread_within_groups():
     assert near["fp8_logprob_error"] == pytest.approx(0.5)  # one of four is off by 1
     assert near["fp8_group_spread"] == pytest.approx(math.sqrt((2.0 + 4.5) / 2))
     assert near["fp8_error_ratio"] == pytest.approx(0.5 / math.sqrt(3.25))
+
+
+# ---- TRL and plain PyTorch beside nemo_jepo
+
+
+def test_every_worker_reads_the_same_token_ids(tmp_path):
+    size = peers.Size(sequences=16, chain_tokens=5)
+    for part in peers.PARTS:
+        work = peers.draw_workload(part, size, threads=1)
+        work.write(tmp_path)
+        assert workload.read(tmp_path) == work
+        assert len(list(work.sequences)) == 16
+        for prompt, completion in work.sequences:
+            assert min(prompt + completion) >= workload.FIRST_TOKEN  # nothing that TRL's tokenizer calls padding or end
+    first = next(iter(peers.draw_workload("update_5m", size, threads=1).groups))
+    assert len(first.chains) == 8 and first.completions[3] == first.chains[3] + first.answer
+
+
+def test_variants_that_do_other_work_are_refused():
+    rounds = [{"TRL": {"cpu_seconds": 1.0}, "a": {"grad_norm": 2.0}, "b": {"grad_norm": 2.0001}}]
+    peers.require_equal_gradients(rounds)
+    rounds[0]["b"]["grad_norm"] = 2.001
+    with pytest.raises(ValueError, match="gradient norms differ: a 2.0, b 2.001"):
+        peers.require_equal_gradients(rounds)
