@@ -42,12 +42,12 @@ def run_step(t: Trainer, prompts: Sequence[Prompt], step: int, tracker: SilentTr
     """One optimizer step over this replica's prompts. This function is the whole algorithm."""
     rollouts = sample(t, prompts, step, tracker)
     sequences, rewards = splice(t, prompts, rollouts)
-    scored = score(t.actor, sequences, rewards, len(sequences) // len(prompts), tracker.timer)
+    scored = score(t.actor, sequences, rewards, len(sequences) // len(prompts), tracker.timer, for_update=True)
     fp8_error = guard_fp8(t.actor, scored, step, tracker.say) if rollouts else {}
     weights = sample_weights(t.rule, scored.groups, t.layout.sum_over_data_parallel, t.layout.max_over_data_parallel)
     weight_of_tokens = token_weights(t.rule, scored, weights)
     with tracker.timer("train_time"):
-        optim = t.actor.train_step(scored.rows, weight_of_tokens)
+        optim = t.actor.train_step(scored.rows, weight_of_tokens, scored.graph)
     metrics = report_rollouts(t, prompts, rollouts, scored, weights, step, tracker)
     return metrics | with_prefix("train_rollouts", fp8_error) | report_update(optim, step, tracker)
 

@@ -92,21 +92,24 @@ class Spliced:
 
 @dataclass(frozen=True, slots=True)
 class PackedRow:
-    """Sequences side by side in one fixed-size row: one micro-batch.
+    """Segments side by side in one row: one micro-batch.
 
-    token_ids[cu_seqlens[k] : cu_seqlens[k+1]] is sequence k; the last ones may be padding.
+    token_ids[cu_seqlens[k] : cu_seqlens[k+1]] is segment k: a whole sequence; or what siblings share of their prompt,
+    all but its last token; or a sibling from that last token on. The last segments may be padding.
     """
 
     token_ids: Tensor
     """[T] int64."""
     position_ids: Tensor
-    """[T] int64, restart at 0 in every segment."""
+    """[T] int64, a token's place in its sequence: a segment starts at 0, or behind its prompt segment."""
     cu_seqlens: Tensor
     """[segments + 1] int32, from 0 to T."""
+    prompt_segment: Tensor
+    """[segments] int64: the earlier segment whose keys and values this one's queries see as well; -1: none."""
     sequence_index: Tensor
-    """[T] int64: which sequence of the batch (0 <= . < N) a token belongs to; -1 on padding."""
+    """[T] int64: which sequence of the batch (0 <= . < N) a token belongs to; -1 on padding and shared prompts."""
     scored_mask: Tensor
-    """[T] bool: tokens whose log-prob is needed (chain of thought and answer, never the prompt or padding)."""
+    """[T] bool: tokens whose log-prob is needed (chain and answer); the token before one is in its segment too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,5 +118,5 @@ class Scores:
 
     policy_logprobs: tuple[Tensor, ...]
     """N tensors [chain_length + answer_length], nats, of the tokens after the prompt."""
-    entropies: tuple[Tensor, ...]
-    """N tensors of the same shapes, nats: entropy of the distribution each token was drawn from."""
+    entropies: tuple[Tensor, ...] = ()
+    """N tensors of the same shapes, nats: entropy of each token's distribution; () where nobody asked for them."""

@@ -14,17 +14,35 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from nemo_jepo.actor.forward import TokenHead, idle_row, num_micro_batches, run_rows, score_rows, scores_of, to_rows
+from nemo_jepo.actor.activations import activation_bytes_per_token
+from nemo_jepo.actor.forward import TokenHead, go_backward, num_micro_batches, run_rows, score_rows, scores_of, to_rows
 from nemo_jepo.actor.model import HiddenStateGPTModel, build_chunks, unwrap
 from nemo_jepo.actor.optimizer import build_optimizer, wrap_data_parallel
 from nemo_jepo.actor.parallel import Layout
 from nemo_jepo.actor.precision import check_fp8, without_fp8
 from nemo_jepo.actor.reference_policy import ReferencePolicy
+from nemo_jepo.actor.weights.families import Shape
+from nemo_jepo.config.layouts import FP8_TOKENS
 from nemo_jepo.config.schema import ModelConfig, OptimConfig
+from nemo_jepo.data.packing import RowShape, idle_row
 from nemo_jepo.types import PackedRow, Scores
 
+GPU_TILE = 128
+"""Tokens: what block-scaled FP8 quantises together, and a tile of a matrix product."""
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def row_shape(model: ModelConfig) -> RowShape:
+    """Rows that the layout can cut into equal shards, and that suit FP8 and a GPU's matrix products."""
+    multiple = math.lcm(model.segment_multiple, model.row_shards * (FP8_TOKENS if model.fp8 else 1))
+    return RowShape(
+        max_tokens=model.tokens_per_micro_batch,
+        share_prompts=model.share_prompts and model.context_parallel_size == 1,
+        segment_multiple=model.segment_multiple,
+        row_multiple=math.lcm(multiple, GPU_TILE) if torch.cuda.is_available() else multiple,
+        one_length=model.pipeline_model_parallel_size > 1,
+    )
 
 
 class MegatronJEPOActor:
@@ -43,6 +61,8 @@ class MegatronJEPOActor:
         self._modules = build_chunks(hf_config, model, DTYPES[precision])
         self.scores_in_bf16 = False
         """True: scoring leaves FP8 out from now on (fp8_guard); training does not."""
+        self.row_shape = row_shape(model)
+        self._bytes_per_token = activation_bytes_per_token(Shape.of(hf_config), model, DTYPES[precision].itemsize)
         self._head = TokenHead(hf_config.vocab_size, model.logprob_chunk_tokens)
         self._reference: ReferencePolicy | None = None
         self.num_steps = 0
@@ -65,16 +85,25 @@ class MegatronJEPOActor:
 
     # ---- scoring ----------------------------------------------------------------------------------------------
 
-    def get_inference_log_probs(self, rows: Sequence[PackedRow], num_sequences: int) -> Scores:
+    def get_inference_log_probs(
+        self, rows: Sequence[PackedRow], num_sequences: int, *, with_entropy: bool = True
+    ) -> Scores:
         """Log-probs under the current weights, of every scored token, on every rank of the replica."""
+        return self.get_log_probs_with_graph(rows, num_sequences, keep=False, with_entropy=with_entropy)[0]
+
+    def get_log_probs_with_graph(
+        self, rows: Sequence[PackedRow], num_sequences: int, keep: bool = True, *, with_entropy: bool = True
+    ) -> tuple[Scores, list[Tensor]]:
+        """The same, and what `get_loss_and_metrics` goes backward from; [] unless keep, where `keeps_graph` allows."""
         rows = self._micro_batches(rows)
         if not rows:
-            return Scores(
-                policy_logprobs=(torch.zeros(0),) * num_sequences, entropies=(torch.zeros(0),) * num_sequences
-            )
+            nothing = (torch.zeros(0),) * num_sequences
+            return Scores(policy_logprobs=nothing, entropies=nothing), []
         with self.in_bf16() if self.scores_in_bf16 else nullcontext():
-            values = score_rows(self._modules, rows, self._head, self.layout)
-        return scores_of(rows, values, num_sequences)
+            values, graph = score_rows(
+                self._modules, rows, self._head, self.layout, with_entropy=with_entropy, keep_graph=keep
+            )
+        return scores_of(rows, values, num_sequences), graph
 
     def in_bf16(self) -> AbstractContextManager[None]:
         """Inside the block nothing is computed in FP8."""
@@ -85,7 +114,20 @@ class MegatronJEPOActor:
         if self._reference is None:
             return None
         with self._reference.in_place():
-            return self.get_inference_log_probs(rows, num_sequences)
+            return self.get_inference_log_probs(rows, num_sequences, with_entropy=False)
+
+    def keeps_graph(self, rows: Sequence[PackedRow]) -> bool:
+        """Whether the scoring pass of these rows is to keep its graph for the update (model.update_passes).
+
+        Auto compares the activations of all rows with half of the memory that is free, on every rank; all ranks call.
+        """
+        passes = self.model_config.update_passes
+        if passes == "two" or self.scores_in_bf16 or self.model_config.pipeline_model_parallel_size > 1:
+            return False
+        if passes == "one":
+            return True
+        tokens = sum(len(row.token_ids) for row in rows) / self.model_config.context_parallel_size
+        return not self.layout.any_over_world(tokens * self._bytes_per_token > 0.5 * self.layout.free_bytes())
 
     # ---- training ---------------------------------------------------------------------------------------------
 
@@ -96,21 +138,25 @@ class MegatronJEPOActor:
         self._optimizer.zero_grad()
 
     def get_loss_and_metrics(
-        self, rows: Sequence[PackedRow], token_weights: Sequence[Tensor], forward_only: bool = False
+        self, rows: Sequence[PackedRow], token_weights: Sequence[Tensor], graph: Sequence[Tensor] = ()
     ) -> tuple[float, dict[str, float]]:
-        """The loss over this batch and, unless forward_only, its gradients.
+        """The loss over this batch, and its gradients.
 
             loss = - sum_t weight_t log pi(token_t)     over the global batch
 
         Args:
             rows: this replica's packed rows; an empty list takes part with zero gradients.
             token_weights: N tensors [chain_length + answer_length], detached, global denominators included.
+            graph: of the same rows, from `get_log_probs_with_graph`: no second forward pass is made. It is used up.
         Returns:
             (loss summed over data-parallel ranks, metrics); the same on every rank.
         """
-        rows = self._micro_batches(list(rows) or [self._idle_row()])
-        weighted = list(zip(rows, to_rows(rows, token_weights), strict=True))
-        reports = run_rows(self._modules, weighted, self._head, self.layout, forward_only)
+        rows = self._micro_batches(list(rows) or [self._idle_row(rows)])
+        weights = to_rows(rows, token_weights)
+        if graph:
+            reports = go_backward(self._modules, graph, weights, self.layout)
+        else:
+            reports = run_rows(self._modules, rows, self._head, self.layout, weights)
         loss = torch.zeros((), dtype=torch.float64, device=self.layout.device)
         if self.layout.is_last_stage:
             loss += sum(report["loss"].double() for report in reports)
@@ -121,10 +167,11 @@ class MegatronJEPOActor:
     def _micro_batches(self, rows: Sequence[PackedRow]) -> list[PackedRow]:
         """The rows, and idle ones where the layout needs more of them; all ranks of the data-parallel group call."""
         missing = num_micro_batches(len(rows), len(self._modules), self.layout) - len(rows)
-        return [*rows, *(self._idle_row() for _ in range(missing))]
+        return [*rows, *[self._idle_row(rows)] * missing]
 
-    def _idle_row(self) -> PackedRow:
-        return idle_row(self.model_config.tokens_per_micro_batch, 64 * self.model_config.segment_multiple)
+    def _idle_row(self, rows: Sequence[PackedRow]) -> PackedRow:
+        shape = self.row_shape
+        return idle_row(len(rows[0].token_ids) if rows and shape.one_length else shape.row_multiple, shape)
 
     def finish_training_step(self) -> dict[str, float]:
         """Clip, step, schedule. A non-finite gradient norm skips the step and says so in the metrics."""
@@ -138,10 +185,12 @@ class MegatronJEPOActor:
         self.num_steps += 1
         return {"grad_norm": grad_norm, "lr": float(lr), "skipped_step": float(not finite)}
 
-    def train_step(self, rows: Sequence[PackedRow], token_weights: Sequence[Tensor]) -> dict[str, float]:
-        """One optimizer step."""
+    def train_step(
+        self, rows: Sequence[PackedRow], token_weights: Sequence[Tensor], graph: Sequence[Tensor] = ()
+    ) -> dict[str, float]:
+        """One optimizer step; arguments as in `get_loss_and_metrics`."""
         self.prepare_for_training_step()
-        _, metrics = self.get_loss_and_metrics(rows, token_weights)
+        _, metrics = self.get_loss_and_metrics(rows, token_weights, graph)
         return metrics | self.finish_training_step()
 
     # ---- state ------------------------------------------------------------------------------------------------

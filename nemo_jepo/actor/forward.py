@@ -7,16 +7,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from megatron.core import tensor_parallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from nemo_jepo.actor.attention import PackedRowParams
-from nemo_jepo.actor.context import local_positions, to_device
+from nemo_jepo.actor.context import local_positions
 from nemo_jepo.actor.logprobs import chunked_logprobs
 from nemo_jepo.actor.model import HiddenStateGPTModel, unwrap
 from nemo_jepo.actor.parallel import Layout
+from nemo_jepo.actor.row import row_params, to_device
 from nemo_jepo.types import PackedRow, Scores
 
 
@@ -28,99 +28,107 @@ class TokenHead:
     chunk_tokens: int
 
     def __call__(
-        self, gpt: HiddenStateGPTModel, hidden: Tensor, row: PackedRow, positions: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        gpt: HiddenStateGPTModel,
+        hidden: Tensor,
+        row: PackedRow,
+        positions: Tensor,
+        weights: Tensor | None = None,
+        *,
+        with_entropy: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
         """Log-probs and entropies of the row's scored tokens in row order; 0 where another context rank has them.
 
-            token_logprobs[s] = log pi(token_ids[t_s] | tokens before t_s in its segment),  from hidden[t_s - 1]
+            token_logprobs[s] = log pi(token_ids[t_s] | tokens that t_s sees),  from hidden[t_s - 1]
 
         Args:
             gpt: the chunk with the output layer.
             hidden: [T, 1, H], or [T / TP, 1, H] under sequence parallelism; T / C with context parallelism.
             row: scored tokens are never the first of their segment.
             positions: [T] row positions of this rank's hidden states.
+            weights: [S], if the loss will be -(weights . token_logprobs): then gradients are formed along the way.
         Returns:
-            ([S], [S]) fp32, nats; gradient flows through the first. All-reduces over the tensor-parallel group.
+            ([S], [S] or None) fp32, nats; gradient flows through the first. All-reduces over the tensor-parallel group.
         """
         if gpt.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
         else:
             hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
-        weight, group = gpt.head_weight(), gpt.pg_collection.tp
-        first_token = group.rank() * weight.shape[0]
-        weight = weight[: self.vocab_size - first_token]  # vocabulary padding is never scored
+        matrix, group = gpt.head_weight(), gpt.pg_collection.tp
+        first_token = group.rank() * matrix.shape[0]
+        real = slice(0, self.vocab_size - first_token)  # vocabulary padding is never scored
+        main_grad = getattr(matrix, "main_grad", None)
         scored = row.scored_mask.nonzero()[:, 0]
         slot_of = torch.full_like(row.token_ids, -1)
         slot_of[positions] = torch.arange(len(positions))
         slots = slot_of[scored - 1]  # hidden[t - 1] predicts token t
         here = slots >= 0
-        states = hidden[:, 0].index_select(0, to_device(slots[here], hidden.device)).to(weight.dtype)
-        target = to_device(row.token_ids[scored[here]], hidden.device)
-        found = chunked_logprobs(states, weight, target, first_token, self.chunk_tokens, group)
+        states = hidden[:, 0].index_select(0, to_device(slots[here], hidden.device)).to(matrix.dtype)
+        found = chunked_logprobs(
+            states,
+            matrix[real],
+            to_device(row.token_ids[scored[here]], hidden.device),
+            first_token,
+            self.chunk_tokens,
+            group,
+            token_weights=None if weights is None else to_device(weights[here], hidden.device),
+            with_entropy=with_entropy,
+            main_grad=None if main_grad is None else main_grad[real],
+        )
+        if bool(here.all()):
+            return found
         where = (to_device(here.nonzero()[:, 0], hidden.device),)
-        token_logprobs, entropies = (values.new_zeros(len(scored)).index_put(where, values) for values in found)
+        token_logprobs, entropies = (
+            None if values is None else values.new_zeros(len(scored)).index_put(where, values) for values in found
+        )
+        assert token_logprobs is not None
         return token_logprobs, entropies
-
-
-def sequence_parameters(
-    row: PackedRow, device: torch.device, context_group: dist.ProcessGroup, on_device: bool
-) -> PackedRowParams:
-    """What attention and rotary embedding need to keep a row's segments apart.
-
-    Args:
-        on_device: Transformer Engine's kernels read the bounds on the device; Megatron's own rotary embedding reads
-            them on the host, several times a layer, and would wait for the device each time.
-    """
-    cu_seqlens = to_device(row.cu_seqlens, device) if on_device else row.cu_seqlens
-    longest = int((row.cu_seqlens[1:] - row.cu_seqlens[:-1]).max())
-    return PackedRowParams(
-        qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-        bounds=row.cu_seqlens,
-        device=device,
-        context_group=context_group,
-    )
 
 
 def run_rows(
     chunks: Sequence[torch.nn.Module],
-    rows: Sequence[tuple[PackedRow, Tensor]],
+    rows: Sequence[PackedRow],
     head: TokenHead,
     layout: Layout,
-    forward_only: bool,
+    weights: Sequence[Tensor] | None = None,
+    *,
+    with_entropy: bool = False,
 ) -> list[dict[str, Tensor]]:
     """One pass over packed rows through the pipeline, a row a micro-batch, in Megatron's own schedule.
 
         loss = - sum_rows sum_s weight_s * logprob_s
 
-    Gradients (unless forward_only) are summed over rows, context-parallel and data-parallel ranks; nothing is averaged.
+    Gradients are summed over rows, context-parallel and data-parallel ranks; nothing is averaged.
 
     Args:
-        rows: (row, weights [S]) pairs, at least one, as many as `num_micro_batches` says.
+        rows: at least one, as many as `num_micro_batches` says.
+        weights: [S] of each row, for a backward pass; None: forward only.
+        with_entropy: report it too.
     Returns:
-        On the last stage a mapping a row: loss [], token_logprobs [S], entropies [S], detached, what this context rank
-        has of them; [] elsewhere.
+        On the last stage a mapping a row: token_logprobs [S] and entropies [S], what this context rank has of them, and
+        loss []; the log-probs of a forward pass keep their graph where gradients are enabled. [] elsewhere.
     """
+    weight_of: Sequence[Tensor | None] = [None] * len(rows) if weights is None else weights
+    batches = list(zip(rows, weight_of, strict=True))
 
-    def forward_step(batch: Iterator[tuple[PackedRow, Tensor]], chunk: torch.nn.Module):  # type: ignore[no-untyped-def]
-        row, weights = next(batch)
+    def forward_step(batch: Iterator[tuple[PackedRow, Tensor | None]], chunk: torch.nn.Module):  # type: ignore[no-untyped-def]
+        row, weight = next(batch)
         gpt = unwrap(chunk)
         device = layout.device
         positions = local_positions(row.cu_seqlens, layout.context_group.rank(), layout.context_group.size())
-        hidden = chunk(
-            to_device(row.token_ids[None, positions], device),
-            to_device(row.position_ids[None, positions], device),
-            None,
-            packed_seq_params=sequence_parameters(row, device, layout.context_group, gpt.config.apply_rope_fusion),
+        token_ids = to_device(row.token_ids[None, positions], device)
+        params = row_params(
+            row, positions, gpt.inverse_frequencies, gpt.config.params_dtype, device, layout.context_group
         )
+        hidden = chunk(token_ids, None, None, packed_seq_params=params)  # the core attention reads positions
 
-        def loss_func(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            token_logprobs, entropies = head(gpt, hidden, row, positions)
-            loss = -torch.dot(to_device(weights, device).to(token_logprobs), token_logprobs)
-            report = {"loss": loss.detach(), "token_logprobs": token_logprobs.detach(), "entropies": entropies}
+        def loss_func(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
+            token_logprobs, entropies = head(gpt, hidden, row, positions, weight, with_entropy=with_entropy)
+            report = {"token_logprobs": token_logprobs, "entropies": entropies}
+            loss = token_logprobs.new_zeros(())
+            if weight is not None:
+                loss = -torch.dot(to_device(weight, device).to(token_logprobs), token_logprobs)
+                report = {"token_logprobs": token_logprobs.detach(), "entropies": entropies, "loss": loss.detach()}
             return loss, torch.ones((), dtype=torch.int, device=device), report
 
         return hidden, loss_func
@@ -128,13 +136,33 @@ def run_rows(
     interleaved = len(chunks) > 1
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=[iter(rows) for _ in chunks] if interleaved else iter(rows),
+        data_iterator=[iter(batches) for _ in chunks] if interleaved else iter(batches),
         model=list(chunks) if interleaved else chunks[0],
         num_microbatches=len(rows),
-        seq_length=len(rows[0][0].token_ids),
+        seq_length=len(rows[0].token_ids),
         micro_batch_size=1,
-        forward_only=forward_only,
+        forward_only=weights is None,
     )
+
+
+def go_backward(
+    chunks: Sequence[torch.nn.Module], graph: Sequence[Tensor], weights: Sequence[Tensor], layout: Layout
+) -> list[dict[str, Tensor]]:
+    """The backward pass of `run_rows` from the log-probs that a forward pass kept; no pipeline stages.
+
+    Args:
+        graph: [S] log-probs of each row; their graphs are freed.
+        weights: [S] of each row.
+    Returns:
+        As run_rows: the loss of each row.
+    """
+    reports = []
+    for token_logprobs, weight in zip(graph, weights, strict=True):
+        gradient = -to_device(weight, layout.device).to(token_logprobs)
+        reports.append({"loss": torch.dot(gradient, token_logprobs.detach())})
+        token_logprobs.backward(gradient)
+    get_model_config(chunks[0]).finalize_model_grads_func(list(chunks))
+    return reports
 
 
 def num_micro_batches(num_rows: int, num_chunks: int, layout: Layout) -> int:
@@ -149,42 +177,35 @@ def num_micro_batches(num_rows: int, num_chunks: int, layout: Layout) -> int:
     return -(-num_rows // stages) * stages
 
 
-def idle_row(tokens: int, segment_tokens: int) -> PackedRow:
-    """A row of padding: who has nothing to score still takes part in the collectives.
-
-    Args:
-        segment_tokens: length of its segments but the last; attention costs their square.
-    """
-    bounds = [*range(0, tokens, segment_tokens), tokens]
-    return PackedRow(
-        token_ids=torch.zeros(tokens, dtype=torch.long),
-        position_ids=torch.arange(tokens) % segment_tokens,
-        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
-        sequence_index=torch.full((tokens,), -1),
-        scored_mask=torch.zeros(tokens, dtype=torch.bool),
-    )
-
-
 def score_rows(
-    chunks: Sequence[torch.nn.Module], rows: Sequence[PackedRow], head: TokenHead, layout: Layout
-) -> list[Tensor]:
-    """Log-probs and entropies of every row's scored tokens, on every rank of the replica, without gradient.
+    chunks: Sequence[torch.nn.Module],
+    rows: Sequence[PackedRow],
+    head: TokenHead,
+    layout: Layout,
+    *,
+    with_entropy: bool = True,
+    keep_graph: bool = False,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Log-probs and entropies of every row's scored tokens, on every rank of the replica.
 
     Args:
         rows: as many as `num_micro_batches` says.
+        keep_graph: for `go_backward`; no pipeline stages then.
     Returns:
-        One [2, S] fp32 host tensor a row: log-probs, entropies (nats).
+        (one [2, S] fp32 host tensor a row: log-probs, entropies (nats), or [1, S] without entropies;
+        with keep_graph the rows' log-probs on the device, with their graph, else []).
     """
+    with torch.set_grad_enabled(keep_graph):
+        reports = run_rows(chunks, rows, head, layout, with_entropy=with_entropy)
+    names = ("token_logprobs", "entropies") if with_entropy else ("token_logprobs",)
     counts = [int(row.scored_mask.sum()) for row in rows]
-    weighted = [(row, torch.zeros(count)) for row, count in zip(rows, counts, strict=True)]
-    with torch.no_grad():
-        reports = run_rows(chunks, weighted, head, layout, forward_only=True)
     if layout.is_last_stage:
-        flat = torch.cat([torch.stack([report["token_logprobs"], report["entropies"]]) for report in reports], dim=1)
+        flat = torch.stack([torch.cat([report[name].detach() for report in reports]) for name in names])
     else:
-        flat = torch.empty(2, sum(counts), device=layout.device)
+        flat = torch.empty(len(names), sum(counts), device=layout.device)
     flat = layout.sum_over_context(layout.from_last_stage(flat))
-    return list(flat.cpu().split(counts, dim=1))
+    graph = [report["token_logprobs"] for report in reports] if keep_graph else []
+    return list(flat.cpu().split(counts, dim=1)), graph
 
 
 def to_sequences(rows: Sequence[PackedRow], row_values: Sequence[Tensor], num_sequences: int) -> list[Tensor]:
@@ -217,4 +238,5 @@ def to_rows(rows: Sequence[PackedRow], sequence_values: Sequence[Tensor]) -> lis
 def scores_of(rows: Sequence[PackedRow], row_values: Sequence[Tensor], num_sequences: int) -> Scores:
     """Per-sequence Scores from what score_rows returned."""
     values = to_sequences(rows, row_values, num_sequences)
-    return Scores(policy_logprobs=tuple(value[0] for value in values), entropies=tuple(value[1] for value in values))
+    entropies = tuple(value[1] for value in values if len(value) > 1)
+    return Scores(policy_logprobs=tuple(value[0] for value in values), entropies=entropies)

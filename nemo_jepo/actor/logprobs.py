@@ -149,8 +149,17 @@ class _ChunkedLogProb(torch.autograd.Function):
 
 
 def chunked_logprobs(
-    hidden: Tensor, weight: Tensor, target: Tensor, first_token: int, chunk_tokens: int, group: Group = None
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    first_token: int,
+    chunk_tokens: int,
+    group: Group = None,
+    *,
+    token_weights: Tensor | None = None,
+    with_entropy: bool = True,
+    main_grad: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """Log-prob of each target token and entropy of the distribution it is scored under.
 
         logprob_s = z_s[target_s] - log sum_v exp z_s[v],   z_s = weight . hidden_s   (fp32 log-sum-exp)

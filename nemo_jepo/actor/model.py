@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -179,7 +180,11 @@ def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> Module
     """Transformer Engine's layers where they can run, else local layers with packed SDPA attention."""
     options = {"num_experts": config.num_moe_experts, "moe_grouped_gemm": config.moe_grouped_gemm}
     if use_transformer_engine():
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm, **options)
+        from nemo_jepo.actor.te_attention import RowAttention
+
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm, **options)
+        layer.submodules.self_attention.submodules.core_attention = RowAttention
+        return layer
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm, **options)
     parts = layer.submodules
     if config.num_moe_experts:  # a checkpoint has Transformer Engine's names: it joins a norm to the matrix after it,
@@ -200,7 +205,13 @@ def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> Module
 
 
 class HiddenStateGPTModel(GPTModel):
-    """GPTModel whose last stage hands out hidden states, so that the output head can run in chunks."""
+    """GPTModel whose last stage hands out hidden states, so that the output head can run in chunks.
+
+    It has no rotary embedding of its own: the core attention rotates, by the positions that a packed row says.
+    """
+
+    inverse_frequencies: Tensor
+    """[D / 2] fp32: a head's rotation angles at position 1."""
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states
@@ -250,12 +261,17 @@ def _build_chunk(
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
-        position_embedding_type="rope",
+        position_embedding_type="none",
+        vp_stage=vp_stage,
+    )
+    gpt.inverse_frequencies = RotaryEmbedding(
+        config.kv_channels,
+        rotary_percent=1.0,
         rotary_base=rope["rope_theta"],
         rope_scaling=rope["rope_type"] == "llama3",
         rope_scaling_factor=rope.get("factor", 8.0),
-        vp_stage=vp_stage,
-    )
+        use_cpu_initialization=config.use_cpu_initialization,
+    ).inv_freq
     for name, parameter in gpt.named_parameters():
         if ".experts." in name:
             # An expert lies whole on a rank (expert tensor parallelism 1), so its gradient is summed over the

@@ -9,6 +9,7 @@ import os
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -144,6 +145,13 @@ class Layout:
         shared = values.to(self.device)
         dist.broadcast(shared, group=self.pipeline_group, group_src=self.pipeline_group.size() - 1)
         return shared
+
+    def free_bytes(self) -> float:
+        """Memory that this rank may still take: of its GPU, or its share of the host's."""
+        if self.device.type == "cuda":
+            cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            return torch.cuda.mem_get_info(self.device)[0] + cached
+        return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
     def barrier(self) -> None:
         """Wait for every rank of the world."""

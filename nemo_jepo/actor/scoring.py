@@ -7,6 +7,8 @@ P prompts of this rank, G sequences per prompt, N = P * G sequences ordered by (
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
+from torch import Tensor
+
 from nemo_jepo.actor.actor import MegatronJEPOActor
 from nemo_jepo.data.packing import pack
 from nemo_jepo.objective.records import GroupScores, Scored
@@ -30,6 +32,7 @@ def score(
     timer: Timer = untimed,
     *,
     read_reference: bool = True,
+    for_update: bool = False,
 ) -> Scored:
     """Pack the sequences, and score their tokens under the current weights and the reference policy; all ranks call.
 
@@ -42,19 +45,25 @@ def score(
         group_size: G.
         timer: of the phases logprobs and init_logprobs.
         read_reference: False leaves the reference policy out.
+        for_update: keep the policy's graph for train_step, where it fits (model.update_passes).
     Returns:
         The same on every rank of the replica.
     """
-    rows = pack(sequences, actor.model_config.tokens_per_micro_batch, actor.model_config.segment_multiple)
+    rows = pack(sequences, actor.row_shape)
     to_score = rows if any(sequence.sampled for sequence in sequences) else []
-    with timer("logprobs"):
-        policy = actor.get_inference_log_probs(to_score, len(sequences))
     reference: Scores | None = None
-    if read_reference:
+    if read_reference:  # first: its weights take the place of the policy's, which a kept graph needs
         with timer("init_logprobs"):
             reference = actor.get_init_policy_logprobs(to_score, len(sequences))
+    keep_graph = for_update and actor.keeps_graph(rows)
+    with timer("logprobs"):
+        graph: Sequence[Tensor] = ()
+        if keep_graph:
+            policy, graph = actor.get_log_probs_with_graph(to_score, len(sequences))
+        else:
+            policy = actor.get_inference_log_probs(to_score, len(sequences))
     groups = group_scores(sequences, policy, reference, rewards, group_size)
-    return Scored(sequences=sequences, rows=rows, policy=policy, reference=reference, groups=groups)
+    return Scored(sequences=sequences, rows=rows, policy=policy, graph=graph, reference=reference, groups=groups)
 
 
 def rescore_in_bf16(actor: MegatronJEPOActor, scored: Scored, rows: Sequence[PackedRow]) -> GroupScores:

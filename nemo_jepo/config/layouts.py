@@ -89,11 +89,9 @@ def _check_rows(model: ModelConfig) -> None:
     if tokens % model.segment_multiple:
         rule = f"context parallelism deals a row over {model.context_parallel_size} ranks, two parts each"
         raise ConfigError(key, tokens, rule, f"Use a multiple of {model.segment_multiple}")
-    if model.sequence_parallel:
-        ranks = model.tensor_model_parallel_size * model.context_parallel_size
-        if tokens % ranks:
-            rule = f"sequence parallelism shards a row over {ranks} ranks"
-            raise ConfigError(key, tokens, rule, f"Use a multiple of {ranks}")
+    if tokens % model.row_shards:
+        rule = f"sequence parallelism shards a row over {model.row_shards} ranks"
+        raise ConfigError(key, tokens, rule, f"Use a multiple of {model.row_shards}")
 
 
 def _check_experts(model: ModelConfig, num_experts: int) -> None:
@@ -128,7 +126,7 @@ def check_fp8_settings(model: ModelConfig, precision: str) -> None:
     if model.fp8_param and not model.optim.distributed:
         rule = "only the distributed optimizer keeps fp32 main weights of FP8 weights"
         raise ConfigError("model.fp8_param", True, rule, "Add model.optim.distributed=true")
-    shards = model.context_parallel_size * (model.tensor_model_parallel_size if model.sequence_parallel else 1)
+    shards = model.row_shards
     if model.tokens_per_micro_batch % (FP8_TOKENS * shards):
         rule = f"FP8 needs a multiple of {FP8_TOKENS} tokens in each of the {shards} shards of a row"
         fix = f"Use a multiple of {FP8_TOKENS * shards}"

@@ -88,7 +88,12 @@ class ModelConfig:
     fp8_guard_action: str = setting("warn", choices=("warn", "bf16"))
     """Above that: warn, or bf16 (score in BF16 for the rest of the run; training stays in FP8)."""
     tokens_per_micro_batch: int = setting(4096, ge=1)
-    """T, the tokens of a packed row; no sequence may be longer."""
+    """T, the most tokens of a packed row, which is as long as its content; no sequence may be longer."""
+    share_prompts: bool = True
+    """Compute a prompt once for all its samples. Without effect under context parallelism."""
+    update_passes: str = setting("auto", choices=("auto", "one", "two"))
+    """Forward passes of the policy in an update: one (the scoring pass keeps its graph), two, or auto (one where its
+    activations fit). Pipeline stages need two."""
     logprob_chunk_tokens: int = setting(384, ge=1)
     """Tokens whose fp32 logits exist at one time in the output head."""
     activations_checkpoint_granularity: str | None = setting(None, choices=("selective", "full"))
@@ -101,6 +106,11 @@ class ModelConfig:
     def segment_multiple(self) -> int:
         """Tokens: packed segments are padded to a multiple of it, so that context-parallel ranks share each alike."""
         return 1 if self.context_parallel_size == 1 else 2 * self.context_parallel_size
+
+    @property
+    def row_shards(self) -> int:
+        """Ranks over which a packed row is cut between matrix products: its tokens are a multiple."""
+        return self.context_parallel_size * (self.tensor_model_parallel_size if self.sequence_parallel else 1)
 
     def data_parallel_size(self, world_size: int) -> int:
         """Replicas left once each model copy has its ranks."""

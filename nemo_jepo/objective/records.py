@@ -99,6 +99,9 @@ class Scored:
     """The sequences packed."""
     policy: Scores
     """Log-probs under the current weights; empty tensors for targets that nobody sampled (sft)."""
+    graph: Sequence[Tensor] = ()
+    """Log-probs of each row with their graph, for the one backward pass; () where the update makes a forward of its
+    own."""
     reference: Scores | None
     """The same under the reference policy; None where beta = 0."""
     groups: GroupScores

@@ -48,7 +48,7 @@ def update(actor: MegatronJEPOActor) -> dict[str, float]:
     mine = batch[layout.data_parallel_rank :: layout.data_parallel_size]
     draw = torch.Generator().manual_seed(actor.num_steps)
     weights = [torch.randn(s.chain_length + s.answer_length, generator=draw) for s in batch]
-    rows = pack(mine, 64, actor.model_config.segment_multiple)
+    rows = pack(mine, actor.row_shape)
     return actor.train_step(rows, weights[layout.data_parallel_rank :: layout.data_parallel_size])
 
 

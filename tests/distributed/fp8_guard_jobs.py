@@ -43,7 +43,7 @@ def _guarded(job: dict[str, Any]) -> dict[str, Any]:
     actor = build(job, layout, **fp8, fp8_guard_ratio=0.0, fp8_guard_action="bf16")
     bf16_actor = build(job, layout)
     quiet = build(job, layout, **fp8, fp8_guard_ratio=1e9)
-    rows = pack(mine, 32, actor.model_config.segment_multiple)
+    rows = pack(mine, actor.row_shape)
 
     def answer_logprobs(of: MegatronJEPOActor) -> list[float]:
         scores = of.get_inference_log_probs(rows, len(mine))
@@ -51,7 +51,8 @@ def _guarded(job: dict[str, Any]) -> dict[str, Any]:
 
     def loss(of: MegatronJEPOActor) -> float:
         weights = [torch.ones(s.chain_length + s.answer_length) for s in mine]
-        return of.get_loss_and_metrics(rows, weights, forward_only=True)[0]
+        of.prepare_for_training_step()
+        return of.get_loss_and_metrics(rows, weights)[0]
 
     found: dict[str, Any] = {"fp8": answer_logprobs(actor), "bf16": answer_logprobs(bf16_actor)}
     with actor.in_bf16():

@@ -34,7 +34,7 @@ def bf16_update() -> tuple[dict[str, torch.Tensor], str]:
     assert not any(optimizer.model_fp32_groups), "every weight is bf16"
 
     batch = sequences()
-    rows = pack(batch, 64)
+    rows = pack(batch, actor.row_shape)
     draw = torch.Generator().manual_seed(1)
     token_weights = [torch.randn(s.chain_length + s.answer_length, generator=draw) for s in batch]
     tensors = {f"weight/{number}": weight.detach().clone() for number, weight in enumerate(weights)}

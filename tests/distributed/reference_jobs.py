@@ -46,7 +46,7 @@ def swapped(precision: str, place: str) -> dict[str, float | bool]:
     actor = MegatronJEPOActor(hf_config, model, precision, layout)
     load_stage(actor.chunks, hf_config, open_source(hf_config, None, seed=7), layout)
     batch = sequences()
-    rows = pack(batch, 64)
+    rows = pack(batch, actor.row_shape)
     without = actor.get_init_policy_logprobs(rows, len(batch))
     actor.keep_reference_policy()
     actor.start_training(OptimConfig(lr=0.05), 0.0, 10)

@@ -24,7 +24,7 @@ def scores_and_gradients(job: dict[str, Any]) -> dict[str, torch.Tensor]:
     source = open_source(hf_config, job["folder"], seed=0)
     load_stage(actor.chunks, hf_config, source, layout)
     sequences = scored_sequences()
-    rows = pack(sequences, model.tokens_per_micro_batch)
+    rows = pack(sequences, actor.row_shape)
     scores = actor.get_inference_log_probs(rows, len(sequences))
     out = {f"logprob/{i}": values for i, values in enumerate(scores.policy_logprobs)}
     out |= {f"entropy/{i}": values for i, values in enumerate(scores.entropies)}

@@ -27,10 +27,17 @@ CP2, EP2, SP = {"context_parallel_size": 2}, {"expert_model_parallel_size": 2}, 
 VPP2, UNEVEN = {"virtual_pipeline_model_parallel_size": 2}, {"num_layers_in_first_pipeline_stage": 1}
 LINEAR = {"lr": 1e6, "eps": 1e6}  # a step moves every weight by its gradient
 
+# What everything else must equal: a sequence a row with its own prompt, scored in one pass and trained in another.
+PLAIN: dict[str, Any] = {"padded": True, "model": {"update_passes": "two"}}
 ONE_PROCESS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "two passes": {"model": {"update_passes": "two"}},
+    "one pass": {"model": {"update_passes": "one"}},
+    "prompts of their own": {"model": {"share_prompts": False}},
+    "prompts of their own, two passes": {"model": {"share_prompts": False, "update_passes": "two"}},
+    "two passes, full recompute": {"model": {"update_passes": "two", "activations_checkpoint_granularity": "full"}},
     "small rows": {"model": {"tokens_per_micro_batch": 32}},
     "one row": {"model": {"tokens_per_micro_batch": 256, "logprob_chunk_tokens": 1000}},
-    "one sequence a row": {"padded": True},
     "full recompute": {"model": {"activations_checkpoint_granularity": "full"}},
     "selective recompute": {"model": {"activations_checkpoint_granularity": "selective"}},
     "plain optimizer": {"optim": {"lr": 1.0, "eps": 1.0, "distributed": False}},
@@ -92,7 +99,7 @@ def updated(world_size: int, **job: Any) -> Update:
 
 @functools.cache
 def one_process(shape: str, setting: str = "") -> Update:
-    return updated(1, shape=shape, **ONE_PROCESS.get(setting, {}))
+    return updated(1, shape=shape, **(ONE_PROCESS[setting] if setting else PLAIN))
 
 
 def assert_same_update(found: Update, expected: Update, relative: float = 2e-5) -> None:

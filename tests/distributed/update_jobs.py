@@ -58,17 +58,17 @@ def _update(job: dict[str, Any]) -> dict[str, torch.Tensor]:
     if job.get("padded"):
         rows = padded_rows(sequences, model.tokens_per_micro_batch)
     else:
-        rows = pack(sequences, model.tokens_per_micro_batch, model.segment_multiple)
+        rows = pack(sequences, actor.row_shape)
     actor.start_training(OptimConfig(**job["optim"]), job["clip"], 10)
     before = {name: tensor.clone() for name, tensor in weight_stream(actor.chunks, actor.hf_config, layout)}
 
-    scores = actor.get_inference_log_probs(rows, len(sequences))
+    scores, graph = actor.get_log_probs_with_graph(rows, len(sequences), actor.keeps_graph(rows))
     reference = reference_actor.get_inference_log_probs(rows, len(sequences))
     groups = group_scores(sequences, scores, reference, None, job["group_size"])
     coefficients = sample_weights(rule, groups, layout.sum_over_data_parallel, layout.max_over_data_parallel)
     scored = Scored(sequences=sequences, rows=rows, policy=scores, reference=reference, groups=groups)
     weights = token_weights(rule, scored, coefficients)
-    metrics = actor.train_step(rows, weights)
+    metrics = actor.train_step(rows, weights, graph)
 
     after = dict(weight_stream(actor.chunks, actor.hf_config, layout))
     out = {f"moved/{name}": tensor - before[name] for name, tensor in after.items()}

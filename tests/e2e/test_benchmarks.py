@@ -36,11 +36,11 @@ def test_the_step_benchmark_writes_every_figure(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())
-    variants = {"packed", "padded batch", "padded"}
-    assert set(report["medians"]) == set(report["rows"]) == set(report["speedup_of_packed"]) == variants
+    variants = {"shared prompts", "packed", "padded batch", "padded"}
+    assert set(report["medians"]) == set(report["rows"]) == set(report["speedup"]) == variants
     assert report["rows"]["padded"] == 4
     assert report["computed_tokens"]["padded"] == 4 * report["longest_sequence"]
-    assert report["speedup_of_packed"]["packed"] == 1.0
+    assert report["speedup"]["shared prompts"] == 1.0
     for metrics in report["medians"].values():
         assert metrics["useful_tokens_per_second"] == pytest.approx(report["useful_tokens"] / metrics["seconds"])
     assert all(name in done.stdout for name in variants)

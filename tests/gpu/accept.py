@@ -46,6 +46,7 @@ CHECKS = (
     Check("ceilings", 60, times=True),
     Check("attention", 90, times=True),
     Check("updates", 120, times=True),
+    Check("whole_updates", 120, times=True),
     Check("logprob_head", 90, times=True),
     Check("plain_transformers", 90, times=True),
     Check("updates_more_layers", 90, times=True),

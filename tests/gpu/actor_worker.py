@@ -23,7 +23,7 @@ from nemo_jepo.actor.precision import assert_fp8_is_used  # noqa: E402
 from nemo_jepo.actor.scoring import score  # noqa: E402
 from nemo_jepo.actor.weights.load import load_stage, open_source  # noqa: E402
 from nemo_jepo.config.schema import ModelConfig, OptimConfig  # noqa: E402
-from nemo_jepo.data.packing import pack, padded_rows  # noqa: E402
+from nemo_jepo.data.packing import RowShape, pack, padded_rows  # noqa: E402
 from nemo_jepo.types import PackedRow  # noqa: E402
 
 SHAPE = {  # every side a multiple of 128, as block scaling wants it
@@ -43,7 +43,8 @@ TOKENS, GENERATIONS, UPDATES = 256, 4, 4
 SEQUENCES = draw_sequences(
     Batch(prompts=8, generations=GENERATIONS), Lengths(range(5, 20), range(10, 120), range(3, 10))
 )
-ROWS = pack(SEQUENCES, TOKENS)
+ROWS = pack(SEQUENCES, RowShape(TOKENS))
+SHARED = pack(SEQUENCES, RowShape(TOKENS, share_prompts=True))
 COUNTS = [s.chain_length + s.answer_length for s in SEQUENCES]
 MEAN_NLL = [torch.full((count,), 1 / sum(COUNTS)) for count in COUNTS]
 
@@ -68,12 +69,12 @@ def gradient(actor: MegatronJEPOActor, rows: list[PackedRow]) -> dict[str, Any]:
 
 
 def packing() -> dict[str, Any]:
-    """The same sequences, packed and one a row."""
+    """The same sequences, packed with their prompts and with one for all samples, and one a row."""
     actor = build(lr=0.0)
     padded = padded_rows(SEQUENCES, TOKENS)
     return {
         name: {"rows": len(rows), "logprobs": logprobs(actor, rows), **gradient(actor, rows)}
-        for name, rows in {"packed": ROWS, "padded": padded}.items()
+        for name, rows in {"packed": ROWS, "shared": SHARED, "padded": padded}.items()
     }
 
 

@@ -27,13 +27,14 @@ def difference(left: list[float], right: list[float]) -> torch.Tensor:
 
 
 def test_packed_rows_give_what_padded_ones_give(tmp_path):
-    """Transformer Engine's attention over many segments a row, and over one."""
+    """Transformer Engine's attention over many segments a row, over shared prompts, and over one segment."""
     found = run_case("packing", tmp_path)
-    packed, padded = found["packed"], found["padded"]
-    assert packed["rows"] < padded["rows"]
-    assert difference(packed["logprobs"], padded["logprobs"]).mean() < 0.01
-    assert packed["loss"] == pytest.approx(padded["loss"], rel=1e-3)
-    assert packed["grad_norm"] == pytest.approx(padded["grad_norm"], rel=0.02)
+    padded = found["padded"]
+    for packed in (found["packed"], found["shared"]):
+        assert packed["rows"] < padded["rows"]
+        assert difference(packed["logprobs"], padded["logprobs"]).mean() < 0.01
+        assert packed["loss"] == pytest.approx(padded["loss"], rel=1e-3)
+        assert packed["grad_norm"] == pytest.approx(padded["grad_norm"], rel=0.02)
 
 
 # ---- FP8

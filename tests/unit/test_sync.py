@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_jepo.config.schema import ModelConfig
+from nemo_jepo.data.packing import RowShape
 from nemo_jepo.rollout.queue import RolloutQueue
 from nemo_jepo.rollout.sampler import GenerationRequest, SamplerMismatch
 from nemo_jepo.types import PackedRow, Prompt, Rollout, Scores
@@ -40,7 +40,7 @@ class KnownActor:
 
     def __init__(self, layout: OneRank) -> None:
         self.layout = layout
-        self.model_config = ModelConfig(tokens_per_micro_batch=8)  # several rows
+        self.row_shape = RowShape(8)  # several rows
 
     def get_inference_log_probs(self, rows: Sequence[PackedRow], num_sequences: int) -> Scores:
         scores = {}

@@ -23,7 +23,14 @@ from tests.gpu.checks.machine import ceilings, versions
 from tests.gpu.checks.parity import parity, suite
 from tests.gpu.checks.race import race
 from tests.gpu.checks.runs import cpu_checkpoint, run, vllm_round_trip
-from tests.gpu.checks.updates import plain_transformers, updates, updates_fp8, updates_local, updates_more_layers
+from tests.gpu.checks.updates import (
+    plain_transformers,
+    updates,
+    updates_fp8,
+    updates_local,
+    updates_more_layers,
+    whole_updates,
+)
 
 CHECKS: dict[str, Callable[[Report, Sizes], None]] = {
     "versions": versions,
@@ -37,6 +44,7 @@ CHECKS: dict[str, Callable[[Report, Sizes], None]] = {
     "ceilings": ceilings,
     "attention": attention,
     "updates": updates,
+    "whole_updates": whole_updates,
     "logprob_head": logprob_head,
     "plain_transformers": plain_transformers,
     "updates_more_layers": updates_more_layers,

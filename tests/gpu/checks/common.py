@@ -45,6 +45,8 @@ class Sizes:
     matrix: int = 8192
     copied_bytes: int = 1 << 33
     segments: tuple[int, ...] = (1500, 1300, 900, 128, 128, 128, 12)
+    prompt_segments: tuple[int, ...] = (-1, 0, 0, -1, 3, 3, 3)
+    """The segment whose keys each of them sees too; -1: none."""
     heads: int = 32
     kv_heads: int = 8
     head_size: int = 128
@@ -73,6 +75,7 @@ class Sizes:
             matrix=128,
             copied_bytes=1 << 20,
             segments=(20, 12, 7, 1),
+            prompt_segments=(-1, 0, 0, -1),
             heads=4,
             kv_heads=2,
             head_size=16,

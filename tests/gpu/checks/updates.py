@@ -89,7 +89,7 @@ def batch_of(size: Sizes, tokens: int) -> list[Any]:
 def measure_updates(report: Report, size: Sizes, layers: int, rows_of: Sequence[int], **settings: Any) -> None:
     """Scoring and updates of the shape over rows of some sizes, and a profile of an update of two rows."""
     from benchmarks import h100
-    from nemo_jepo.data.packing import pack
+    from nemo_jepo.data.packing import RowShape, pack
 
     shape = shape_of(size, layers)
     begin = perf_counter()
@@ -103,7 +103,7 @@ def measure_updates(report: Report, size: Sizes, layers: int, rows_of: Sequence[
     tokens, flops = sum(s.length for s in sequences), h100.model_flops(shape, sequences)
     report["tokens"], report["model_tflop"] = tokens, flops / 1e12
     for length in rows_of:
-        rows = pack(sequences, length)
+        rows = pack(sequences, RowShape(length, row_multiple=64))
         score = partial(actor.get_inference_log_probs, rows, len(sequences))
         score()
         losses = [actor.train_step(rows, weights)["loss"]]
@@ -165,6 +165,49 @@ def updates_fp8(report: Report, size: Sizes, recipe: str) -> None:
     """The same in FP8."""
     require_transformer_engine()
     measure_updates(report, size, most_layers(size), size.rows[-1:], fp8="hybrid", fp8_recipe=recipe)
+
+
+def whole_updates(report: Report, size: Sizes) -> None:
+    """All that follows sampling: scores, reference scores, weights, one update. What a shared prompt and one forward
+    pass save, and that the update stays the same."""
+    from nemo_jepo.actor.scoring import score
+    from nemo_jepo.config.schema import Config
+    from nemo_jepo.objective.update import sample_weights, token_weights
+    from nemo_jepo.setup import update_rule
+
+    config = Config()
+    rule = update_rule(config.objective, config.advantage, config.kl)
+    sequences = batch_of(size, size.rows[-1])
+    tokens = sum(s.length for s in sequences)
+    expected: dict[str, float] = {}
+    for name, settings in {
+        "two passes, prompts of their own": {"update_passes": "two", "share_prompts": False},
+        "two passes, shared prompts": {"update_passes": "two"},
+        "one pass, shared prompts": {"update_passes": "one"},
+    }.items():
+        actor = build_actor(shape_of(size, size.layers), size.rows[-1], **settings)
+        actor.keep_reference_policy()
+
+        def update(actor: Any = actor) -> dict[str, float]:
+            scored = score(actor, sequences, None, size.generations, for_update=True)
+            weights = token_weights(rule, scored, sample_weights(rule, scored.groups))
+            return actor.train_step(scored.rows, weights, scored.graph)
+
+        first = update()
+        reset_peak()
+        seconds = seconds_of(update)
+        rows = score(actor, sequences, None, size.generations).rows
+        report[name] = {
+            "rows": [len(row.token_ids) for row in rows],
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "peak_gib": peak_gib(),
+            "auto_takes_one_pass": actor.model_config.update_passes == "one" or actor.keeps_graph(rows),
+            **first,
+        }
+        expected = expected or first
+        off = abs(first["grad_norm"] / expected["grad_norm"] - 1)
+        report.expect(off < 0.02, f"{name}: the gradient's norm is the first variant's within 2%")
 
 
 def updates_local(report: Report, size: Sizes) -> None:
