@@ -51,9 +51,10 @@ class GlooChannel:
         self._control, self._url, self._timeout_s = control, url, timeout_s
         self._described = {
             "names": [name for name, _ in shapes],
-            "dtype_names": [str(dtype).removeprefix("torch.")] * len(shapes),
+            "dtype_name": str(dtype).removeprefix("torch."),
             "shapes": [list(shape) for _, shape in shapes],
         }
+        self._shapes, self._dtype = [shape for _, shape in shapes], dtype
         self._world_size = 1 + control(url, "GET", "/get_world_size")["world_size"]
         address = gloo.own_address(urlsplit(url).hostname or "")
         self._store = gloo.open_store(address, self._world_size, timeout_s)
@@ -67,13 +68,14 @@ class GlooChannel:
 
     def send(self, tensors: Iterable[NamedTensor], version: int) -> None:
         """See `Channel`."""
+        gloo.begin_count(self._store, self._world_size)
         self._post("/start_weight_update")
         taken = in_thread(lambda: self._post("/update_weights", {"update_info": self._described}))
-        for _, tensor in tensors:
+        for bucket in gloo.packed((tensor for _, tensor in tensors), self._shapes, self._dtype):
             if taken.done():
                 taken.result()
                 raise RuntimeError("the server ended the update early")
-            self._group.broadcast(tensor.cpu().contiguous())
+            self._group.broadcast(bucket)
         taken.result()
         self._post("/finish_weight_update", {"weight_version": str(version)})
 

@@ -1,16 +1,52 @@
 """The wire of a weight push without a GPU: a gloo group of one trainer rank and one server's ranks.
 
-Rank 0 sends. The receivers note in the group's store how far they are, so that whoever is missing can be named. Both
-ends use this module; it does not import vLLM, which would cost a trainer 8 s and 400 MB.
+Rank 0 sends. Tensors travel in buckets, one broadcast each; both ends cut the stream into the same ones. The receivers
+note in the group's store how far they are, so that whoever is missing can be named. Both ends use this module; it does
+not import vLLM, which would cost a trainer 8 s and 400 MB.
 """
 
+import math
 import socket
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+BUCKET_BYTES = 16 << 20
+"""Most of a bucket, unless one tensor is larger. Below 32 MiB glibc gives freed memory out again, already touched; a
+larger buffer's pages are new each time, which costs the receiver more than fewer broadcasts save it."""
+
+Shape = Sequence[int]
+
+
+def buckets(shapes: Sequence[Shape], itemsize: int) -> Iterator[list[int]]:
+    """Elements of each tensor, bucket by bucket: as many neighbours as fit, or one tensor that is larger."""
+    bucket: list[int] = []
+    for shape in shapes:
+        count = math.prod(shape)
+        if bucket and (sum(bucket) + count) * itemsize > BUCKET_BYTES:
+            yield bucket
+            bucket = []
+        bucket.append(count)
+    if bucket:
+        yield bucket
+
+
+def packed(tensors: Iterator[Tensor], shapes: Sequence[Shape], dtype: torch.dtype) -> Iterator[Tensor]:
+    """What to broadcast: each bucket's tensors side by side on the host, in one buffer for all; a lone one as it is."""
+    buffer = torch.empty(BUCKET_BYTES // dtype.itemsize, dtype=dtype)
+    for bucket in buckets(shapes, dtype.itemsize):
+        if len(bucket) == 1:
+            yield next(tensors).cpu().contiguous()
+            continue
+        flat = buffer[: sum(bucket)]
+        for part in flat.split(bucket):
+            tensor = next(tensors)
+            part.view(tensor.shape).copy_(tensor)
+        yield flat
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +117,26 @@ class TransferGroup:
         options.rootRank, options.rootTensor = 0, 0
         self._group.broadcast([tensor], options).wait()  # type: ignore[attr-defined]
 
-    def note_received(self, count: int) -> None:
+    def receive(self, shapes: Sequence[Shape], dtype: torch.dtype) -> Iterator[list[Tensor]]:
+        """Each bucket's tensors as they come, views of a buffer of its own; asking for the next notes these as here."""
+        done = 0
+        for bucket in buckets(shapes, dtype.itemsize):
+            flat = torch.empty(sum(bucket), dtype=dtype)
+            self.broadcast(flat)
+            parts = flat.split(bucket)
+            yield [part.view(*shape) for part, shape in zip(parts, shapes[done : done + len(bucket)], strict=True)]
+            done += len(bucket)
+            self._note_received(done)
+
+    def _note_received(self, count: int) -> None:
         """This receiver has so many tensors of the update that is under way."""
         self._store.set(f"received/{self._rank}", str(count))
+
+
+def begin_count(store: dist.TCPStore, world_size: int) -> None:
+    """No receiving rank has a tensor of the update that is about to begin."""
+    for rank in range(1, world_size):
+        store.set(f"received/{rank}", "0")
 
 
 def received(store: dist.TCPStore, world_size: int) -> dict[int, int | None]:

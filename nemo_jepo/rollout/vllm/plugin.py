@@ -49,12 +49,13 @@ class GlooUpdate(WeightTransferUpdateInfo):
     """What the trainer sends, in order."""
 
     names: list[str]
-    dtype_names: list[str]
+    dtype_name: str
+    """Of all of them."""
     shapes: list[list[int]]
 
 
 class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
-    """vLLM's receiving engine of the backend "gloo": whole tensors, one broadcast each, in checkpoint format."""
+    """vLLM's receiving engine of the backend "gloo": checkpoint format, whole tensors in buckets, a broadcast each."""
 
     init_info_cls = GlooInit
     update_info_cls = GlooUpdate
@@ -77,16 +78,12 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: GlooUpdate) -> None:
-        """One tensor after the other from the trainer into the model."""
+        """One bucket after the other from the trainer into the model."""
         if self._group is None:
             raise RuntimeError("weights are sent before a group was opened")
-        self._group.note_received(0)
-        described = zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True)
-        for count, (name, dtype_name, shape) in enumerate(described, start=1):
-            weight = torch.empty(shape, dtype=getattr(torch, dtype_name))
-            self._group.broadcast(weight)
-            self.model.load_weights([(name, weight)])
-            self._group.note_received(count)
+        names = iter(update_info.names)
+        for tensors in self._group.receive(update_info.shapes, getattr(torch, update_info.dtype_name)):
+            self.model.load_weights([(next(names), tensor) for tensor in tensors])
 
     def finish_weight_update(self) -> None:
         """Make the received weights those of the model."""
