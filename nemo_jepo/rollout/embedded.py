@@ -1,23 +1,31 @@
-"""The sampler of one process: a transformers model with a key-value cache, beside the actor in the same rank.
+"""The sampler of one process: a transformers model with this project's cache and attention, beside the actor.
 
-N sequences decoded together, T tokens of the padded prompt so far, V vocabulary. Prompts are padded on the left, so
-the last column is every row's newest token; a finished row leaves the batch at once. With 0.6 M parameters, 256
-sequences and completions of 24 to 48 tokens this loop takes 0.50 s on one CPU core and 0.31 s on two, transformers'
-own `generate`, which decodes finished rows to the end, 0.71 s and 0.46 s.
+N rows decoded together, V vocabulary. A prompt is computed once for all of its samples, which copy its keys and values;
+finished rows leave the batch once they are a quarter of it. CPU seconds on one core, beside transformers' `generate`,
+which does neither and keeps no log-probs (`python -m benchmarks.peers --parts sampling` measures them again):
+
+    0.7M parameters, 32 prompts x 8, completions of 24 to 48 tokens    0.55 (generate 1.18)
+    5M parameters, 64 prompts of 16 to 64 tokens, 64 new tokens each   1.68 (generate 2.77, a plain PyTorch loop 1.87)
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import copy
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, PretrainedConfig
 
 from nemo_jepo.config.schema import RolloutConfig
+from nemo_jepo.rollout.cache import GROUPED, Layer
 from nemo_jepo.rollout.sampler import GenerationRequest, SamplingStopped, never
 from nemo_jepo.types import FinishReason, Prompt, Rollout
+
+PREFILL_TOKENS = 1024
+"""Prompts are computed together up to so many tokens, padding included: a bound on memory, and little padding."""
 
 
 def draw_tokens(token_logprobs: Tensor, uniforms: Tensor) -> Tensor:
@@ -53,20 +61,20 @@ class _Row:
 
 
 class _Batch:
-    """The rows still being decoded, with their padded inputs and their cache."""
+    """The rows that are decoded together, their cache, and what the model is given beside it."""
 
-    def __init__(self, rows: list[_Row], cache: DynamicCache, device: torch.device) -> None:
-        width, max_tokens = max(len(row.prompt) for row in rows), len(rows[0].uniforms)
-        padding = [width - len(row.prompt) for row in rows]
-        padded = [list(row.prompt[:1] * pad + row.prompt) for pad, row in zip(padding, rows, strict=True)]
-        columns = torch.arange(width + max_tokens).expand(len(rows), -1)
-        first = torch.tensor(padding).unsqueeze(-1)
+    def __init__(self, rows: list[_Row], num_layers: int, device: torch.device, dtype: torch.dtype) -> None:
+        lengths = torch.tensor([len(row.prompt) for row in rows]).unsqueeze(-1)
+        width = int(lengths.max()) - 1
+        columns = torch.arange(width + len(rows[0].uniforms))
+        gap = (columns >= lengths - 1) & (columns < width)
+        mask = torch.zeros(gap.shape, dtype=dtype).masked_fill_(gap, torch.finfo(dtype).min)
         self.rows = rows
-        self.cache = cache
-        # The padding is masked: any id of the vocabulary will do.
-        self.newest = torch.tensor(padded, device=device)  # [N, T] for the prompts, then [N, 1]
-        self.attention_mask = (columns >= first).long().to(device)  # [N, width + max_tokens]
-        self.position_ids = (columns - first).clamp(min=0).to(device)
+        self.width = width
+        self.cache = Cache(layers=[Layer(len(rows), width) for _ in range(num_layers)])
+        self.newest = torch.tensor([row.prompt[-1:] for row in rows], device=device)  # [N, 1]
+        self.positions = (lengths - 1).to(device)  # [N, 1], of the prompt's last token
+        self.mask = mask[:, None, None].to(device)  # [N, 1, 1, columns], added to attention scores
         self.uniforms = torch.from_numpy(numpy.stack([row.uniforms for row in rows])).to(device)  # [N, max_tokens]
 
     def keep(self, indices: list[int]) -> None:
@@ -74,10 +82,20 @@ class _Batch:
         index = torch.tensor(indices, device=self.newest.device)
         self.rows = [self.rows[i] for i in indices]
         self.cache.batch_select_indices(index)
-        self.newest = self.newest[index]
-        self.attention_mask = self.attention_mask[index]
-        self.position_ids = self.position_ids[index]
-        self.uniforms = self.uniforms[index]
+        self.newest, self.positions = self.newest[index], self.positions[index]
+        self.mask, self.uniforms = self.mask[index], self.uniforms[index]
+
+
+def _prefilled_together(rows: list[_Row]) -> Iterator[list[list[_Row]]]:
+    """The rows, which are sorted by the length of their prompts, as lists of groups of siblings."""
+    groups: list[list[_Row]] = []
+    for _, siblings in itertools.groupby(rows, key=lambda row: row.group):
+        group = list(siblings)
+        if groups and (len(groups) + 1) * len(group[0].prompt) > PREFILL_TOKENS:
+            yield groups
+            groups = []
+        groups.append(group)
+    yield groups
 
 
 class EmbeddedSampler:
@@ -101,10 +119,10 @@ class EmbeddedSampler:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # the random initialisation is overwritten: it must not cost random numbers
-            model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation="sdpa")
+        own_config = copy.deepcopy(hf_config)  # making a model writes into it
+        # The random initialisation is overwritten: it must not cost random numbers.
+        with torch.random.fork_rng(devices=[]):
+            model = AutoModelForCausalLM.from_config(own_config, dtype=dtype, attn_implementation=GROUPED)
         self._model = model.requires_grad_(False).eval().to(device)
         self._rollout = rollout
         self._eos_token_id = eos_token_id
@@ -188,33 +206,50 @@ class EmbeddedSampler:
         ]
 
     def _decode(self, rows: list[_Row], request: GenerationRequest) -> None:
-        """Fills the rows in, one token each per step; a finished row leaves the batch."""
-        batch = _Batch(rows, DynamicCache(config=self._model.config), self._device)
-        known = 0  # columns in the cache
+        """Fills the rows in, one token each per step; finished rows leave the batch once they are a quarter of it."""
+        batch = _Batch(rows, self._model.config.num_hidden_layers, self._device, self._model.dtype)
+        self._prefill(batch)
         for step in range(request.max_tokens):
-            seen = known + batch.newest.shape[1]
             logits = self._model(
                 input_ids=batch.newest,
-                attention_mask=batch.attention_mask[:, :seen],
-                position_ids=batch.position_ids[:, known:seen],
+                attention_mask=batch.mask[..., : batch.width + step + 1],
+                position_ids=batch.positions + step,
                 past_key_values=batch.cache,
-                logits_to_keep=1,
             ).logits[:, -1]
-            known = seen
             token_logprobs = (logits.double() / request.temperature).log_softmax(dim=-1)
             drawn = draw_tokens(token_logprobs, batch.uniforms[:, step])
             batch.newest = drawn.unsqueeze(-1)
             logprobs = token_logprobs.gather(-1, batch.newest).squeeze(-1)
             for row, token_id, logprob in zip(batch.rows, drawn.tolist(), logprobs.tolist(), strict=True):
-                row.token_ids.append(token_id)
-                row.logprobs.append(logprob)
-                if self._is_complete(row, request):
-                    row.finish_reason = "stop"
+                if row.finish_reason != "stop":
+                    row.token_ids.append(token_id)
+                    row.logprobs.append(logprob)
+                    if self._is_complete(row, request):
+                        row.finish_reason = "stop"
             running = [i for i, row in enumerate(batch.rows) if row.finish_reason != "stop"]
             if not running:
                 return
-            if len(running) < len(batch.rows):
+            if len(running) <= 0.75 * len(batch.rows):
                 batch.keep(running)
+
+    def _prefill(self, batch: _Batch) -> None:
+        """Computes each prompt without its last token, once for all of its samples."""
+        first_row = 0
+        for groups in _prefilled_together(batch.rows):
+            prompts = [siblings[0].prompt[:-1] for siblings in groups]
+            copies = torch.tensor([i for i, siblings in enumerate(groups) for _ in siblings], device=self._device)
+            width = len(prompts[-1])
+            if width:
+                computed = DynamicCache()
+                self._model.base_model(
+                    # What follows a prompt is not seen by it: any id of the vocabulary will do.
+                    input_ids=torch.tensor([ids + (0,) * (width - len(ids)) for ids in prompts], device=self._device),
+                    position_ids=torch.arange(width, device=self._device).unsqueeze(0),
+                    past_key_values=computed,
+                )
+                for layer, of_prompts in zip(batch.cache.layers, computed.layers, strict=True):
+                    layer.put_prompts(first_row, copies, of_prompts)
+            first_row += len(copies)
 
     def _is_complete(self, row: _Row, request: GenerationRequest) -> bool:
         """Whether the newest token ends the row by itself."""

@@ -3,12 +3,15 @@
 import itertools
 from collections.abc import Sequence
 
+import numpy
 import pytest
 import torch
 from scipy.stats import chisquare
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 
+from nemo_jepo.actor.weights.families import FAMILIES
 from nemo_jepo.config.schema import RolloutConfig
+from nemo_jepo.rollout import cache, embedded
 from nemo_jepo.rollout.embedded import EmbeddedSampler, draw_tokens
 from nemo_jepo.rollout.sampler import GenerationRequest, SamplingStopped
 from nemo_jepo.types import Prompt
@@ -35,7 +38,7 @@ def tiny_config(vocab_size: int = 8) -> LlamaConfig:
     return LlamaConfig(vocab_size=vocab_size, **SHAPE)
 
 
-def tiny_model(config: LlamaConfig | Qwen3Config, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+def tiny_model(config: PretrainedConfig, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
     """Weights large enough that the next-token distribution depends strongly on the context."""
     generator = torch.Generator().manual_seed(3)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -77,21 +80,85 @@ def request_of(**changes: object) -> GenerationRequest:
 RAGGED = (prompt_of(0, 1, 2, 3, 4, 5, 6), prompt_of(1, 3), prompt_of(2, 6, 1, 1), prompt_of(3, 2, 2, 7, 4))
 
 
-def teacher_forced(model: PreTrainedModel, prompt: Sequence[int], completion: Sequence[int]) -> torch.Tensor:
+def teacher_forced(
+    model: PreTrainedModel, prompt: Sequence[int], completion: Sequence[int], temperature: float = 1.0
+) -> torch.Tensor:
     """Log-probs of the completion's tokens by one forward pass without cache or padding."""
     logits = model(input_ids=torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]
-    return logits.log_softmax(-1).gather(-1, torch.tensor(completion).unsqueeze(-1)).squeeze(-1)
+    return (logits / temperature).log_softmax(-1).gather(-1, torch.tensor(completion).unsqueeze(-1)).squeeze(-1)
 
 
-@pytest.mark.parametrize("config", [tiny_config(), Qwen3Config(vocab_size=8, head_dim=8, **SHAPE)])
-def test_generation_logprobs_are_those_of_a_teacher_forced_pass_with_ragged_prompts(config):
-    model = tiny_model(config, torch.float32)
-    rollouts = sampler_of(model, batch_size=7).generate(RAGGED, request_of())
-    assert len({len(r.token_ids) for r in rollouts}) > 2  # rows did leave the batch early
+def plain_loop(model: PreTrainedModel, prompt: Prompt, sample: int, request: GenerationRequest) -> tuple[int, ...]:
+    """The completion, one forward pass over everything so far for each token: no cache, no padding, nothing beside."""
+    uniforms = numpy.random.default_rng([request.seed, prompt.prompt_id, sample]).random(request.max_tokens)
+    token_ids: list[int] = []
+    for uniform in torch.from_numpy(uniforms).unsqueeze(-1):
+        logits = model(input_ids=torch.tensor([[*prompt.token_ids, *token_ids]])).logits[:, -1]
+        token_ids.append(int(draw_tokens((logits.double() / request.temperature).log_softmax(-1), uniform)))
+        if token_ids[-1] == EOS or (request.stop_at_marker and ends_with_marker(token_ids)):
+            break
+    return tuple(token_ids)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_gives_the_tokens_of_a_plain_loop_and_the_logprobs_of_a_teacher_forced_pass(family):
+    """Prompts of 1 to 6 tokens, siblings apart in two batches, rows that end early: nothing of it may show."""
+    experts = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    if FAMILIES[family].experts is None:
+        experts = {}
+    config = AutoConfig.for_model(family, vocab_size=8, head_dim=8, **SHAPE, **experts)
+    config._experts_implementation = "eager"  # the other ones have no float64
+    model = tiny_model(config)
+    request = request_of(temperature=0.8, stop_at_marker=True)
+    rollouts = sampler_of(model, batch_size=7).generate(RAGGED, request)
+    assert len({len(r.token_ids) for r in rollouts}) > 2
     for rollout in rollouts:
-        expected = teacher_forced(model, RAGGED[rollout.group].token_ids, rollout.token_ids)
-        actual = torch.tensor(rollout.generation_logprobs)
-        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+        prompt = RAGGED[rollout.group]
+        assert rollout.token_ids == plain_loop(model, prompt, rollout.sample, request)
+        expected = teacher_forced(model, prompt.token_ids, rollout.token_ids, request.temperature)
+        torch.testing.assert_close(torch.tensor(rollout.generation_logprobs), expected.float(), atol=1e-5, rtol=0)
+
+
+def test_a_long_prompt_beside_short_ones_and_a_completion_that_outgrows_its_room_change_nothing(monkeypatch):
+    """Room for 2 columns at a time, prompts computed 8 tokens at a time, and one longer than attention's own blocks."""
+    long = prompt_of(4, *(1 + i * i % 7 for i in range(700)))
+    model, request = tiny_model(tiny_config()), request_of(num_generations_per_prompt=2, max_tokens=9, seed=2)
+    expected = [plain_loop(model, prompt, sample, request) for prompt in (*RAGGED, long) for sample in range(2)]
+    assert max(len(token_ids) for token_ids in expected) == 9
+    monkeypatch.setattr(cache, "BLOCK", 2)
+    monkeypatch.setattr(embedded, "PREFILL_TOKENS", 8)
+    assert [r.token_ids for r in sampler_of(model).generate((*RAGGED, long), request)] == expected
+
+
+def test_a_prompt_is_computed_once_for_all_of_its_samples_and_without_padding_by_a_longer_one(monkeypatch):
+    """Prompts of 1, 3 and 4 tokens fit into 12 padded ones, that of 6 does not; the last tokens come with the rows."""
+    monkeypatch.setattr(embedded, "PREFILL_TOKENS", 12)
+    sampler, computed = sampler_of(tiny_model(tiny_config())), []
+    layer = sampler._model.base_model.layers[0]
+    layer.register_forward_pre_hook(lambda module, inputs: computed.append(tuple(inputs[0].shape[:2])))
+    sampler.generate(RAGGED, request_of(num_generations_per_prompt=8, max_tokens=1))
+    assert computed == [(3, 3), (1, 5), (32, 1)]
+
+
+def test_room_is_made_in_blocks_and_a_smaller_batch_has_less(monkeypatch):
+    monkeypatch.setattr(cache, "BLOCK", 4)
+    layer, token = cache.Layer(num_rows=3, width=5), torch.ones(3, 2, 1, 8)
+    for step in range(6):
+        keys, values = layer.update(token * step, -token * step)
+        assert keys.shape == values.shape == (3, 2, 6 + step, 8)
+        assert layer.keys.shape[2] == (9 if step < 4 else 13)
+    assert keys[0, 0, :, 0].tolist() == [0] * 5 + [0, 1, 2, 3, 4, 5]
+    layer.batch_select_indices(torch.tensor([0, 2]))
+    assert layer.keys.shape == layer.values.shape == (2, 2, 13, 8)
+
+
+def test_the_callers_config_stays_what_it_was():
+    config = tiny_config()
+    before = config.to_dict(), config._attn_implementation
+    model = AutoModelForCausalLM.from_config(tiny_config())
+    EmbeddedSampler(config, RolloutConfig(), EOS, ends_with_marker, torch.device("cpu"), torch.bfloat16)
+    assert (config.to_dict(), config._attn_implementation) == before
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_sampled_pairs_have_their_exact_probabilities():
