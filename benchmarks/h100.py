@@ -254,15 +254,15 @@ def measure_packing(job: Job) -> dict[str, float]:
 def measure_logprobs(variant: str, size: logprob_memory.Size) -> dict[str, report.Metrics]:
     """Seconds and bytes of one way to compute log-probs in BF16, without gradients and with."""
     logprobs = logprob_memory.variants(size)[variant]
-    *small, upstream = logprob_memory.inputs(logprob_memory.Size(tokens=8, hidden=64, vocab=512), torch.bfloat16)
-    logprobs(*small).backward(upstream.float())
-    hidden, weight, target, upstream = logprob_memory.inputs(size, torch.bfloat16)
+    toy = logprob_memory.Size(tokens=8, hidden=64, vocab=512)
+    logprob_memory.backward(logprobs, logprob_memory.inputs(toy, torch.bfloat16))
+    given = logprob_memory.inputs(size, torch.bfloat16)
     with torch.no_grad():
-        logprobs(hidden, weight, target)  # the products' kernels are chosen here
-        without = logprob_memory.measured(lambda: logprobs(hidden, weight, target))
-    logprobs(hidden, weight, target).backward(upstream.float())
-    hidden.grad = weight.grad = None
-    with_gradients = logprob_memory.measured(lambda: logprobs(hidden, weight, target).backward(upstream.float()))
+        logprobs(given)  # the products' kernels are chosen here
+        without = logprob_memory.measured(lambda: logprobs(given))
+    logprob_memory.backward(logprobs, given)
+    given.hidden.grad = given.weight.grad = None
+    with_gradients = logprob_memory.measured(lambda: logprob_memory.backward(logprobs, given))
     return {"without gradients": without, "with gradients": with_gradients}
 
 

@@ -1,89 +1,57 @@
 """Log-probs of given tokens from hidden states, without full-vocabulary logits of the whole row.
 
-The output head runs over a few tokens at a time; the backward pass recomputes each chunk's logits. With tensor
-parallelism every rank holds V_local columns of the vocabulary and only three numbers a token are all-reduced.
-The gradient of the output matrix is summed over chunks in fp32.
+    z_s = weight . hidden_s,    p_s[v] = exp z_s[v] / sum_u exp z_s[u]
+    logprob_s = log p_s[target_s],    d logprob_s / d z_s[v] = 1{v = target_s} - p_s[v]
+
+Logits exist a block at a time. What is known in the forward pass decides what a block is:
+
+- The log-probs' gradient is not known: a block is the logits of all tokens in one slab of the vocabulary. The forward
+  pass keeps the normalizer of each token; the backward pass computes the logits again. Four matrix products, and each
+  row of the output matrix and of its gradient is visited once a pass.
+- It is known, from `token_weights`: a block is all logits of one chunk of tokens. Both gradients are formed as soon as
+  the chunk's normalizers are there. Three matrix products.
+
+A slab is a shard of the vocabulary, and so is what a tensor-parallel rank holds: of each, four numbers a token suffice.
 
 Shape letters: S scored tokens, H hidden size, V vocabulary, V_local its columns on this rank.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 Group = dist.ProcessGroup | None
+SLAB_MULTIPLE = 512
+"""Columns of a slab are a multiple of this: aligned, and wide enough for an efficient product."""
+CACHED_LOGITS = 1 << 17
+"""So many, with two temporaries as large, stay in a CPU core's cache."""
+ALL = slice(None)
 
 
-def _logits(hidden: Tensor, weight: Tensor, block: Tensor) -> Tensor:
-    """fp32 logits [chunk, V_local] in block's first rows; the product's factors are in the model's precision."""
-    logits = block[: hidden.shape[0]]
-    if weight.dtype == logits.dtype:
-        return torch.mm(hidden, weight.t(), out=logits)
-    if logits.is_cuda:  # sums in fp32 anyway: not rounded on the way out
-        return torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=logits)
-    return logits.copy_(torch.mm(hidden, weight.t()))
-
-
-def _all_reduce(values: Tensor, op: dist.ReduceOp.RedOpType, group: Group) -> None:
-    if group is not None and group.size() > 1:
-        dist.all_reduce(values, op, group=group)
-
-
-def _local_target(target: Tensor, first_token: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Column of each target on this rank (0 where another rank has it), and whether it is here."""
-    column = target - first_token
-    here = (column >= 0) & (column < columns)
-    return torch.where(here, column, 0), here
-
-
-def _logit_block(hidden: Tensor, weight: Tensor, chunk_tokens: int) -> Tensor:
-    """The one [chunk, V_local] fp32 block that every chunk of a pass is computed in."""
-    return hidden.new_empty((min(chunk_tokens, hidden.shape[0]), weight.shape[0]), dtype=torch.float32)
+def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """out = left . right, in out's fp32; on a GPU the factors stay in the model's precision."""
+    if out.is_cuda and left.dtype != out.dtype:
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left . right, in total's fp32: a sum over chunks in bf16 would round each time."""
+    """total += left . right, in total's fp32: a sum over blocks in bf16 would round each time."""
     if total.is_cuda and left.dtype != total.dtype:
-        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
         total.addmm_(left.to(total.dtype), right.to(total.dtype))
 
 
-def _sums(logits: Tensor, largest: Tensor, column: Tensor, here: Tensor) -> Tensor:
-    """[3, chunk] of a chunk's columns on this rank: sum_v e_v, sum_v -e_v log e_v, z_target - m, e_v = exp(z_v - m)."""
-    shifted = logits - largest[:, None]
-    exponentials = shifted.exp()
-    target = torch.where(here, shifted.gather(1, column[:, None])[:, 0], 0.0)
-    return torch.stack([exponentials.sum(1), -(exponentials * shifted).sum(1), target])
-
-
-def _sums_in_place(logits: Tensor, largest: Tensor, column: Tensor, here: Tensor) -> Tensor:
-    """The same; the logits are used up."""
-    logits.sub_(largest[:, None])
-    target = torch.where(here, logits.gather(1, column[:, None])[:, 0], 0.0)
-    exponential_sum = logits.exp_().sum(1)
-    return torch.stack([exponential_sum, torch.special.entr(logits, out=logits).sum(1), target])
-
-
-def _logits_gradient(
-    logits: Tensor, log_normalizer: Tensor, column: Tensor, here: Tensor, grad: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """[chunk, V_local] of d (grad . log p(target)) / d z_v = grad (1{v = target} - p_v)."""
-    gradient = -grad[:, None] * (logits - log_normalizer[:, None]).exp()
-    target = (torch.arange(logits.shape[1], device=logits.device) == column[:, None]) & here[:, None]
-    return torch.where(target, gradient + grad[:, None], gradient).to(dtype)
-
-
-def _logits_gradient_in_place(
-    logits: Tensor, log_normalizer: Tensor, column: Tensor, here: Tensor, grad: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """The same; the logits are used up."""
-    gradient = logits.sub_(log_normalizer[:, None]).exp_().mul_(-grad[:, None])
-    gradient.scatter_add_(1, column[:, None], torch.where(here, grad, 0.0)[:, None])
-    return gradient.to(dtype)
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Of logits and sums: fp32, or the model's fp64."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 @cache
@@ -91,61 +59,193 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(function)
 
 
-def _functions(logits: Tensor) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """Sums and gradient: on a GPU a kernel each, which reads the logits once or twice; on a CPU in place."""
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """Arguments of chunked_logprobs that are no input of autograd."""
+
+    first_token: int
+    chunk_tokens: int
+    group: Group
+    with_entropy: bool
+    main_grad: Tensor | None
+
+
+class _Logits:
+    """The output layer's logits on this rank, one block after another in the same memory."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, target: Tensor, options: _Options) -> None:
+        self.hidden, self.weight, self.target = hidden, weight, target
+        self.first_token = options.first_token
+        starts = range(0, len(target), options.chunk_tokens)
+        self.chunks = [slice(start, start + options.chunk_tokens) for start in starts]
+        columns = -(-len(weight) // max(1, len(starts)))  # as many slabs as chunks: blocks are equally large
+        columns += -columns % SLAB_MULTIPLE
+        self.slabs = [slice(start, start + columns) for start in range(0, len(weight), columns)]
+        self.memory = hidden.new_empty(0, dtype=_wide(weight.dtype))
+
+    def block(self, tokens: slice, columns: slice) -> tuple[Tensor, Tensor]:
+        """Logits [tokens, columns], and the column of each token's target; -1 where the target is in no column here."""
+        hidden, weight = self.hidden[tokens], self.weight[columns]
+        size = len(hidden) * len(weight)
+        if size > len(self.memory):
+            self.memory = self.memory.new_empty(size)
+        logits = self.memory[:size].view(len(hidden), len(weight))
+        _product(hidden, weight.t(), logits)
+        column = self.target[tokens] - self.first_token - (columns.start or 0)
+        return logits, torch.where((column >= 0) & (column < len(weight)), column, -1)
+
+
+def _sums(logits: Tensor, column: Tensor, with_entropy: bool, scratch: Tensor | None = None) -> Tensor:
+    """[tokens, 3 or 4] of a shard: m = max_v z_v, z_target, sum_v e_v, sum_v e_v log e_v, where e_v = exp(z_v - m).
+
+    Args:
+        scratch: [2, tokens, columns] that may be overwritten; None: allocated.
+    """
+    one, two = (None, None) if scratch is None else scratch
+    largest = logits.amax(1)
+    target = torch.where(column >= 0, logits.gather(1, column.clamp(min=0)[:, None])[:, 0], 0.0)
+    shifted = torch.sub(logits, largest[:, None], out=one)
+    exponentials = torch.exp(shifted, out=two)
+    sums = [largest, target, exponentials.sum(1)]
+    if with_entropy:
+        sums.append(torch.mul(exponentials, shifted, out=one).sum(1))
+    return torch.stack(sums, 1)
+
+
+def _shard_sums(logits: Tensor, column: Tensor, with_entropy: bool) -> Tensor:
+    """_sums by a kernel that reads the logits twice; on a CPU of a few tokens at a time, which stay in its cache."""
     if logits.is_cuda:
-        return _compiled(_sums), _compiled(_logits_gradient)
-    return _sums_in_place, _logits_gradient_in_place
+        return _compiled(_sums)(logits, column, with_entropy)
+    tokens = max(1, CACHED_LOGITS // logits.shape[1])
+    scratch = logits.new_empty(2, tokens, logits.shape[1])
+    parts = zip(logits.split(tokens), column.split(tokens), strict=True)
+    return torch.cat([_sums(*part, with_entropy, scratch[:, : len(part[0])]) for part in parts])
 
 
-class _ChunkedLogProb(torch.autograd.Function):
-    """Forward keeps hidden states and one log-sum-exp a token; backward recomputes p = exp(logits - lse)."""
+def _all_reduce(values: Tensor, op: dist.ReduceOp.RedOpType, group: Group) -> None:
+    if group is not None and group.size() > 1:
+        dist.all_reduce(values, op, group=group)
+
+
+def _whole_vocabulary(shards: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Normalizers log sum_v exp z_v, log-probs and entropies, [tokens] each, from the sums of all shards.
+
+    From a shard's own m to the largest of all, d = m_shard - m:  sum e -> exp(d) sum e,
+    sum e log e -> exp(d) (sum e log e + d sum e).  Entropy = log sum e - sum e log e / sum e.
+
+    Args:
+        shards: [shards, tokens, 3 or 4] of this rank, by _sums; the group's ranks have the others.
+    """
+    largest, target, exponentials, *products = shards.unbind(-1)
+    maximum = largest.amax(0)
+    _all_reduce(maximum, dist.ReduceOp.MAX, group)
+    shift = largest - maximum
+    scale = shift.exp()
+    terms = [target, scale * exponentials, *(scale * (product + shift * exponentials) for product in products)]
+    sums = torch.stack(terms).sum(1)  # one all-reduce for all
+    _all_reduce(sums, dist.ReduceOp.SUM, group)
+    log_sum = sums[1].log()
+    entropies = log_sum - sums[2] / sums[1] if products else None
+    return maximum + log_sum, sums[0] - maximum - log_sum, entropies
+
+
+def _gradient(logits: Tensor, column: Tensor, normalizer: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """[tokens, columns] of d (grad . log p(target)) / d z_v = grad (1{v = target} - p_v)."""
+    gradient = -grad[:, None] * (logits - normalizer[:, None]).exp()
+    target = torch.arange(logits.shape[1], device=logits.device) == column[:, None]
+    return torch.where(target, gradient + grad[:, None], gradient).to(dtype)
+
+
+def _gradient_in_place(logits: Tensor, column: Tensor, normalizer: Tensor, grad: Tensor) -> Tensor:
+    """The same in the logits' memory; a CPU compares slowly."""
+    gradient = logits.sub_(normalizer[:, None]).exp_().mul_(-grad[:, None])
+    return gradient.scatter_add_(1, column.clamp(min=0)[:, None], torch.where(column >= 0, grad, 0.0)[:, None])
+
+
+class _Gradients:
+    """Gradients of hidden states and output matrix, summed over blocks in fp32, each where autograd asks for it."""
+
+    def __init__(self, blocks: _Logits, main_grad: Tensor | None, hidden_needed: bool, weight_needed: bool) -> None:
+        self.blocks, self.main_grad = blocks, main_grad
+        hidden, weight, dtype = blocks.hidden, blocks.weight, _wide(blocks.weight.dtype)
+        self.hidden = torch.zeros_like(hidden, dtype=dtype) if hidden_needed else None
+        self.weight = None
+        if weight_needed:
+            self.weight = torch.zeros_like(weight, dtype=dtype) if main_grad is None else main_grad
+
+    def add(
+        self, tokens: slice, columns: slice, logits: Tensor, column: Tensor, normalizer: Tensor, grad: Tensor
+    ) -> None:
+        """Add a block's part; its logits are used up."""
+        hidden, weight = self.blocks.hidden[tokens], self.blocks.weight[columns]
+        if logits.is_cuda:
+            gradient = _compiled(_gradient)(logits, column, normalizer, grad, weight.dtype)
+        else:
+            gradient = _gradient_in_place(logits, column, normalizer, grad)
+        if self.hidden is not None:
+            _add_product(self.hidden[tokens], gradient, weight)
+        if self.weight is not None:
+            _add_product(self.weight[columns], gradient.t(), hidden)
+
+    def for_autograd(self) -> tuple[Tensor | None, Tensor | None]:
+        """In the model's precision; None for what is not needed or is in main_grad."""
+        hidden = None if self.hidden is None else self.hidden.to(self.blocks.hidden.dtype)
+        if self.weight is None or self.main_grad is not None:
+            return hidden, None
+        return hidden, self.weight.to(self.blocks.weight.dtype)
+
+
+class _GradientLater(torch.autograd.Function):
+    """Slabs of the vocabulary. Forward keeps a normalizer a token; backward computes p = exp(z - normalizer) again."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, target, first_token, chunk_tokens, group):
-        num_tokens = target.shape[0]
-        logprobs, entropies, log_normalizers = (
-            torch.empty(num_tokens, dtype=torch.float32, device=hidden.device) for _ in range(3)
-        )
-        block = _logit_block(hidden, weight, chunk_tokens)
-        for start in range(0, num_tokens, chunk_tokens):
-            part = slice(start, start + chunk_tokens)
-            logits = _logits(hidden[part], weight, block)
-            largest = logits.amax(1)
-            _all_reduce(largest, dist.ReduceOp.MAX, group)
-            column, here = _local_target(target[part], first_token, weight.shape[0])
-            sums = _functions(logits)[0](logits, largest, column, here)  # one all-reduce for the three
-            _all_reduce(sums, dist.ReduceOp.SUM, group)
-            log_sum = sums[0].log()
-            log_normalizers[part] = largest + log_sum
-            logprobs[part] = sums[2] - log_sum
-            entropies[part] = log_sum + sums[1] / sums[0]
-        ctx.save_for_backward(hidden, weight, target, log_normalizers)
-        ctx.first_token, ctx.chunk_tokens = first_token, chunk_tokens
-        ctx.mark_non_differentiable(entropies)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, options: _Options) -> Any:
+        blocks = _Logits(hidden, weight, target, options)
+        shards = [_shard_sums(*blocks.block(ALL, slab), options.with_entropy) for slab in blocks.slabs]
+        normalizers, logprobs, entropies = _whole_vocabulary(torch.stack(shards), options.group)
+        ctx.save_for_backward(hidden, weight, target, normalizers)
+        ctx.options = options
+        ctx.mark_non_differentiable(*([] if entropies is None else [entropies]))
         return logprobs, entropies
 
     @staticmethod
-    def backward(ctx, grad_logprobs, _grad_entropies):
-        hidden, weight, target, log_normalizers = ctx.saved_tensors
-        hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        weight_grad = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
-        block = _logit_block(hidden, weight, ctx.chunk_tokens)
-        for start in range(0, target.shape[0], ctx.chunk_tokens):
-            part = slice(start, start + ctx.chunk_tokens)
-            logits = _logits(hidden[part], weight, block)
-            column, here = _local_target(target[part], ctx.first_token, weight.shape[0])
-            normalizer, grad = log_normalizers[part], grad_logprobs[part]
-            logits_grad = _functions(logits)[1](logits, normalizer, column, here, grad, weight.dtype)
-            if hidden_grad is not None:
-                torch.mm(logits_grad, weight, out=hidden_grad[part])
-            if weight_grad is not None:
-                _add_product(weight_grad, logits_grad.t(), hidden[part])
-            del logits_grad  # before the next one is made
-        if weight_grad is not None:
-            weight_grad = weight_grad.to(weight.dtype)
-        return hidden_grad, weight_grad, None, None, None, None
+    def backward(ctx: Any, grad: Tensor, _entropies: Tensor | None) -> Any:
+        hidden, weight, target, normalizers = ctx.saved_tensors
+        blocks = _Logits(hidden, weight, target, ctx.options)
+        gradients = _Gradients(blocks, ctx.options.main_grad, *ctx.needs_input_grad[:2])
+        for slab in blocks.slabs:
+            gradients.add(ALL, slab, *blocks.block(ALL, slab), normalizers, grad)
+        return *gradients.for_autograd(), None, None
+
+
+class _GradientNow(torch.autograd.Function):
+    """Chunks of tokens. Forward forms the gradients of -dot(token_weights, logprobs); backward hands them out."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, options: _Options, token_weights: Tensor
+    ) -> Any:
+        blocks = _Logits(hidden, weight, target, options)
+        gradients = _Gradients(blocks, options.main_grad, *ctx.needs_input_grad[:2])
+        logprobs = hidden.new_empty(len(target), dtype=blocks.memory.dtype)
+        entropies = torch.empty_like(logprobs)
+        for chunk in blocks.chunks:
+            logits, column = blocks.block(chunk, ALL)
+            sums = _shard_sums(logits, column, options.with_entropy)
+            normalizers, logprobs[chunk], of_chunk = _whole_vocabulary(sums[None], options.group)
+            if of_chunk is not None:
+                entropies[chunk] = of_chunk
+            gradients.add(chunk, ALL, logits, column, normalizers, -token_weights[chunk])
+        ctx.save_for_backward(token_weights, *gradients.for_autograd())
+        ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies if options.with_entropy else None
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _entropies: Tensor | None) -> Any:
+        token_weights, hidden_grad, weight_grad = ctx.saved_tensors
+        same = torch.isclose(grad, -token_weights, rtol=0.0, atol=0.0, equal_nan=True).all()
+        torch._assert_async(same, "the loss is not -dot(token_weights, logprobs)")  # the host does not wait for a GPU
+        return hidden_grad, weight_grad, None, None, None
 
 
 def chunked_logprobs(
@@ -165,8 +265,9 @@ def chunked_logprobs(
         logprob_s = z_s[target_s] - log sum_v exp z_s[v],   z_s = weight . hidden_s   (fp32 log-sum-exp)
         entropy_s = - sum_v p_s[v] log p_s[v]
 
-    Peak memory beyond inputs and gradients is one [chunk_tokens, V_local] fp32 block and, in bf16 or on a GPU, one more
-    of the model's dtype; in bf16 also the fp32 sum of the weight's gradient, [V_local, H].
+    Peak memory beyond inputs and results is one fp32 block of chunk_tokens * V_local logits, on a GPU a second one in
+    the model's precision, and with gradients in bf16 the fp32 sum of the hidden states' one, [S, H]; without main_grad
+    also of the weight's, [V_local, H].
 
     Args:
         hidden: [S, H], the model's dtype; its gradient is this rank's part of the sum over vocabulary shards, to be
@@ -174,10 +275,22 @@ def chunked_logprobs(
         weight: [V_local, H], this rank's rows of the output matrix, without vocabulary padding.
         target: [S] int64, token ids in the whole vocabulary.
         first_token: id of the first row of weight.
-        chunk_tokens: tokens whose logits exist at one time.
+        chunk_tokens: logits that exist at one time, in tokens; a slab of the vocabulary has at least 512 columns.
         group: tensor-parallel group over which the vocabulary is sharded; every rank of it must call. None: whole.
+        token_weights: [S] fp32, detached. The loss must be exactly -dot(token_weights, logprobs): a backward pass with
+            another gradient of the log-probs raises. Gradients are formed here, where they are enabled, so every call
+            must see one backward pass. None: any loss.
+        with_entropy: False leaves the entropies out.
+        main_grad: [V_local, H] fp32, contiguous. The weight's gradient is added to it, by the backward pass or, with
+            token_weights, by this call, and autograd gets none. None: autograd gets it.
     Returns:
-        (logprobs [S], entropies [S]), fp32, nats. Gradient flows through logprobs only.
+        (logprobs [S], entropies [S] or None), fp32, nats. Gradient flows through logprobs only.
+    Raises:
+        RuntimeError: in the backward pass, where token_weights are not minus the gradient of the log-probs.
     Source: arXiv 2503.19618, the log pi of Eqs. 5 and 7.
     """
-    return _ChunkedLogProb.apply(hidden, weight, target, first_token, chunk_tokens, group)
+    options = _Options(first_token, chunk_tokens, group, with_entropy, main_grad)
+    needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    if token_weights is not None and needs_gradient:
+        return _GradientNow.apply(hidden, weight, target, options, token_weights)
+    return _GradientLater.apply(hidden, weight, target, options)

@@ -1,20 +1,14 @@
 """chunked_logprobs with its vocabulary over several ranks."""
 
-import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from nemo_jepo.actor.logprobs import chunked_logprobs
+from tests.support.logprob_modes import Found, Mode, chunked
 
 
-def one_shard(
-    hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, upstream: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """Values and gradients on this rank, which holds its part of the vocabulary."""
+def one_shard(modes: list[Mode], hidden: Tensor, weight: Tensor, target: Tensor, token_weights: Tensor) -> list[Found]:
+    """Values and gradients of every mode on this rank, which holds its part of the vocabulary."""
     rank, columns = dist.get_rank(), -(-len(weight) // dist.get_world_size())
-    shard = weight[rank * columns : (rank + 1) * columns].clone().requires_grad_()
-    logprobs, entropies = chunked_logprobs(
-        hidden.requires_grad_(), shard, target, rank * columns, chunk_tokens=4, group=dist.group.WORLD
-    )
-    logprobs.backward(upstream)
-    out = {"logprobs": logprobs.detach(), "entropies": entropies}
-    return out | {"hidden_grad": hidden.grad, "weight_grad": shard.grad}
+    shard = weight[rank * columns : (rank + 1) * columns]
+    rest = {"first_token": rank * columns, "group": dist.group.WORLD}
+    return [chunked(mode, hidden, shard, target, token_weights, **rest) for mode in modes]

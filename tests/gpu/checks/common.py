@@ -59,8 +59,8 @@ class Sizes:
     generations: int = 4
     lengths: tuple[int, int, int] = (200, 1000, 400)
     updates: int = 3
-    head: tuple[int, int, int] = (8192, 4096, 128_256)
-    chunks: tuple[int, ...] = (384, 1024, 2048, 4096)
+    head: tuple[int, int, int] = (4096, 4096, 128_256)
+    chunks: tuple[int, ...] = (384, 2048)
     race_tensors: int = 40
     race_elements: int = 1 << 22
     run_steps: int = 3

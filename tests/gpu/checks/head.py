@@ -1,69 +1,67 @@
-"""The output head: chunks of log-probs against whole logits."""
+"""The output head: blocks of logits against whole ones."""
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from unittest import mock
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from tests.gpu.checks.common import PEAK_TFLOPS, Report, Sizes, relative_error, seconds_of, synchronize
 
+if TYPE_CHECKING:
+    from benchmarks.logprob_memory import Inputs, LogProbs
+
 
 def logprob_head(report: Report, size: Sizes) -> None:
-    """Log-probs of one row from hidden states, in chunks: milliseconds, memory, and the gradients' error in bf16."""
+    """Log-probs of one row from hidden states: milliseconds, memory, and the gradients' error in bf16.
+
+    chunked: the gradient of the log-probs is known after the forward pass; fused: before it, from token weights. Both
+    add the weight's gradient to a main_grad in fp32.
+    """
     from benchmarks import logprob_memory
-    from nemo_jepo.actor.logprobs import _logits_gradient_in_place, _sums_in_place, chunked_logprobs
 
     tokens, hidden, vocab = size.head
-    inputs = logprob_memory.inputs(logprob_memory.Size(tokens, hidden, vocab), torch.bfloat16)
-    states, weight, target, upstream = inputs
-    exact = head_gradients(states, weight, target, upstream.float())
-    variants: dict[str, Callable[..., Tensor]] = {"whole logits": logprob_memory.naive_logprobs}
+    given = logprob_memory.inputs(logprob_memory.Size(tokens, hidden, vocab), torch.bfloat16)
+    exact = head_gradients(given.hidden, given.weight, given.target, -given.token_weights)
+    measure_head(report, "whole logits", logprob_memory.variants(logprob_memory.Size())["naive"], given, exact)
     for chunk in size.chunks:
-        variants[f"chunks of {chunk}"] = lambda *given, chunk=chunk: chunked_logprobs(*given, 0, chunk)[0]
-    for chunk in size.chunks[:1] + size.chunks[2:3]:
-        variants[f"chunks of {chunk}, not compiled"] = variants[f"chunks of {chunk}"]
-    for name, logprobs in variants.items():
-        eager = mock.patch(
-            "nemo_jepo.actor.logprobs._functions", lambda logits: (_sums_in_place, _logits_gradient_in_place)
-        )
-        with eager if "not compiled" in name else nullcontext():
-            measure_head(report, name, logprobs, inputs, exact)
+        variants = logprob_memory.variants(logprob_memory.Size(tokens, hidden, vocab, chunk))
+        for name in ("chunked", "fused"):
+            measure_head(report, f"{name}, {chunk} tokens", variants[name], given, exact)
 
 
-def measure_head(
-    report: Report, name: str, logprobs: Callable[..., Tensor], inputs: Sequence[Tensor], exact: Sequence[Tensor]
-) -> None:
+def measure_head(report: Report, name: str, logprobs: "LogProbs", given: "Inputs", exact: Sequence[Tensor]) -> None:
     """One way to compute the log-probs of a row."""
     from benchmarks import logprob_memory
 
-    states, weight, target, upstream = inputs
-    upstream = upstream.float()
-    product = 2 * states.numel() * weight.shape[0]
-
-    def both() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(logprobs(states, weight, target), (states, weight), upstream)
+    def both() -> None:
+        given.hidden.grad = given.weight.grad = None
+        logprob_memory.backward(logprobs, given)
 
     try:
         with torch.no_grad():
-            logprobs(states, weight, target)
+            logprobs(given)
             synchronize()
-            without = logprob_memory.measured(lambda: logprobs(states, weight, target))
-            forward = seconds_of(lambda: logprobs(states, weight, target))
-        found = both()
+            without = logprob_memory.measured(lambda: logprobs(given))
+            forward = seconds_of(lambda: logprobs(given))
+        given.main_grad.zero_()
+        both()
+        found = given.hidden.grad, given.weight_gradient()
         errors = {n: relative_error(f, e) for n, f, e in zip(("hidden", "weight"), found, exact, strict=True)}
         del found
+        given.hidden.grad = given.weight.grad = None
         synchronize()
         with_gradients = logprob_memory.measured(both)
         seconds = seconds_of(both)
     except (torch.OutOfMemoryError, RuntimeError, TypeError) as error:
         report[name] = str(error).splitlines()[0]
+        report.expect(False, f"{name}: runs")
         return
+    product = 2 * given.hidden.numel() * given.weight.shape[0]
     report[name] = {
         "forward_ms": 1e3 * forward,
         "forward_and_backward_ms": 1e3 * seconds,
-        "share_of_peak": 4 * product / seconds / 1e12 / PEAK_TFLOPS,
+        "share_of_peak": 3 * product / seconds / 1e12 / PEAK_TFLOPS,  # by the products that nobody can save
         "forward_mb": without["bytes"] / 1e6,
         "forward_and_backward_mb": with_gradients["bytes"] / 1e6,
         "gradient_errors": errors,
