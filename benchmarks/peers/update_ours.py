@@ -56,10 +56,10 @@ def main(folder: Path) -> None:
     actor, sequences, rule = build_actor(work, folder), spliced(work), UpdateRule(**work.rule)
 
     def update() -> Metrics:
-        scored = score(actor, sequences, None, work.group_size)
+        scored = score(actor, sequences, None, work.group_size, for_update=True)
         layout = actor.layout
         weights = sample_weights(rule, scored.groups, layout.sum_over_data_parallel, layout.max_over_data_parallel)
-        optim = actor.train_step(scored.rows, token_weights(rule, scored, weights))
+        optim = actor.train_step(scored.rows, token_weights(rule, scored, weights), scored.graph)
         computed = sum(len(row.token_ids) for row in scored.rows)
         return {"grad_norm": optim["grad_norm"], "computed_tokens": computed}
 
