@@ -16,7 +16,7 @@ from nemo_jepo.actor import parallel
 parallel.init_distributed()
 
 from benchmarks.step import Batch, Lengths, draw_sequences  # noqa: E402
-from nemo_jepo.actor.actor import MegatronJEPOActor  # noqa: E402
+from nemo_jepo.actor.actor import GPU_TILE, MegatronJEPOActor  # noqa: E402
 from nemo_jepo.actor.fp8_guard import guard_fp8  # noqa: E402
 from nemo_jepo.actor.model import load_hf_config  # noqa: E402
 from nemo_jepo.actor.precision import assert_fp8_is_used  # noqa: E402
@@ -43,8 +43,8 @@ TOKENS, GENERATIONS, UPDATES = 256, 4, 4
 SEQUENCES = draw_sequences(
     Batch(prompts=8, generations=GENERATIONS), Lengths(range(5, 20), range(10, 120), range(3, 10))
 )
-ROWS = pack(SEQUENCES, RowShape(TOKENS))
-SHARED = pack(SEQUENCES, RowShape(TOKENS, share_prompts=True))
+ROWS = pack(SEQUENCES, RowShape(TOKENS, row_multiple=GPU_TILE))
+SHARED = pack(SEQUENCES, RowShape(TOKENS, share_prompts=True, row_multiple=GPU_TILE))
 COUNTS = [s.chain_length + s.answer_length for s in SEQUENCES]
 MEAN_NLL = [torch.full((count,), 1 / sum(COUNTS)) for count in COUNTS]
 

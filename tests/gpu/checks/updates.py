@@ -1,5 +1,6 @@
 """Updates of the 8B shape, and a plain transformers step beside them."""
 
+import gc
 from collections.abc import Sequence
 from functools import partial
 from time import perf_counter
@@ -172,6 +173,7 @@ def whole_updates(report: Report, size: Sizes) -> None:
     pass save, and that the update stays the same."""
     from nemo_jepo.actor.scoring import score
     from nemo_jepo.config.schema import Config
+    from nemo_jepo.data.packing import pack
     from nemo_jepo.objective.update import sample_weights, token_weights
     from nemo_jepo.setup import update_rule
 
@@ -180,11 +182,15 @@ def whole_updates(report: Report, size: Sizes) -> None:
     sequences = batch_of(size, size.rows[-1])
     tokens = sum(s.length for s in sequences)
     expected: dict[str, float] = {}
+    actor: Any = None
     for name, settings in {
         "two passes, prompts of their own": {"update_passes": "two", "share_prompts": False},
         "two passes, shared prompts": {"update_passes": "two"},
-        "one pass, shared prompts": {"update_passes": "one"},
+        "defaults": {},
+        "defaults, reference policy on the GPU": {"reference_policy": "gpu"},
     }.items():
+        del actor  # before the next one is built
+        gc.collect()
         actor = build_actor(shape_of(size, size.layers), size.rows[-1], **settings)
         actor.keep_reference_policy()
 
@@ -196,13 +202,18 @@ def whole_updates(report: Report, size: Sizes) -> None:
         first = update()
         reset_peak()
         seconds = seconds_of(update)
-        rows = score(actor, sequences, None, size.generations).rows
+        peak = peak_gib()
+        rows = pack(sequences, actor.row_shape)
+        exchange = seconds_of(lambda actor=actor: actor._reference._exchange())
+        actor._reference._exchange()  # an even number of times
         report[name] = {
             "rows": [len(row.token_ids) for row in rows],
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
-            "peak_gib": peak_gib(),
-            "auto_takes_one_pass": actor.model_config.update_passes == "one" or actor.keeps_graph(rows),
+            "peak_gib": peak,
+            "one_pass": actor.keeps_graph(rows),
+            "seconds_of_an_exchange": exchange,
+            "bytes_a_token": actor._bytes_per_token,
             **first,
         }
         expected = expected or first
