@@ -11,7 +11,7 @@ Logits exist a block at a time. What is known in the forward pass decides what a
 - It is known, from `token_weights`: a block is all logits of one chunk of tokens. Both gradients are formed as soon as
   the chunk's normalizers are there. Three matrix products.
 
-A slab is a shard of the vocabulary, and so is what a tensor-parallel rank holds: of each, four numbers a token suffice.
+A slab is a shard of the vocabulary, and so is what a tensor-parallel rank holds: four numbers a token say all of one.
 
 Shape letters: S scored tokens, H hidden size, V vocabulary, V_local its columns on this rank.
 """
@@ -71,14 +71,17 @@ class _Options:
 
 
 class _Logits:
-    """The output layer's logits on this rank, one block after another in the same memory."""
+    """The output layer's logits on this rank, one block after another in the same memory.
+
+    A block is a chunk of tokens by all columns, or all tokens by a slab of columns; there are as many of either.
+    """
 
     def __init__(self, hidden: Tensor, weight: Tensor, target: Tensor, options: _Options) -> None:
         self.hidden, self.weight, self.target = hidden, weight, target
         self.first_token = options.first_token
         starts = range(0, len(target), options.chunk_tokens)
         self.chunks = [slice(start, start + options.chunk_tokens) for start in starts]
-        columns = -(-len(weight) // max(1, len(starts)))  # as many slabs as chunks: blocks are equally large
+        columns = -(-len(weight) // max(1, len(starts)))
         columns += -columns % SLAB_MULTIPLE
         self.slabs = [slice(start, start + columns) for start in range(0, len(weight), columns)]
         self.memory = hidden.new_empty(0, dtype=_wide(weight.dtype))
@@ -286,7 +289,8 @@ def chunked_logprobs(
     Returns:
         (logprobs [S], entropies [S] or None), fp32, nats. Gradient flows through logprobs only.
     Raises:
-        RuntimeError: in the backward pass, where token_weights are not minus the gradient of the log-probs.
+        RuntimeError: in the backward pass, where token_weights are not minus the gradient of the log-probs; on a GPU at
+            the host's next wait for it.
     Source: arXiv 2503.19618, the log pi of Eqs. 5 and 7.
     """
     options = _Options(first_token, chunk_tokens, group, with_entropy, main_grad)
