@@ -6,6 +6,7 @@ Nothing here is a reward. Source: arXiv 2503.19618, Section 4 (evaluation) and E
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -25,6 +26,7 @@ from nemo_jepo.data.splice import Splicer
 from nemo_jepo.metrics import mean, merge, rollout_metrics, rollout_records
 from nemo_jepo.objective.estimators import effective_sample_size, multi_sample_bound, single_sample_bound
 from nemo_jepo.objective.records import GroupScores, Scored
+from nemo_jepo.objective.tables import group_scores
 from nemo_jepo.rewards.judge_prompt import Case
 from nemo_jepo.rewards.judged import Judges, cases_to_judge, combined_accuracies, judge_metrics
 from nemo_jepo.rewards.verify import Verifier
@@ -88,14 +90,19 @@ def evaluate(
     request = GenerationRequest(
         num_generations_per_prompt=size,
         max_tokens=config.evaluation.max_tokens or config.rollout.max_tokens,
-        stop_at_marker=not (config.evaluation.verify or has_oracle(config.data)),
+        stop_at_marker=not reads_own_answers(config, prompts),
         temperature=config.evaluation.temperature,
         seed=VALIDATION_SEED,
     )
-    rollouts = t.rollouts.sample(mine, request, stop)
+    batches = t.rollouts.sample(mine, request, stop, num_batches(config, len(prompts)))
 
     # Likelihood of the reference answers
-    scored = score(t.actor, t.splicer.splice_reference(mine, rollouts), None, size)
+    rollouts: list[Rollout] = []
+    parts: list[Scored] = []
+    for batch in batches:
+        rollouts += batch
+        parts.append(score(t.actor, t.splicer.splice_reference(mine, batch), None, size))
+    scored = joined(parts, size)
     metrics = bounds(scored.groups) | rollout_metrics(scored.sequences, rollouts, scored.policy, t.actor.num_steps)
     if scored.reference is not None:
         metrics["kl"] = mean(scored.groups.chain_log_ratio, scored.groups.arrived_mask)
@@ -113,6 +120,36 @@ def evaluate(
         metrics |= oracle_accuracy(t, mine, rollouts)
     means = merge(metrics, layout.sum_over_data_parallel)
     return means | combined_accuracies(means), first_samples(t, mine, rollouts, scored)
+
+
+def reads_own_answers(config: Config, prompts: Sequence[Prompt]) -> bool:
+    """Whether somebody reads what follows the marker: an oracle, a judge, or a verifier that can grade a prompt."""
+    judged = config.evaluation.judge.url or config.evaluation.model_verifier.url
+    graded = config.evaluation.verify and (judged or any(prompt.verifiable for prompt in prompts))
+    return has_oracle(config.data) or bool(graded)
+
+
+def num_batches(config: Config, num_prompts: int) -> int:
+    """How many batches are scored: where servers go on sampling meanwhile, one for the prompts of a step; else one."""
+    if not config.rollout.kind.can_run_ahead:
+        return 1
+    return max(1, math.ceil(num_prompts / config.trainer.jepo.num_prompts_per_step))
+
+
+def joined(parts: Sequence[Scored], group_size: int) -> Scored:
+    """Batches of this rank that were scored apart, as one."""
+
+    def side_by_side(scores: Sequence[Scores]) -> Scores:
+        policy_logprobs = tuple(tensor for one in scores for tensor in one.policy_logprobs)
+        return Scores(policy_logprobs, tuple(tensor for one in scores for tensor in one.entropies))
+
+    sequences = [sequence for part in parts for sequence in part.sequences]
+    rows = [row for part in parts for row in part.rows]
+    policy = side_by_side([part.policy for part in parts])
+    references = [part.reference for part in parts if part.reference is not None]
+    reference = side_by_side(references) if references else None
+    groups = group_scores(sequences, policy, reference, None, group_size)
+    return Scored(sequences=sequences, rows=rows, policy=policy, reference=reference, groups=groups)
 
 
 def grade(

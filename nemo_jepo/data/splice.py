@@ -174,7 +174,8 @@ class Splicer:
         Returns:
             [N], in the order of rollouts.
         """
-        answers = [self.answer_ids(prompt.answer) for prompt in prompts]
+        groups = {rollout.group for rollout in rollouts}
+        answers = {group: self.answer_ids(prompts[group].answer) for group in groups}
         spliced = []
         for rollout in rollouts:
             end = self.marker_end(rollout.token_ids)

@@ -1,14 +1,16 @@
 """Rollouts for every rank of a replica, from the one sampler that the replica's first rank holds.
 
     take(step)    this step's rollouts; those of the next max_staleness steps are asked for as well
-    sample        a held-out batch, which a run that is told to stop does not wait for
+    sample        held-out prompts, in batches, which a run that is told to stop does not wait for
     load_weights  the sampler's next weights
 
 Everything that changes while a run samples is here: pending rollouts, the version of the sampler's weights, counts.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -66,20 +68,41 @@ class RolloutQueue:
         return self._collect(self._pending.pop(step, None))
 
     def sample(
-        self, prompts: Sequence[Prompt], request: GenerationRequest, stop: Callable[[], bool] = never
-    ) -> list[Rollout]:
-        """Rollouts of these prompts.
+        self,
+        prompts: Sequence[Prompt],
+        request: GenerationRequest,
+        stop: Callable[[], bool] = never,
+        num_batches: int = 1,
+    ) -> Iterator[list[Rollout]]:
+        """Rollouts of these prompts, batch by batch; servers are asked for all of them before the first is read.
 
+        What is collective happens as the iterator is read, so every rank reads it in the same places.
+
+        Args:
+            num_batches: the same on every rank.
+        Yields:
+            Rollouts of a run of the prompts, in their order; `Rollout.group` indexes all of them.
         Raises:
             SamplersLost: on every rank, where any replica has no server left.
             SamplingStopped: on every rank, where `stop` became true on any.
         """
         if self._layout.any_over_world(stop()):
             raise SamplingStopped("told to stop before a batch was sampled")
-        rollouts = self._collect(self._sampler.submit(prompts, request, stop) if self._sampler else None)
-        if self._layout.any_over_world(stop()):
-            raise SamplingStopped("told to stop while a batch was sampled")
-        return rollouts
+        bounds = [len(prompts) * number // num_batches for number in range(num_batches + 1)]
+        asked: list[tuple[int, Future[list[Rollout]] | None]] = [
+            (first, self._sampler.submit(prompts[first:end], request, stop) if self._sampler else None)
+            for first, end in itertools.pairwise(bounds)
+        ]
+        try:
+            for first, future in asked:
+                rollouts = self._collect(future)
+                if self._layout.any_over_world(stop()):
+                    raise SamplingStopped("told to stop while a batch was sampled")
+                yield [replace(rollout, group=first + rollout.group) for rollout in rollouts]
+        finally:
+            for _, future in asked:
+                if future is not None:
+                    future.cancel()  # where it ends early
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Give the sampler the weights of one optimizer step.

@@ -1,14 +1,19 @@
 """Held-out figures on numbers that can be checked by hand."""
 
 import math
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from nemo_jepo.evaluate import bounds, grade
-from nemo_jepo.objective.records import GroupScores
-from nemo_jepo.types import Prompt, Rollout
+from nemo_jepo import evaluate as evaluation
+from nemo_jepo.config.schema import Config
+from nemo_jepo.evaluate import bounds, evaluate, grade, num_batches, reads_own_answers
+from nemo_jepo.objective.records import GroupScores, Scored
+from nemo_jepo.objective.tables import group_scores
+from nemo_jepo.rollout.queue import RolloutQueue
+from nemo_jepo.types import Prompt, Rollout, Scores, Spliced
 from tests.support.one_rank import OneRank
 
 NAN = math.nan
@@ -115,3 +120,114 @@ def test_a_right_answer_earns_one_none_or_a_wrong_one_zero_and_a_fault_nothing()
 def test_ranks_without_a_sampler_are_told_the_verdicts():
     other_rank = OneRank(is_replica_head=False, share_in_replica=lambda value: [1.0, None])
     assert grade(None, None, other_rank, [], []) == [1.0, None]
+
+
+PROMPTS = tuple(Prompt(number, (1,) * (1 + number % 3), f"q{number}", str(number)) for number in range(8))
+
+
+class Model:
+    """A sampler, an actor's scores and a splicer whose answers depend on nothing but prompt and sample."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def submit(self, prompts, request, stop):
+        self.events.append(f"asked for {len(prompts)}")
+        drawn: Future[list[Rollout]] = Future()
+        samples = range(request.num_generations_per_prompt)
+        drawn.set_result(
+            [
+                Rollout(group, i, (prompt.prompt_id, i), (-0.5 * i,) * 2, "stop", 3)
+                for group, prompt in enumerate(prompts)
+                for i in samples
+            ]
+        )
+        return drawn
+
+    def counts(self) -> dict[str, float]:
+        return {}
+
+    def splice_reference(self, prompts, rollouts):
+        return [
+            Spliced(
+                rollout.group,
+                rollout.sample,
+                (*prompts[rollout.group].token_ids, *rollout.token_ids, 9),
+                len(prompts[rollout.group].token_ids),
+                2,
+                1,
+                valid=prompts[rollout.group].prompt_id != 5,
+                has_marker=True,
+                generation_logprobs=rollout.generation_logprobs,
+            )
+            for rollout in rollouts
+        ]
+
+    def own_answer_text(self, rollout):
+        return str(sum(rollout.token_ids))
+
+    def marker_span(self, token_ids):
+        return None
+
+    def score(self, actor, sequences, rewards, group_size):
+        self.events.append(f"scored {len(sequences)}")
+
+        def scores(factor: float) -> Scores:
+            per_token = tuple(-factor * torch.tensor(one.token_ids[one.prompt_length :]).float() for one in sequences)
+            return Scores(per_token, tuple(-tensor for tensor in per_token))
+
+        policy, reference = scores(0.3), scores(0.4)
+        groups = group_scores(sequences, policy, reference, rewards, group_size)
+        return Scored(sequences=sequences, rows=[], policy=policy, reference=reference, groups=groups)
+
+
+def evaluated(monkeypatch, sampler: str, layout: OneRank) -> tuple[object, list[str]]:
+    """What `evaluate` returns for PROMPTS with steps of 3 prompts, and what happened in which order."""
+    model, config = Model(), Config()
+    config.rollout.name, config.trainer.jepo.num_prompts_per_step = sampler, 3
+    config.evaluation.num_generations_per_prompt = 2
+    monkeypatch.setattr(evaluation, "score", model.score)
+    monkeypatch.setattr(evaluation, "sync_weights", lambda t: None)
+    t = SimpleNamespace(
+        config=config,
+        layout=layout,
+        rollouts=RolloutQueue(model, layout, None, None, 0, 0),
+        splicer=model,
+        actor=SimpleNamespace(num_steps=3),
+        verifier=SimpleNamespace(verify=lambda pairs: [own == reference for own, reference in pairs]),
+        servers=None,
+        tokenizer=SimpleNamespace(decode=str),
+    )
+    return evaluate(t, PROMPTS), model.events
+
+
+@pytest.mark.parametrize("replica", [0, 1])
+def test_batches_change_no_metric_and_no_record_and_every_replica_has_as_many(monkeypatch, replica):
+    """8 prompts, 4 on each of two replicas, 3 a step: three batches, all asked for before the first is scored."""
+    layout = OneRank(data_parallel_rank=replica, data_parallel_size=2)
+    whole, _ = evaluated(monkeypatch, "embedded", layout)
+    batched, events = evaluated(monkeypatch, "vllm", layout)
+    assert batched == whole
+    assert {"accuracy", "proxy_nll", "kl", "entropy", "marker_rate"} <= set(whole[0])
+    assert events == ["asked for 1", "asked for 1", "asked for 2", "scored 2", "scored 2", "scored 4"]
+
+
+def test_a_sampler_that_draws_before_it_answers_gets_one_batch():
+    config = Config()
+    config.trainer.jepo.num_prompts_per_step = 64
+    assert num_batches(config, 640) == 1
+    config.rollout.name = "vllm"
+    assert [num_batches(config, prompts) for prompts in (0, 1, 64, 65, 640)] == [1, 1, 1, 2, 10]
+
+
+def test_own_answers_are_decoded_where_somebody_reads_them_alone():
+    def reads(verify: bool = True, verifiable: bool = True, judge: str | None = None, data: str = "jsonl") -> bool:
+        config = Config()
+        config.data.name, config.evaluation.verify, config.evaluation.judge.url = data, verify, judge
+        return reads_own_answers(config, [Prompt(0, (1,), "q", "a", verifiable=verifiable)])
+
+    assert reads()
+    assert not reads(verify=False)
+    assert not reads(verifiable=False)  # the verifier is asked about none of them
+    assert reads(verifiable=False, judge="http://judge/v1")
+    assert reads(verify=False, data="arithmetic")  # the oracle

@@ -82,7 +82,7 @@ def test_a_rank_without_a_sampler_is_told_what_the_first_rank_of_its_replica_dre
 @pytest.mark.parametrize("fault", [SamplersLost("no server"), SamplingStopped("told to stop")])
 def test_a_fault_of_the_sampler_is_raised_by_name(fault):
     with pytest.raises(type(fault)):
-        queue(Recorder(fault)).sample(batch(0), request(0))
+        list(queue(Recorder(fault)).sample(batch(0), request(0)))
 
 
 def test_a_fault_on_another_replica_is_raised_here_too():
@@ -94,8 +94,47 @@ def test_a_fault_on_another_replica_is_raised_here_too():
 def test_nothing_is_sampled_where_the_run_was_told_to_stop_before():
     sampler = Recorder()
     with pytest.raises(SamplingStopped):
-        queue(sampler).sample(batch(0), request(0), stop=lambda: True)
+        list(queue(sampler).sample(batch(0), request(0), stop=lambda: True))
     assert sampler.asked == []
+
+
+def test_batches_are_all_asked_for_at_once_and_come_in_order_with_the_numbers_of_their_prompts():
+    """Five prompts in three batches: 1, 2 and 2."""
+    sampler, prompts = Recorder(), [Prompt(i, (1,), "q", "a") for i in range(5)]
+    batches = queue(sampler).sample(prompts, request(7), num_batches=3)
+    first = next(batches)
+    assert sampler.asked == [([0], 7), ([1, 2], 7), ([3, 4], 7)]
+    assert [[rollout.group for rollout in drawn] for drawn in (first, *batches)] == [[0], [1, 2], [3, 4]]
+
+
+def test_a_rank_with_fewer_prompts_than_batches_reads_as_many_of_them():
+    assert list(queue(Recorder()).sample(batch(0)[:1], request(0), num_batches=3)).count([]) == 2
+
+
+class Slow(Recorder):
+    """Answers the first batch at once, and the others never."""
+
+    def submit(
+        self, prompts: Sequence[Prompt], request: GenerationRequest, stop: Callable[[], bool] = never
+    ) -> "Future[list[Rollout]]":
+        if not self.futures:
+            return super().submit(prompts, request, stop)
+        self.futures.append(Future())
+        return self.futures[-1]
+
+
+def test_what_is_still_to_come_is_given_up_where_the_run_is_told_to_stop_after_a_batch():
+    sampler, told = Slow(), []
+    batches = queue(sampler).sample(batch(0), request(0), stop=lambda: bool(told), num_batches=2)
+    with pytest.raises(SamplingStopped):
+        for _ in batches:
+            told.append(True)
+            sampler.futures[1].set_exception(SamplingStopped("the sampler was asked as well"))
+    sampler = Slow()
+    batches = queue(sampler).sample(batch(0), request(0), num_batches=2)
+    next(batches)
+    batches.close()
+    assert sampler.futures[1].cancelled()
 
 
 def test_every_rank_reads_the_weight_stream_to_its_end():
