@@ -48,6 +48,7 @@ class SilentTracker:
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
         self._tokens: dict[str, int] = {}
+        self._said: dict[str, str] = {}
 
     @contextmanager
     def timer(self, name: str) -> Iterator[None]:
@@ -79,6 +80,12 @@ class SilentTracker:
 
     def say(self, message: str) -> None:
         """Shows one line to whoever watches the run."""
+
+    def say_once(self, about: str, message: str) -> None:
+        """The same, unless the last message about this said so already."""
+        if self._said.get(about) != message:
+            self._said[about] = message
+            self.say(message)
 
     def close(self) -> None:
         """Ends bar and loggers."""

@@ -48,6 +48,8 @@ def run_step(t: Trainer, prompts: Sequence[Prompt], step: int, tracker: SilentTr
     weight_of_tokens = token_weights(t.rule, scored, weights)
     with tracker.timer("train_time"):
         optim = t.actor.train_step(scored.rows, weight_of_tokens, scored.graph)
+    if rollouts and scored.rows:
+        tracker.say_once("passes", passes_line(t, scored))
     metrics = report_rollouts(t, prompts, rollouts, scored, weights, step, tracker)
     return metrics | with_prefix("train_rollouts", fp8_error) | report_update(optim, step, tracker)
 
@@ -99,6 +101,15 @@ def report_rollouts(
     if means.get("valid_rate") == 0:
         tracker.say(f"step {step + 1}: no valid sample (answer.marker), so only the format loss and the KL act")
     return with_prefix("train_rollouts", means)
+
+
+def passes_line(t: Trainer, scored: Scored) -> str:
+    """How an update computes its log-probs and gradients here, in words."""
+    model, passes = t.config.model, "one forward pass" if scored.graph else "two forward passes"
+    line = f"an update makes {passes} of the policy (model.update_passes={model.update_passes})"
+    if model.share_prompts and not t.actor.row_shape.share_prompts:
+        line += "; every sample computes its own prompt (model.share_prompts, under context parallelism)"
+    return line
 
 
 def report_update(optim: dict[str, float], step: int, tracker: SilentTracker) -> dict[str, float]:

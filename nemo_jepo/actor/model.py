@@ -26,6 +26,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from nemo_jepo.actor.attention import PackedAttention
 from nemo_jepo.actor.precision import assert_fp8_is_used, fp8_options
+from nemo_jepo.actor.swiglu import GatedMLP
 from nemo_jepo.actor.weights.families import Shape, family_of
 from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.schema import ModelConfig
@@ -112,7 +113,6 @@ def transformer_config(hf_config: PretrainedConfig, model: ModelConfig, dtype: t
         bias_activation_fusion=on_gpu and (fused or not shape.num_experts),
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        apply_rope_fusion=fused,
         gradient_accumulation_fusion=False,
         use_cpu_initialization=not on_gpu,
         perform_initialization=True,  # also marks the tensor-parallel parameters, which the gradient norm needs
@@ -187,6 +187,8 @@ def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> Module
         return layer
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm, **options)
     parts = layer.submodules
+    if not config.num_moe_experts and not torch.cuda.is_available():
+        parts.mlp.module = GatedMLP
     if config.num_moe_experts:  # a checkpoint has Transformer Engine's names: it joins a norm to the matrix after it,
         parts.sharded_state_dict_keys_map = {  # but not to experts
             name: saved

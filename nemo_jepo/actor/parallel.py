@@ -7,6 +7,7 @@ lives here or in weights/.
 
 import os
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -147,11 +148,16 @@ class Layout:
         return shared
 
     def free_bytes(self) -> float:
-        """Memory that this rank may still take: of its GPU, or its share of the host's."""
+        """Memory that this rank may still take: what its GPU has left, or its share of half of the host's.
+
+        Not what the host has left: that changes by the minute, and a run that is started again must decide alike.
+        """
         if self.device.type == "cuda":
             cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
             return torch.cuda.mem_get_info(self.device)[0] + cached
-        return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        limit = Path("/sys/fs/cgroup/memory.max")  # of a container
+        limits = [float(limit.read_text())] if limit.exists() and limit.read_text().strip().isdigit() else []
+        return min([psutil.virtual_memory().total, *limits]) / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
     def barrier(self) -> None:
         """Wait for every rank of the world."""

@@ -32,6 +32,7 @@ def check_layout(model: ModelConfig, shape: Mapping[str, Any]) -> None:
     num_experts = shape.get("num_local_experts") or shape.get("num_experts") or 0
     _check_tensor_parallel(model, shape, num_experts)
     _check_pipeline(model, shape["num_hidden_layers"])
+    _check_passes(model)
     _check_rows(model)
     _check_experts(model, num_experts)
 
@@ -81,6 +82,18 @@ def _check_pipeline(model: ModelConfig, num_layers: int) -> None:
     for count in counts:
         if count % chunks:
             raise ConfigError(key, chunks, f"must divide the {count} layers of a stage", "Use a divisor")
+
+
+def _check_passes(model: ModelConfig) -> None:
+    """One forward pass keeps its graph until the weights are known."""
+    if model.update_passes != "one":
+        return
+    fix = "Use model.update_passes=auto"
+    if model.pipeline_model_parallel_size > 1:
+        raise ConfigError("model.update_passes", "one", "a pipeline's stages score before they train", fix)
+    if model.fp8 and model.fp8_guard_interval and model.fp8_guard_action == "bf16":
+        rule = "with model.fp8_guard_action=bf16 scoring may leave FP8 while training stays in it"
+        raise ConfigError("model.update_passes", "one", rule, fix)
 
 
 def _check_rows(model: ModelConfig) -> None:

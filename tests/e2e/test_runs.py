@@ -27,6 +27,12 @@ def test_every_objective_trains(objective, tmp_path):
     assert "val_rollouts/accuracy" in lines[1]
 
 
+@pytest.mark.parametrize(("passes", "words"), [("auto", "one forward pass of"), ("two", "two forward passes of")])
+def test_a_run_says_how_many_passes_an_update_makes(passes, words, tmp_path):
+    done = run("train", tmp_path, *SHORT, f"model.update_passes={passes}")
+    assert done.stderr.count(f"an update makes {words} the policy (model.update_passes={passes})") == 1
+
+
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory) -> list[dict]:
     return run_short(tmp_path_factory.mktemp("one"))

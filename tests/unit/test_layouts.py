@@ -13,6 +13,7 @@ SHAPE = {"num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size"
 EXPERTS = SHAPE | {"num_experts": 6, "intermediate_size": 95}  # an expert is never cut
 TP, PP, VPP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"
 FIRST, LAST = "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"
+PASSES = "update_passes"
 CP, EP, SP, ROW = "context_parallel_size", "expert_model_parallel_size", "sequence_parallel", "tokens_per_micro_batch"
 
 
@@ -34,6 +35,12 @@ CP, EP, SP, ROW = "context_parallel_size", "expert_model_parallel_size", "sequen
         ({CP: 2, ROW: 4098}, SHAPE, "model.tokens_per_micro_batch=4098: context parallelism deals a row over 2"),
         ({TP: 4, SP: True, ROW: 4098}, SHAPE, "model.tokens_per_micro_batch=4098: sequence parallelism shards"),
         ({TP: 4, CP: 2, SP: True, ROW: 4100}, SHAPE, "model.tokens_per_micro_batch=4100: sequence parallelism shards"),
+        ({PP: 2, PASSES: "one"}, SHAPE, "model.update_passes='one': a pipeline's stages score before they train"),
+        (
+            {PASSES: "one", "fp8": "hybrid", "fp8_guard_action": "bf16"},
+            SHAPE,
+            "model.update_passes='one': with model.fp8_guard_action=bf16 scoring may leave FP8",
+        ),
         ({EP: 2}, SHAPE, "model.expert_model_parallel_size=2: this model has no experts"),
         ({EP: 4}, EXPERTS, "model.expert_model_parallel_size=4: must divide num_experts=6"),
         ({TP: 2}, EXPERTS, "model.sequence_parallel=False: experts take each token once"),

@@ -165,6 +165,7 @@ def test_every_other_rank_times_but_writes_nothing(tmp_path, monkeypatch, capsys
         tracker.log_rollouts(1, [{"a": 1}])
         tracker.log({"a": 1.0}, step=1)
         tracker.say("nobody hears this")
+        tracker.say_once("this", "nor this")
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr() == ("", "")
 
 
@@ -228,3 +229,11 @@ def test_exp_manager_serves_wandb_for_a_warm_up_and_the_run_after_it(tmp_path, m
     assert os.getcwd() == here
     assert {path.name for path in main.iterdir()} == {"warmup", "nemo", "config.yaml", "metrics.jsonl"}
     assert {path.name for path in (main / "nemo").iterdir()} >= {"cmd-args.log", "nemo_error_log.txt", "wandb"}
+
+
+def test_what_was_said_about_a_thing_is_not_said_again_until_it_changes(tmp_path, capsys):
+    with tracker_in(tmp_path) as tracker:
+        for message in ("one", "one", "two", "one"):
+            tracker.say_once("passes", message)
+        tracker.say_once("rows", "one")
+    assert capsys.readouterr().err.splitlines()[1:] == ["one", "two", "one", "one"]
