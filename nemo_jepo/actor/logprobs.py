@@ -56,7 +56,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 @cache
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return torch.compile(function)
+    return torch.compile(function, dynamic=True)  # blocks come in many sizes
 
 
 @dataclass(frozen=True, slots=True)
