@@ -8,7 +8,8 @@ thread. Needs vLLM (make vllm).
 
     tokens       decoded tokens a second, of all sequences together
     samples      completions a second
-    sync         seconds until a server samples with the trainer's tensors, pause and cache reset included
+    sync         seconds until a server samples with the trainer's tensors, pause and cache reset included; CPU seconds
+                 of the trainer's process and of the server's
     copy         seconds of a plain copy of the same bytes in memory
     hidden       1 - (step at max_staleness 1) / (step at 0), of whole training steps of the demo's model
 """
@@ -26,6 +27,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import psutil
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -151,8 +153,13 @@ def sampling(num_prompts: int, max_tokens: int, repetitions: int, folder: Path) 
     return {"medians": report.medians(rounds), "ratios": ratios, "rounds": rounds}
 
 
-def push(pool: Pool, model: PreTrainedModel, backend: str, version: int, folder: Path) -> float:
-    """Seconds of a push by a new trainer, its rendezvous left out; the server is admitted."""
+def server_cpu_seconds() -> float:
+    """Of the server and its workers so far."""
+    return sum(sum(process.cpu_times()[:2]) for process in psutil.Process().children(recursive=True))
+
+
+def push(pool: Pool, model: PreTrainedModel, backend: str, version: int, folder: Path) -> report.Metrics:
+    """A push by a new trainer, its rendezvous left out; the server is admitted."""
     tensors = list(model.named_parameters())
     shapes = [(name, tuple(tensor.shape)) for name, tensor in tensors]
     transfer = WeightTransfer(
@@ -160,13 +167,17 @@ def push(pool: Pool, model: PreTrainedModel, backend: str, version: int, folder:
     )
     (url,) = [*pool.ready(), *pool.out()]
     transfer.push([url], tensors, version)  # opens the connection
-    began = time.perf_counter()
+    began, own, theirs = time.perf_counter(), time.process_time(), server_cpu_seconds()
     faults = transfer.push([url], tensors, version)
-    seconds = time.perf_counter() - began
+    found = {
+        "seconds": time.perf_counter() - began,
+        "trainer_cpu_seconds": time.process_time() - own,
+        "server_cpu_seconds": server_cpu_seconds() - theirs,
+    }
     assert faults == {url: None}, faults
     pool.admit(url, version)
     transfer.close()
-    return seconds
+    return found
 
 
 def sync(hidden: int, layers: int, repetitions: int, folder: Path) -> dict[str, Any]:
@@ -184,7 +195,7 @@ def sync(hidden: int, layers: int, repetitions: int, folder: Path) -> dict[str, 
             copied = time.perf_counter() - began
             found: report.Round = {"copy": {"seconds": copied}}
             for backend in ("gloo", "file"):
-                found[backend] = {"seconds": push(pool, model, backend, 0, folder)}
+                found[backend] = push(pool, model, backend, 0, folder)
             rounds.append(found)
     ratios = {f"{name} / copy": report.paired_ratio(rounds, "seconds", name, "copy") for name in ("gloo", "file")}
     return {"bytes": num_bytes, "medians": report.medians(rounds), "ratios": ratios, "rounds": rounds}

@@ -7,7 +7,7 @@ rest are assumptions of ordinary size, and are called so. "NeMo-RL" is its v0.3,
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-MATMUL_EFFICIENCY: Mapping[str, float] = {"bf16": 0.50, "fp8": 0.534}
+MATMUL_EFFICIENCY: Mapping[str, float] = {"bf16": 0.49, "fp8": 0.512}
 """Share of the tensor cores' peak that a large matrix product reaches, with everything around it that is not modelled.
 bf16: fitted to NeMo-RL's 28 s of training for 8B. fp8, quantisation included: fitted to Megatron-Bridge's 14,451
 tokens/s/GPU for Llama 3 8B on 8 H100."""
@@ -38,23 +38,27 @@ LINK_EFFICIENCY = 0.8
 """Share of NVLink's and the network's bandwidth that a large collective reaches. An assumption."""
 ALL_REDUCE_SECONDS = 15e-6
 """Of a small all-reduce over NVLink, the latency alone. An assumption."""
-HOST_COPY_EFFICIENCY = 0.25
-"""Share of PCIe's bandwidth that copies from and to pageable host memory reach. An assumption."""
+HOST_COPY_EFFICIENCY = 0.7
+"""Share of PCIe's bandwidth that copies from and to pinned host memory reach, both ways at once. An assumption."""
 OTHER_SECONDS = 3.0
 """Of a step outside its phases: data, rewards, logging. NeMo-RL's published times leave (112 - 109 s, 147 - 144 s)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Software:
-    """Which transfers a training program hides behind computation."""
+    """What a training program does with rows and prompts, and which transfers it hides behind computation."""
 
     overlaps_gradients: bool = False
     """The reduce-scatter of gradients and the all-gather of weights."""
     overlaps_tensor_parallel: bool = False
     """All-gathers, reduce-scatters, ring transfers and the exchange of experts' tokens inside a layer."""
+    head_products: int = 3
+    """Matrix products of the output head in training."""
+    fits_rows: bool = False
+    """A row is as long as its content, and a prompt is computed once for its samples (model.share_prompts)."""
 
 
-OURS = Software()
+OURS = Software(fits_rows=True)
 """nemo_jepo.actor: overlap_grad_reduce is off, and so is Megatron's tp_comm_overlap."""
 NEMO_RL = Software(overlaps_gradients=True)
 MEGATRON_BRIDGE = Software(overlaps_gradients=True, overlaps_tensor_parallel=True)

@@ -8,12 +8,25 @@ from nemo_jepo.config.check import check
 from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.layouts import model_shape
 from nemo_jepo.config.schema import Config
-from nemo_jepo.tools.plan.calibration import DECODE_STEP_SECONDS, EMBEDDED_STEP_SECONDS, OTHER_SECONDS, OURS
+from nemo_jepo.tools.plan.calibration import (
+    DECODE_STEP_SECONDS,
+    EMBEDDED_STEP_SECONDS,
+    OTHER_SECONDS,
+    OURS,
+    Software,
+)
 from nemo_jepo.tools.plan.generation import Sampler
 from nemo_jepo.tools.plan.hardware import GPU
-from nemo_jepo.tools.plan.memory import DEFAULT_UTILIZATION, Phase, TrainerMemory, sampler_memory, trainer_phases
+from nemo_jepo.tools.plan.memory import (
+    DEFAULT_UTILIZATION,
+    Phase,
+    TrainerMemory,
+    keeps_graph,
+    sampler_memory,
+    trainer_phases,
+)
 from nemo_jepo.tools.plan.shape import ModelShape, shape_of
-from nemo_jepo.tools.plan.training import Trainer
+from nemo_jepo.tools.plan.training import Rows, Trainer
 from nemo_jepo.tools.plan.workload import MeanLengths, Workload, workload_of
 
 MOST_SEQUENCES = 1024
@@ -50,8 +63,10 @@ class Plan:
     """Trainer and rollout GPUs."""
     rollout_gpus: int
     replicas: int
-    rows: int
+    rows: Rows
     """Micro-batches of a replica in a step."""
+    one_pass: bool
+    """Scoring keeps its graph, and training makes no forward pass of its own."""
     decoded_together: float
     """Sequences in a server's batch at the most."""
     trainer_memory: list[Phase]
@@ -153,23 +168,27 @@ def _check_gpus(config: Config, cluster: Cluster) -> None:
         raise ConfigError("rollout.vllm.tensor_parallel_size", size, rule, "Lower it")
 
 
-def estimate(config: Config, cluster: Cluster, means: MeanLengths) -> Plan:
+def estimate(config: Config, cluster: Cluster, means: MeanLengths, software: Software = OURS) -> Plan:
     """What a run takes.
 
+    Args:
+        software: of the trainer.
     Raises:
         ConfigError: a rule is broken. A run that does not fit is a Plan, not an error.
     """
     shape, work = checked(config, cluster), workload_of(config, means)
-    trainer = Trainer(shape, config.model, cluster.gpu, cluster.world_size, cluster.gpus_per_node, OURS)
+    trainer = Trainer(shape, config.model, cluster.gpu, cluster.world_size, cluster.gpus_per_node, software)
     precision = config.trainer.precision
     sampler, sampler_phase = _sampler(config, shape, cluster, trainer.replicas)
-    rows = trainer.num_rows(work)
+    rows = trainer.rows(work)
     keeps_reference = config.kl.beta > 0
-    memory = TrainerMemory(cluster.world_size, precision, rows, keeps_reference)
+    batch_tokens = rows.count * rows.tokens
+    memory = TrainerMemory(cluster.world_size, precision, rows.count, keeps_reference, batch_tokens)
     if not config.rollout.kind.has_servers:
         weights, tokens = shape.num_parameters * sampler.dtype_bytes, sampler.cached_tokens
         cache = tokens * shape.key_value_bytes(sampler.dtype_bytes)
         memory = dataclasses.replace(memory, sampler=weights, sampler_cache=cache)
+    one_pass = keeps_graph(shape, config.model, memory, cluster.gpu.memory)
     scoring = trainer.scoring(work)
     seconds: dict[str, Mapping[str, float]] = {
         "weight sync": {"moving weights": sampler.sync_seconds(trainer.replicas)},
@@ -178,7 +197,8 @@ def estimate(config: Config, cluster: Cluster, means: MeanLengths) -> Plan:
     }
     if keeps_reference:
         seconds["reference log-probs"] = {**scoring, "swapping weights": trainer.reference_swap(precision)}
-    seconds |= {"training": trainer.training(work, precision), "other": {"data, rewards, logging": OTHER_SECONDS}}
+    seconds |= {"training": trainer.training(work, precision, one_pass)}
+    seconds |= {"other": {"data, rewards, logging": OTHER_SECONDS}}
     on_servers = sampler.num_servers * sampler.tensor_parallel_size if config.rollout.kind.has_servers else 0
     rented = cluster.rollout_nodes * cluster.gpus_per_node or on_servers
     return Plan(
@@ -190,6 +210,7 @@ def estimate(config: Config, cluster: Cluster, means: MeanLengths) -> Plan:
         rollout_gpus=on_servers or cluster.world_size,
         replicas=trainer.replicas,
         rows=rows,
+        one_pass=one_pass,
         decoded_together=sampler.batch(work),
         trainer_memory=trainer_phases(shape, config.model, memory, cluster.gpu.memory),
         sampler_memory=sampler_phase,

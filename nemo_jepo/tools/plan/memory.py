@@ -18,7 +18,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from nemo_jepo.actor.activations import kept_of_layer, layer_activations
+from nemo_jepo.actor.activations import activation_bytes_per_token, kept_of_layer, layer_activations
 from nemo_jepo.config.layouts import stage_layers
 from nemo_jepo.config.schema import ModelConfig
 from nemo_jepo.tools.plan.hardware import GIB
@@ -113,13 +113,13 @@ def output_head(shape: ModelShape, model: ModelConfig, dtype_bytes: int, trainin
     """Bytes of scoring on the last stage, as nemo_jepo.actor.logprobs does it.
 
     A chunk's logits in fp32 and in the model's precision; the row's hidden states, gathered; for training also their
-    gradient and one of the output matrix, whose sum over chunks is fp32.
+    gradient, summed in fp32. That of the output matrix is added to the gradients that the optimizer has anyway.
     """
     columns = shape.vocab_size / model.tensor_model_parallel_size
     chunk = min(model.logprob_chunk_tokens, model.tokens_per_micro_batch) * columns * (4 + dtype_bytes)
     states = model.tokens_per_micro_batch / model.context_parallel_size * shape.hidden_size * dtype_bytes
-    gradient = dtype_bytes + (4 if dtype_bytes < 4 else 0)
-    return chunk + states * (2 if training else 1) + (columns * shape.hidden_size * gradient if training else 0)
+    copies = 1 + (1 + (4 / dtype_bytes if dtype_bytes < 4 else 0) if training else 0)
+    return chunk + copies * states
 
 
 def weight_bytes(stage: StageParameters, model: ModelConfig, dtype_bytes: int) -> float:
@@ -148,18 +148,16 @@ class TrainerMemory:
     precision: str
     num_micro_batches: int
     keeps_reference: bool
+    batch_tokens: float
+    """Tokens of a replica's rows in one update, all of which one forward pass keeps."""
     sampler: float = 0.0
     """Bytes of an embedded sampler's weights on the rank, between steps as well."""
     sampler_cache: float = 0.0
     """Bytes of its key-value cache while it samples."""
 
 
-def trainer_phases(shape: ModelShape, model: ModelConfig, run: TrainerMemory, capacity: float) -> list[Phase]:
-    """Bytes on the fullest trainer rank in each phase.
-
-    The first stage has most activations, the last the output head: with an equal share of layers one rank is charged
-    with both, which is at most the output head too much.
-    """
+def fixed_parts(shape: ModelShape, model: ModelConfig, run: TrainerMemory) -> dict[str, float]:
+    """Bytes that the fullest trainer rank holds in every phase."""
     size = 2 if run.precision == "bf16" else 4
     stage = max(stage_parameters(shape, model), key=lambda stage: stage.total)
     fixed = {
@@ -171,17 +169,49 @@ def trainer_phases(shape: ModelShape, model: ModelConfig, run: TrainerMemory, ca
     }
     if run.keeps_reference and model.reference_policy == "gpu":
         fixed["reference policy"] = size * stage.total
+    return fixed
+
+
+def keeps_graph(shape: ModelShape, model: ModelConfig, run: TrainerMemory, capacity: float) -> bool:
+    """Whether an update makes one forward pass, as MegatronJEPOActor.keeps_graph decides: auto takes half of what is
+    free for the activations of all rows."""
+    if model.update_passes == "two" or model.pipeline_model_parallel_size > 1:
+        return False
+    free = capacity - sum(fixed_parts(shape, model, run).values())
+    return model.update_passes == "one" or _graph_bytes(shape, model, run) <= 0.5 * free
+
+
+def _graph_bytes(shape: ModelShape, model: ModelConfig, run: TrainerMemory) -> float:
+    """Of the activations of all rows of an update."""
+    size = 2 if run.precision == "bf16" else 4
+    return run.batch_tokens / model.context_parallel_size * activation_bytes_per_token(shape, model, size)
+
+
+def trainer_phases(shape: ModelShape, model: ModelConfig, run: TrainerMemory, capacity: float) -> list[Phase]:
+    """Bytes on the fullest trainer rank in each phase.
+
+    The first stage has most activations, the last the output head: with an equal share of layers one rank is charged
+    with both, which is at most the output head too much.
+    """
+    size = 2 if run.precision == "bf16" else 4
+    fixed = fixed_parts(shape, model, run)
     tokens = model.tokens_per_micro_batch / model.context_parallel_size
     passing = {"activations": 2 * tokens * layer_activations(shape, model, size)}  # a layer's, and what it is made of
     passing["output head"] = output_head(shape, model, size, training=False)
-    training = {
-        "activations": activations(shape, model, run.num_micro_batches, size),
-        "output head": output_head(shape, model, size, training=True),
-    }
+    scoring, training = (
+        passing,
+        {
+            "activations": activations(shape, model, run.num_micro_batches, size),
+            "output head": output_head(shape, model, size, training=True),
+        },
+    )
+    if keeps_graph(shape, model, run, capacity):
+        kept = {"activations": _graph_bytes(shape, model, run) + tokens * layer_activations(shape, model, size)}
+        scoring, training = passing | kept, training | kept
     largest = max(shape.embedding, shape.expert_matrices) * size
     swap = {"swapped weight": max(shape.embedding, shape.expert_matrices) / model.tensor_model_parallel_size * size}
     phases: dict[str, dict[str, float]] = {
-        "log-probs": passing,
+        "log-probs": scoring,
         "reference log-probs": passing | swap if run.keeps_reference else {},
         "training": training,
         "weight sync": {"gathered weight": 2 * largest},  # its shards, and the tensor that they become

@@ -51,7 +51,10 @@ def as_json(plan: Plan, price: float | None, fix: str | None) -> dict[str, Any]:
         "rollout_gpus": plan.rollout_gpus,
         "parameters": plan.shape.num_parameters,
         "data_parallel_size": plan.replicas,
-        "micro_batches": plan.rows,
+        "micro_batches": plan.rows.count,
+        "tokens_per_micro_batch": plan.rows.tokens,
+        "computed_tokens": plan.rows.count * plan.rows.tokens * plan.replicas,
+        "update_passes": "one" if plan.one_pass else "two",
         "overrides": overrides(plan),
         "memory_bytes": {phase.name: dict(phase.parts) for phase in plan.trainer_memory},
         "rollout_memory_bytes": dict(plan.sampler_memory.parts) if plan.sampler_memory else None,
@@ -106,12 +109,12 @@ def _head(plan: Plan) -> list[str]:
     beside = plan.num_gpus - cluster.world_size
     samplers = f"{beside} for rollouts" if beside else "which also sample"
     num_samplers = cluster.num_servers if beside else plan.replicas
+    rows, passes = plan.rows, "one forward pass" if plan.one_pass else "two forward passes"
     return [
         f"{plan.shape.num_parameters / 1e9:.2f}B {plan.shape.model_type} on {plan.num_gpus} x {cluster.gpu.name}: "
         f"{cluster.world_size} for the trainer, {samplers}. A model, not a measurement.",
-        f"{plan.replicas} data-parallel replicas, {plan.rows} micro-batches of "
-        f"{plan.config.model.tokens_per_micro_batch} tokens each; {num_samplers} samplers with up to "
-        f"{plan.decoded_together:.0f} sequences at a time.",
+        f"{plan.replicas} data-parallel replicas, {rows.count} micro-batches of {rows.tokens:.0f} tokens each, "
+        f"{passes} an update; {num_samplers} samplers with up to {plan.decoded_together:.0f} sequences at a time.",
         f"{work.num_sequences} sequences a step: prompt {work.prompt:.0f}, generation {work.generations.mean:.0f} "
         f"(longest {work.generations.longest}, reached by {ENDLESS_SHARE:.1%} at least), answer {work.answer:.0f} "
         "tokens on average.",

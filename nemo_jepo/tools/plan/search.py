@@ -159,6 +159,8 @@ def _changes(config: Config) -> Iterator[tuple[str, Config]]:
             "pipeline_model_parallel_size": 2 * model.pipeline_model_parallel_size
         },
     }
+    if model.update_passes == "one":
+        of_model = {"model.update_passes=auto": {"update_passes": "auto"}} | of_model
     for override, fields in of_model.items():
         changed = dataclasses.replace(model, **fields)
         if changed != model:

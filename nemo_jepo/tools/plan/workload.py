@@ -4,6 +4,13 @@ Generations differ in length, and a step waits for the longest. Their model: a f
 the others are exponential; all are cut at M = rollout.max_tokens. The mean length fixes r:
 
     P(length > t) = e + (1 - e) exp(-r t) for t < M, 0 from M on      mean = e M + (1 - e) (1 - exp(-r M)) / r
+
+A group has n samples of one prompt of m tokens, each with a chain of c and the answer of a tokens. Its m - 1 shared
+tokens are computed k times, o = 1 + c + a are each sample's own (`nemo_jepo.data.packing`):
+
+    tokens computed         k (m - 1) + n o                               n (m + c + a) where k = n
+    query-key pairs         k (m - 1)^2 / 2 + n (o (m - 1) + o^2 / 2)     a sample's queries see the prompt's keys
+    k, row of T tokens      n / (samples that fit beside the prompt), rounded up; n where prompts are not shared
 """
 
 import math
@@ -15,7 +22,11 @@ from nemo_jepo.config.schema import Config
 from nemo_jepo.tools.plan.calibration import ENDLESS_SHARE
 
 PACKING_FILL = 0.94
-"""Useful share of a packed row: docs/results/performance.md, "One update, packed against padded"."""
+"""Useful share of rows of fixed length that first-fit decreasing fills, on GSM8K's spread of lengths."""
+SHARED_FILL = 0.84
+"""The same of groups with a shared prompt, which are larger pieces: `pack` on draws of `Generations`, 16 prompts of 4
+samples, means 512 + 512 + 512, prompts and answers of 1 to 1,023 tokens, rows of 4,096 (0.82 and 0.88: of 8,192 and
+16,384). It packs whole sequences to 0.96."""
 GUESSED_SHARE = 0.5
 """Of the longest prompt, generation and answer, the mean that is assumed where none is given."""
 
@@ -90,17 +101,33 @@ class Workload:
         """Tokens that one step samples."""
         return self.num_sequences * self.generations.mean
 
-    @property
-    def scored_share(self) -> float:
-        """Share of the tokens that the output matrix sees: generation and answer."""
-        scored = self.generations.mean + self.answer
-        return scored / (self.prompt + scored)
+    def computed(self, row_tokens: int | None) -> "Computed":
+        """What the layers have to compute.
 
-    @property
-    def context(self) -> float:
-        """Length of the sequence that a token stands in, mean over tokens: E[length^2] / E[length]."""
-        fixed, mean = self.prompt + self.answer, self.generations.mean
-        return (fixed**2 + 2 * fixed * mean + self.generations.mean_square) / (fixed + mean)
+        Args:
+            row_tokens: T, the longest row, where prompts are shared; None where each sample has its own.
+        """
+        shared = max(0.0, self.prompt - 1)
+        fixed, mean = self.prompt - shared + self.answer, self.generations.mean
+        own, own_square = fixed + mean, fixed**2 + 2 * fixed * mean + self.generations.mean_square
+        copies = self.num_generations
+        if row_tokens is not None:
+            copies = math.ceil(copies / max(1, math.floor((row_tokens - shared) / own)))
+        tokens = copies * shared + self.num_generations * own
+        pairs = copies * shared**2 / 2 + self.num_generations * (own * shared + own_square / 2)
+        scored = self.num_generations * (mean + self.answer)
+        return Computed(self.num_prompts * tokens, 2 * pairs / tokens, scored / tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """One step's sequences as the layers see them."""
+
+    tokens: float
+    context: float
+    """Twice the keys that a query sees, mean over tokens: of whole sequences E[length^2] / E[length]."""
+    scored_share: float
+    """Share of the tokens that the output matrix sees: generation and answer."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,9 @@ configs examples/configs/grpo_math_8B_megatron.yaml and grpo_math_70B_megatron.y
 with tensor parallelism 1 (8B) and 4 (70B), trainer and vLLM on the same GPUs. Assumed here: prompts of 200 tokens, "Get
 logprobs" is policy and reference policy, tensor parallelism 4 for vLLM of the Qwen3 models.
 
+H200: docs/results/h200.md, updates with Transformer Engine in rows of 8,192 (training alone, six padded rows, a head of
+four products).
+
 Megatron-Bridge: docs/performance-summary.md, DGX-H100 and DGX-B200, containers 25.11 and 26.02, sequences of 8,192
 (Qwen3: 4,096) tokens, FP8 with current scaling. Assumed here: sequence parallelism where tensor parallelism is.
 """
@@ -16,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_jepo.config.schema import ModelConfig
-from nemo_jepo.tools.plan.calibration import MEGATRON_BRIDGE, NEMO_RL, OTHER_SECONDS
+from nemo_jepo.tools.plan.calibration import MEGATRON_BRIDGE, NEMO_RL, OTHER_SECONDS, Software
 from nemo_jepo.tools.plan.generation import Sampler
 from nemo_jepo.tools.plan.hardware import GIB, GPUS
 from nemo_jepo.tools.plan.memory import sampler_memory
@@ -131,6 +134,32 @@ class GRPO:
         return seconds | {"step": sum(seconds.values()) + OTHER_SECONDS}
 
 
+@dataclass(frozen=True)
+class OneGPU:
+    """This project's update of a Llama 8B with fewer layers: 32 sequences, 41,755 tokens, 36,447 of them scored."""
+
+    layers: int
+    fp8: str | None
+    seconds: float
+    """Measured."""
+
+    def modelled(self) -> float:
+        """Seconds."""
+        model = ModelConfig(tokens_per_micro_batch=8192, fp8=self.fp8)
+        then = Software(head_products=4)
+        trainer = Trainer(_shape(_LLAMA, self.layers, 4096, 32, 14336), model, GPUS["h200"], 1, 8, then)
+        scored, prompt = 36447 / 32, (41755 - 36447) / 32
+        work = Workload(32, 1, prompt, Generations(scored, round(scored)), 0, 8192, packing_fill=1.0)
+        return sum(trainer.training(work, "bf16").values())
+
+
+UPDATES = {
+    "4 layers, 1 H200": OneGPU(4, None, 0.864),
+    "16 layers, 1 H200": OneGPU(16, None, 2.250),
+    "16 layers in FP8, 1 H200": OneGPU(16, "hybrid", 1.842),
+}
+
+
 def _phases(training: float, refit: float, generation: float, logprobs: float, step: float) -> dict[str, float]:
     return {"training": training, "refit": refit, "generation": generation, "log-probs": logprobs, "step": step}
 
@@ -162,10 +191,12 @@ def lines() -> Iterator[str]:
         modelled = grpo.modelled()
         for phase, seconds in grpo.seconds.items():
             yield _line(name, phase, " (s)", seconds, modelled[phase])
+    for name, update in UPDATES.items():
+        yield _line(name, "update", " (s)", update.seconds, update.modelled(), digits=2)
 
 
-def _line(name: str, what: str, unit: str, published: float, modelled: float) -> str:
-    digits, star = 0 if modelled >= 100 else 1, " *" if (name, what) in FITTED else ""
+def _line(name: str, what: str, unit: str, published: float, modelled: float, digits: int = 1) -> str:
+    digits, star = 0 if modelled >= 100 else digits, " *" if (name, what) in FITTED else ""
     error = f"{100 * (modelled / published - 1):+.0f}%".replace("-0%", "+0%")
     return f"| {name} | {what}{unit}{star} | {published:,} | {modelled:,.{digits}f} | {error} |"
 

@@ -12,6 +12,8 @@ from nemo_jepo.tools.plan.memory import (
     SAMPLER_RESERVED,
     TrainerMemory,
     activations,
+    fixed_parts,
+    keeps_graph,
     layers_in_flight,
     optimizer_bytes,
     output_head,
@@ -28,7 +30,7 @@ SHAPE = ModelShape(
     vocab_size=32, tied=False, num_experts=0, experts_per_token=0,
 )  # fmt: skip
 EXPERTS = dataclasses.replace(SHAPE, model_type="mixtral", num_experts=4, experts_per_token=2)
-RUN = TrainerMemory(world_size=4, precision="bf16", num_micro_batches=8, keeps_reference=False)
+RUN = TrainerMemory(world_size=4, precision="bf16", num_micro_batches=8, keeps_reference=False, batch_tokens=512)
 
 
 def layout(tensor=1, pipeline=1, **more):
@@ -142,9 +144,10 @@ def test_the_first_stage_holds_as_many_rows_as_there_are_stages(model, rows, lay
 
 
 def test_the_output_head_is_one_chunk_and_its_gradients():
-    """16 tokens by 32 columns in 4 + 2 bytes; 64 tokens of 8; gradients of both operands, one summed in fp32."""
+    """16 tokens by 32 columns in 4 + 2 bytes; 64 tokens of 8, and their gradient in fp32 and in bf16. The gradient of
+    the output matrix is where the optimizer keeps it anyway."""
     assert output_head(SHAPE, layout(), 2, training=False) == 16 * 32 * 6 + 64 * 8 * 2
-    assert output_head(SHAPE, layout(), 2, training=True) == 16 * 32 * 6 + 2 * 64 * 8 * 2 + 32 * 8 * (2 + 4)
+    assert output_head(SHAPE, layout(), 2, training=True) == 16 * 32 * 6 + 64 * 8 * (2 + 4 + 2)
 
 
 def phases(model, run=RUN):
@@ -152,11 +155,32 @@ def phases(model, run=RUN):
 
 
 def test_the_training_phase_is_the_sum_of_its_parts():
-    parts = phases(layout())["training"].parts
-    count = SHAPE.num_parameters
-    head, kept = output_head(SHAPE, layout(), 2, training=True), activations(SHAPE, layout(), 8, 2)
-    assert phases(layout())["training"].total == count * (2 + 4 + 12 / 4) + RESERVED + head + kept
-    assert set(parts) == {"weights", "gradients", "optimizer", "reserved", "activations", "output head"}
+    model = layout(update_passes="two")
+    training, count = phases(model)["training"], SHAPE.num_parameters
+    head, kept = output_head(SHAPE, model, 2, training=True), activations(SHAPE, model, 8, 2)
+    assert training.total == count * (2 + 4 + 12 / 4) + RESERVED + head + kept
+    assert set(training.parts) == {"weights", "gradients", "optimizer", "reserved", "activations", "output head"}
+
+
+def test_one_forward_pass_keeps_the_activations_of_all_rows():
+    """512 tokens in rows of at most 64: scoring holds all of them and what one layer makes, training the same."""
+    model = layout()
+    kept = 512 * activation_bytes_per_token(SHAPE, model, 2) + 64 * layer_activations(SHAPE, model, 2)
+    one = phases(model)
+    assert one["log-probs"].parts["activations"] == one["training"].parts["activations"] == kept
+    two = phases(layout(update_passes="two"))
+    assert two["training"].parts["activations"] == activations(SHAPE, model, 8, 2)
+
+
+def test_one_forward_pass_is_made_where_half_of_the_free_memory_holds_its_activations():
+    run, model = RUN, layout()
+    fixed = sum(fixed_parts(SHAPE, model, run).values())
+    enough = fixed + 2 * 512 * activation_bytes_per_token(SHAPE, model, 2)
+    assert keeps_graph(SHAPE, model, run, enough)
+    assert not keeps_graph(SHAPE, model, run, enough - 1)
+    assert keeps_graph(SHAPE, layout(update_passes="one"), run, enough - 1)
+    assert not keeps_graph(SHAPE, layout(update_passes="two"), run, enough)
+    assert not keeps_graph(SHAPE, layout(pipeline=2, update_passes="one"), run, 100 * enough)
 
 
 def test_a_resident_reference_policy_costs_its_weights_in_every_phase():
