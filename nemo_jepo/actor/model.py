@@ -25,8 +25,8 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from nemo_jepo.actor.attention import PackedAttention
+from nemo_jepo.actor.local_layers import GatedMLP, PackedRMSNorm
 from nemo_jepo.actor.precision import assert_fp8_is_used, fp8_options
-from nemo_jepo.actor.swiglu import GatedMLP
 from nemo_jepo.actor.weights.families import Shape, family_of
 from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.schema import ModelConfig
@@ -166,14 +166,6 @@ def _expert_options(hf_config: PretrainedConfig, shape: Shape, model: ModelConfi
         "expert_model_parallel_size": model.expert_model_parallel_size,
         "expert_tensor_parallel_size": 1,
     }
-
-
-class PackedRMSNorm(torch.nn.RMSNorm):
-    """RMSNorm whose weight is marked for sequence parallelism, which Megatron's WrappedTorchNorm refuses."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
-        super().__init__(hidden_size, eps=eps)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> ModuleSpec | TransformerBlockSubmodules:

@@ -95,7 +95,7 @@ class ModelConfig:
     """Forward passes of the policy in an update: one (the scoring pass keeps its graph), two, or auto (one where its
     activations fit). Pipeline stages need two."""
     logprob_chunk_tokens: int = setting(384, ge=1)
-    """Tokens whose fp32 logits exist at one time in the output head."""
+    """The output head holds as many fp32 logits at one time as so many tokens have."""
     activations_checkpoint_granularity: str | None = setting(None, choices=("selective", "full"))
     """What the backward pass computes again: selective (attention), full (every layer), or null for nothing."""
     reference_policy: str = setting("cpu", choices=("cpu", "gpu"))
