@@ -98,6 +98,14 @@ def test_an_embedded_sampler_lives_on_the_trainers_gpus(capsys):
     assert found["memory_bytes"]["training"]["embedded sampler"] > 0
 
 
+def test_one_forward_pass_is_planned_where_it_fits(capsys):
+    _, small, _ = run(capsys, "--config-name", "demo")
+    _, large, _ = run(capsys, "--config-name", "jepo_8b")
+    assert (small["update_passes"], large["update_passes"]) == ("one", "two")
+    code, asked, _ = run(capsys, "--config-name", "jepo_8b", "model.update_passes=one")
+    assert (code, asked["short_phase"], asked["try"]) == (1, "training", "model.update_passes=auto")
+
+
 # ---- does not fit
 
 
