@@ -37,7 +37,7 @@ CHECKS = (
     Check("versions", 60),
     Check("parity", 120),
     Check("small_updates", 180),
-    Check("actor", 150),
+    Check("actor", 240),
     Check("actor_fp8", 150),
     Check("cpu_checkpoint", 200),
     Check("race", 60),
