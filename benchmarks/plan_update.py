@@ -17,12 +17,13 @@ RECIPES = {"jepo_8b": 0, "jepo_70b": 8}
 ONE_PASS = "one forward pass"
 AS_IT_WAS = Software(head_products=4)
 """Rows of fixed length, each sample with its prompt, logits of the output head computed again."""
-APART = ("model.share_prompts=false", "model.update_passes=two")
+SMALL = "model.tokens_per_micro_batch=4096"
+APART = ("model.share_prompts=false", "model.update_passes=two", SMALL)
 VARIANTS = {
     "rows of 4,096, a prompt a sample": (APART, AS_IT_WAS),
     "rows as long as their content, 3 products in the head": (APART, OURS),
-    "a prompt for its samples": ((), OURS),
-    "the same, rows of up to 8,192": (("model.tokens_per_micro_batch=8192",), OURS),
+    "a prompt for its samples": ((SMALL,), OURS),
+    "the same in the recipe's rows": ((), OURS),
     ONE_PASS: (("model.update_passes=one",), OURS),
 }
 

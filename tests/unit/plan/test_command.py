@@ -121,7 +121,10 @@ def test_the_table_ends_with_what_is_short_and_what_to_try(capsys):
     [
         (["model.optim.distributed=false", "model.reference_policy=gpu"], "model.optim.distributed=true"),
         (["model.tokens_per_micro_batch=32768"], "model.activations_checkpoint_granularity=full"),
-        (["model.pipeline_model_parallel_size=1"], "model.tensor_model_parallel_size=8 model.sequence_parallel=true"),
+        (
+            ["model.pipeline_model_parallel_size=1", "model.tokens_per_micro_batch=4096"],
+            "model.tensor_model_parallel_size=8 model.sequence_parallel=true",
+        ),
         (["model.reference_policy=gpu", "model.tokens_per_micro_batch=6144"], "model.reference_policy=cpu"),
         (
             ["model.pipeline_model_parallel_size=1", "model.tokens_per_micro_batch=32768"],
@@ -177,7 +180,7 @@ def test_a_search_that_finds_nothing_says_so(capsys):
         (["--config-name", "jepo_70b", "--rollout-nodes", "8", "model.pipeline_model_parallel_size=3"], "model.tensor"),
         (["--config-name", "demo", "--rollout-nodes", "1"], "--rollout-nodes=1: rollout=embedded samples in"),
         (["--config-name", "jepo_8b", "--answer-tokens", "0"], "--answer-tokens=0.0: must be positive"),
-        (["--config-name", "jepo_8b", "rollout.max_tokens=4096"], "max(rollout.max_tokens, evaluation.max_tokens)"),
+        (["--config-name", "jepo_8b", "rollout.max_tokens=8192"], "max(rollout.max_tokens, evaluation.max_tokens)"),
         (
             ["--config-name", "jepo_70b", "--rollout-nodes", "8", "rollout.vllm.tensor_parallel_size=16"],
             "rollout.vllm.tensor_parallel_size=16: a server lies on one node",
