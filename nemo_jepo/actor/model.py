@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from nemo_jepo.actor.attention import PackedAttention
-from nemo_jepo.actor.local_layers import GatedMLP, PackedRMSNorm
+from nemo_jepo.actor.local_layers import PackedRMSNorm, SwiGLU
 from nemo_jepo.actor.precision import assert_fp8_is_used, fp8_options
 from nemo_jepo.actor.weights.families import Shape, family_of
 from nemo_jepo.config.errors import ConfigError
@@ -111,6 +111,7 @@ def transformer_config(hf_config: PretrainedConfig, model: ModelConfig, dtype: t
         attention_softmax_in_fp32=True,
         # Without Transformer Engine torch.compile makes the kernel, for every number of tokens that an expert gets.
         bias_activation_fusion=on_gpu and (fused or not shape.num_experts),
+        use_te_activation_func=not on_gpu,  # Megatron's switch for an activation that the layer spec names
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
@@ -179,8 +180,8 @@ def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> Module
         return layer
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm, **options)
     parts = layer.submodules
-    if not config.num_moe_experts and not torch.cuda.is_available():
-        parts.mlp.module = GatedMLP
+    mlp = parts.mlp.submodules.experts.submodules if config.num_moe_experts else parts.mlp.submodules
+    mlp.activation_func = SwiGLU  # read with use_te_activation_func alone
     if config.num_moe_experts:  # a checkpoint has Transformer Engine's names: it joins a norm to the matrix after it,
         parts.sharded_state_dict_keys_map = {  # but not to experts
             name: saved
