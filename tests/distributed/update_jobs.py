@@ -63,6 +63,11 @@ def _update(job: dict[str, Any]) -> dict[str, torch.Tensor]:
     before = {name: tensor.clone() for name, tensor in weight_stream(actor.chunks, actor.hf_config, layout)}
 
     scores, graph = actor.get_log_probs_with_graph(rows, len(sequences), actor.keeps_graph(rows))
+    # What the layout is meant to try is tried.
+    if rows:
+        assert bool(graph) == (model.update_passes != "two" and model.pipeline_model_parallel_size == 1)
+    if layout.world_size == 1 and not job.get("padded"):
+        assert model.share_prompts == any(bool((row.prompt_segment >= 0).any()) for row in rows)
     reference = reference_actor.get_inference_log_probs(rows, len(sequences))
     groups = group_scores(sequences, scores, reference, None, job["group_size"])
     coefficients = sample_weights(rule, groups, layout.sum_over_data_parallel, layout.max_over_data_parallel)
