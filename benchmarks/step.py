@@ -227,7 +227,9 @@ def run(batch: Batch, data: str | None, repetitions: int) -> dict[str, Any]:
 
 def show(found: dict[str, Any]) -> str:
     """The report as a table."""
-    rows = [["", "rows", "tokens computed", "useful", "s an update", "useful tokens/s", "shared is faster by"]]
+    rows = [
+        ["", "rows", "tokens computed", "useful / computed", "s an update", "useful tokens/s", "shared is faster by"]
+    ]
     for name, metrics in found["medians"].items():
         computed = found["computed_tokens"][name]
         rows.append(
