@@ -137,19 +137,18 @@ def num_batches(config: Config, num_prompts: int) -> int:
 
 
 def joined(parts: Sequence[Scored], group_size: int) -> Scored:
-    """Batches of this rank that were scored apart, as one."""
+    """Batches of this rank that were scored apart, as one; without rows, which count sequences batch by batch."""
 
     def side_by_side(scores: Sequence[Scores]) -> Scores:
         policy_logprobs = tuple(tensor for one in scores for tensor in one.policy_logprobs)
         return Scores(policy_logprobs, tuple(tensor for one in scores for tensor in one.entropies))
 
     sequences = [sequence for part in parts for sequence in part.sequences]
-    rows = [row for part in parts for row in part.rows]
     policy = side_by_side([part.policy for part in parts])
     references = [part.reference for part in parts if part.reference is not None]
     reference = side_by_side(references) if references else None
     groups = group_scores(sequences, policy, reference, None, group_size)
-    return Scored(sequences=sequences, rows=rows, policy=policy, reference=reference, groups=groups)
+    return Scored(sequences=sequences, rows=(), policy=policy, reference=reference, groups=groups)
 
 
 def grade(

@@ -119,7 +119,7 @@ class MegatronJEPOActor:
     def keeps_graph(self, rows: Sequence[PackedRow]) -> bool:
         """Whether the scoring pass of these rows is to keep its graph for the update (model.update_passes).
 
-        Auto compares the activations of all rows with half of the memory that is free, on every rank; all ranks call.
+        Auto compares the activations of all rows with half of `Layout.free_bytes`, on every rank; all ranks call.
         """
         passes = self.model_config.update_passes
         if passes == "two" or self.scores_in_bf16 or self.model_config.pipeline_model_parallel_size > 1:

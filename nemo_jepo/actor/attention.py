@@ -91,8 +91,8 @@ class _Untake(torch.autograd.Function):
 
 
 class PackedAttention(torch.nn.Module):
-    """Without Transformer Engine. Grouped-query attention is native; there is no dropout: policy-gradient training must
-    score and train one policy.
+    """Core attention where Transformer Engine is not installed. Grouped-query attention is native; there is no dropout:
+    policy-gradient training must score and train one policy.
 
     In half precision on a GPU torch's flash attention takes the row as it is; elsewhere, and with context parallelism,
     SDPA serves segments of similar length together. No call waits for the device.

@@ -118,9 +118,9 @@ def test_rows_have_nearly_equal_lengths():
 
 
 def test_rows_stay_as_first_fit_fills_them_where_a_balanced_one_would_be_too_long():
-    lengths = [6, 6, 12, 18, 18, 12]  # three full rows of 24 are possible
+    lengths = [8, 12, 8, 12, 8]  # two full rows of 24; each to the shortest row gives 12 + 8 + 8 = 28
     rows = pack([sequence(prompt=1, chain=length - 1, group=i) for i, length in enumerate(lengths)], PLAIN)
-    assert sorted(len(row.token_ids) for row in rows) == [24, 24, 24]
+    assert [set(row.sequence_index.tolist()) for row in rows] == [{1, 3}, {0, 2, 4}]
 
 
 def test_a_group_that_does_not_fit_into_a_row_has_its_prompt_in_each_of_them():
