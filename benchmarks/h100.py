@@ -23,7 +23,7 @@ import os
 import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -43,7 +43,7 @@ from nemo_jepo.actor.weights.families import Shape
 from nemo_jepo.actor.weights.load import load_stage, open_source
 from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.schema import ModelConfig, OptimConfig
-from nemo_jepo.data.packing import RowShape, pack
+from nemo_jepo.data.packing import pack
 from nemo_jepo.objective.tables import group_scores
 from nemo_jepo.types import PackedRow, Spliced
 
@@ -217,8 +217,8 @@ def mean_nll_weights(sequences: Sequence[Spliced]) -> list[Tensor]:
 def measure_updates(job: Job) -> dict[str, Any]:
     """Seconds, peak memory, losses and first log-probs of one variant."""
     sequences = batch_of(job.size)
-    rows, weights = pack(sequences, RowShape(job.size.tokens_per_row)), mean_nll_weights(sequences)
-    actor = build(job)
+    weights, actor = mean_nll_weights(sequences), build(job)
+    rows = pack(sequences, replace(actor.row_shape, share_prompts=False))
     first = actor.get_inference_log_probs(rows, len(sequences))  # kernels and libraries load here
     scoring = [seconds_of(partial(actor.get_inference_log_probs, rows, len(sequences))) for _ in range(3)]
     losses = [actor.train_step(rows, weights)["loss"]]  # optimizer states appear here

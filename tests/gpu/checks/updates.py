@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -90,7 +91,7 @@ def batch_of(size: Sizes, tokens: int) -> list[Any]:
 def measure_updates(report: Report, size: Sizes, layers: int, rows_of: Sequence[int], **settings: Any) -> None:
     """Scoring and updates of the shape over rows of some sizes, and a profile of an update of two rows."""
     from benchmarks import h100
-    from nemo_jepo.data.packing import RowShape, pack
+    from nemo_jepo.data.packing import pack
 
     shape = shape_of(size, layers)
     begin = perf_counter()
@@ -104,7 +105,7 @@ def measure_updates(report: Report, size: Sizes, layers: int, rows_of: Sequence[
     tokens, flops = sum(s.length for s in sequences), h100.model_flops(shape, sequences)
     report["tokens"], report["model_tflop"] = tokens, flops / 1e12
     for length in rows_of:
-        rows = pack(sequences, RowShape(length, row_multiple=64))
+        rows = pack(sequences, replace(actor.row_shape, max_tokens=length, share_prompts=False))
         score = partial(actor.get_inference_log_probs, rows, len(sequences))
         score()
         losses = [actor.train_step(rows, weights)["loss"]]
