@@ -38,5 +38,7 @@ def test_constraints_meet_every_requirement():
         *(line for extra in project["optional-dependencies"].values() for line in extra),
     ]:
         asked = Requirement(line)
+        if asked.name == "nemo_jepo":  # an extra that names other extras of ours
+            continue
         (version,) = (item.version for item in pins[canonicalize_name(asked.name)].specifier)
         assert asked.specifier.contains(version), f"{line} against {version}: run `make lock`"
