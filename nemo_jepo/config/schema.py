@@ -317,7 +317,7 @@ class EvaluationConfig:
     verify: bool = True
     """Decode and grade own answers (accuracy). False for proofs: proxy NLL alone, generation stops at the marker."""
     verify_timeout_s: float = setting(5.0, gt=0)
-    """Seconds that a verifier may take for one answer."""
+    """Seconds of CPU time that a verifier may take for one answer."""
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     """A language model's votes on answers that the verifier calls wrong (combined_accuracy); off without judge.url."""
     model_verifier: JudgeConfig = field(default_factory=model_verifier_config)

@@ -6,7 +6,7 @@ An answer is verifiable if the verifier, as a reward would use it,
     rejects another answer, the same text with its first digit changed (without a digit: with + 1 behind it).
 
 Words fail the first test. A statement of which the verifier reads only a part, such as the paper's example
-"\forall x \in \mathbb{R}, x^2 + (a-1)x + 1 \geq 0", fails the second. A fault of the verifier (its time limit passed)
+"\forall x \in \mathbb{R}, x^2 + (a-1)x + 1 \geq 0", fails the second. A fault of the verifier (its CPU limit passed)
 is no verdict: the flag is None.
 """
 
@@ -23,15 +23,15 @@ from nemo_jepo.rewards.verify import Verifier
 ANSWERS_PER_TASK = 32
 
 
-def verifiable_answers(answers: Sequence[str], num_workers: int, timeout_s: float = 5.0) -> list[bool | None]:
+def verifiable_answers(answers: Sequence[str], num_workers: int, cpu_limit_s: float = 5.0) -> list[bool | None]:
     """Whether the verifier can grade each answer; equal answers are tried once.
 
-    Every worker is a process of its own, which an endless answer cannot hold longer than timeout_s. Progress goes to
-    stderr.
+    Every worker is a process of its own, which an endless answer cannot hold for more CPU time than cpu_limit_s.
+    Progress goes to stderr.
 
     Args:
         num_workers: verifiers at work at the same time.
-        timeout_s: seconds that one comparison may take.
+        cpu_limit_s: seconds of CPU time that one comparison may take.
     """
     distinct = list(dict.fromkeys(answers))
     tasks = [distinct[first : first + ANSWERS_PER_TASK] for first in range(0, len(distinct), ANSWERS_PER_TASK)]
@@ -39,7 +39,7 @@ def verifiable_answers(answers: Sequence[str], num_workers: int, timeout_s: floa
     verdicts: dict[str, bool | None] = {}
     with ExitStack() as stack:
         for _ in range(num_workers):
-            idle.put(stack.enter_context(Verifier(timeout_s)))
+            idle.put(stack.enter_context(Verifier(cpu_limit_s)))
         pool = ThreadPoolExecutor(num_workers)
         stack.callback(pool.shutdown, cancel_futures=True)
         with tqdm(total=len(distinct), desc="verifier", unit="answer", mininterval=1, dynamic_ncols=True) as bar:

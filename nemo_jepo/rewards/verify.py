@@ -1,16 +1,14 @@
 """0/1 correctness of an own answer, by the math-verify library in a process of its own.
 
-LaTeX written by a model can keep SymPy busy for ever (9^{9^{9^9}}); there it costs its time limit, not the run.
+LaTeX written by a model can keep SymPy busy for ever (9^{9^{9^9}}); there it costs its CPU limit, not the run.
 """
 
-import json
-import subprocess
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from types import TracebackType
 
-WORKER = Path(__file__).with_name("worker.py")
+from nemo_jepo.rewards.process import WorkerFault, WorkerProcess
+
+WORKER = "nemo_jepo.rewards.worker"
 
 
 def _folded(answer: str) -> str:
@@ -22,14 +20,11 @@ class Verifier:
     """Compares answers; the worker starts when first needed and again after it had to be ended.
 
     Args:
-        timeout_s: seconds that one pair may take.
+        cpu_limit_s: seconds of CPU time that one pair may take.
     """
 
-    def __init__(self, timeout_s: float) -> None:
-        if timeout_s <= 0:
-            raise ValueError(f"timeout_s={timeout_s} must be positive")
-        self._timeout_s = timeout_s
-        self._worker: subprocess.Popen[str] | None = None
+    def __init__(self, cpu_limit_s: float) -> None:
+        self._worker = WorkerProcess(WORKER, cpu_limit_s)
 
     def verify(self, pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
         """Whether each own answer equals its reference answer.
@@ -37,7 +32,7 @@ class Verifier:
         Args:
             pairs: (own answer, reference answer), as text.
         Returns:
-            A verdict for each pair. None is a fault: the time limit passed, memory ran out or the library failed.
+            A verdict for each pair. None is a fault: the CPU limit passed, memory ran out or the library failed.
             It stands for no reward at all, neither 0 nor 1. Text that is no mathematics is plain False.
         Raises:
             RuntimeError: the worker cannot start.
@@ -46,10 +41,7 @@ class Verifier:
 
     def close(self) -> None:
         """Ends the worker. A later `verify` starts another."""
-        if self._worker is not None:
-            self._worker.kill()
-            self._worker.communicate()
-            self._worker = None
+        self._worker.close()
 
     def __enter__(self) -> "Verifier":
         return self
@@ -64,31 +56,7 @@ class Verifier:
             return False
         if _folded(own) == _folded(reference):
             return True
-        verdict = self._ask({"own": own, "reference": reference, "timeout_s": self._timeout_s})
-        if verdict == "":  # the worker is dead, by its alarm or otherwise
-            self.close()
-            return None
-        return json.loads(verdict)
-
-    def _ask(self, request: dict[str, object]) -> str:
-        """The worker's answer line; empty if it died over the request."""
-        if self._worker is None:
-            self._worker = _started_worker()
-        assert self._worker.stdin is not None and self._worker.stdout is not None
         try:
-            self._worker.stdin.write(json.dumps(request) + "\n")
-            self._worker.stdin.flush()
-        except BrokenPipeError:  # killed from outside between two pairs
-            return ""
-        return self._worker.stdout.readline()
-
-
-def _started_worker() -> "subprocess.Popen[str]":
-    """A worker that has imported its libraries, so that no pair's time limit pays for that."""
-    worker = subprocess.Popen(
-        [sys.executable, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="ascii"
-    )
-    assert worker.stdout is not None
-    if worker.stdout.readline() == "":
-        raise RuntimeError(f"the verifier's worker ended with code {worker.wait()} before it was ready; see above")
-    return worker
+            return self._worker.ask([own, reference])
+        except WorkerFault:
+            return None

@@ -15,7 +15,7 @@ ENDLESS = "9^{9^{9^{9}}}"
 
 def test_mathematics_is_verifiable_and_words_and_half_read_statements_are_not(capsys):
     answers = [*GRADABLE, *UNGRADABLE, THE_PAPERS_EXAMPLE, ENDLESS, *GRADABLE]
-    flags = verifiable_answers(answers, num_workers=2, timeout_s=2.0)
+    flags = verifiable_answers(answers, num_workers=2, cpu_limit_s=2.0)
     expected = [True] * len(GRADABLE) + [False] * (len(UNGRADABLE) + 1) + [None] + [True] * len(GRADABLE)
     assert dict(zip(answers, flags, strict=True)) == dict(zip(answers, expected, strict=True))
     assert flags[-len(GRADABLE) :] == [True] * len(GRADABLE)
