@@ -108,9 +108,7 @@ class WorkerProcess:
         )
         if not self._exchange(process, ""):
             process.communicate()
-            raise RuntimeError(
-                f"{self._command[3]} ended with code {process.returncode} before it was ready; see above"
-            )
+            raise RuntimeError(f"{self._module} ended with code {process.returncode} before it was ready; see above")
         return process
 
     def _exchange(self, process: "subprocess.Popen[str]", line: str) -> str:
