@@ -93,7 +93,7 @@ def lengths_of_file(path: str) -> Lengths:
     config = DataConfig(name="gsm8k", train_path=path, on_bad_row="skip")
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = train_tokenizer(training_texts(config), VOCAB, Path(folder) / "tokenizer")
-    prompts = load_prompts(config, "warmup", tokenizer).prompts
+    prompts = load_prompts(config, "warmup", tokenizer, AnswerConfig()).prompts
     golden = Splicer(tokenizer, AnswerConfig()).supervised(prompts, "chain_of_thought")
     return Lengths(
         [sequence.prompt_length for sequence in golden],

@@ -1,6 +1,7 @@
 """Everything one run needs, built in the order in which a mistake is cheapest to find: data, tokenizer, model."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,8 +150,9 @@ def build(config: Config, folder: Path, layout: Layout, servers: OwnServers, spl
     vocab_size = config.tokenizer.train_vocab_size
     path = config.tokenizer.path or restored
     tokenizer = find_tokenizer(path, folder / "tokenizer", config.data, config.answer.marker, vocab_size)
-    train = splits.get(config.data, "warmup" if objective.supervised else "train", tokenizer)
-    validation = splits.get(config.data, "validation", tokenizer) if has_split(config.data, "validation") else ()
+    prompts_of = functools.partial(splits.get, config.data, tokenizer=tokenizer, answer=config.answer)
+    train = prompts_of("warmup" if objective.supervised else "train")
+    validation = prompts_of("validation") if has_split(config.data, "validation") else ()
     stream = PromptStream(train, loop.num_prompts_per_step, config.data.shuffle, config.data.seed)
     splicer = Splicer(tokenizer, config.answer)
     hf_config = find_hf_config(config.model, restored, precision, tokenizer)

@@ -28,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from nemo_jepo.config.check import check, check_fields
+from nemo_jepo.config.conf_files import conf_dir
 from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.schema import Config
 from nemo_jepo.config.usage import usage
@@ -40,13 +41,6 @@ class SettingsError(ConfigError):
 
     def __init__(self, line: str) -> None:
         ValueError.__init__(self, line)
-
-
-def conf_dir() -> Path:
-    """The folder of conf files: inside the installed package, else at the top of the checkout."""
-    package = Path(__file__).resolve().parents[1]
-    installed = package / "conf"
-    return installed if installed.is_dir() else package.parent / "conf"
 
 
 class ConfSearchPath(SearchPathPlugin):

@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from nemo_jepo.config.conf_files import examples_file, shipped_examples
 from nemo_jepo.config.judge import JudgeConfig, model_verifier_config
 from nemo_jepo.config.model import ModelConfig, OptimConfig, SchedConfig
 from nemo_jepo.config.objectives import OBJECTIVES, ObjectiveKind
@@ -43,6 +44,11 @@ __all__ = [  # every section, wherever it stands
 SFT_TARGETS = ("answer", "marked_answer", "chain_of_thought")
 
 ASKS_THE_QUESTION = Rule("a text that contains {question}", lambda text: "{question}" in text, "Add it")
+EXAMPLES = Rule(
+    f"a .jsonl or .parquet file, or one of {', '.join(shipped_examples())}",
+    lambda name: examples_file(name).is_file(),
+    "Give the path of a file of solved examples",
+)
 TRIMMED = Rule(
     "a text that starts and ends with a visible character", lambda text: text != "" and text == text.strip(), "Trim it"
 )
@@ -132,6 +138,9 @@ class DataConfig:
     """Wrap the prompt by the tokenizer's own chat template, and add its generation prompt."""
     system_prompt: str | None = None
     """System turn of the chat template."""
+    examples: str | None = setting(None, EXAMPLES)
+    """Solved examples in front of every question: a file whose rows have question, chain_of_thought and answer, or the
+    name of a shipped one (conf/examples). Turns of the chat with use_chat_template, else plain text."""
     on_bad_row: str = setting("error", choices=("error", "skip"))
     """error (the message names file, line and field) or skip (bad rows are counted and listed)."""
     max_prompt_tokens: int = setting(1024, ge=1)
@@ -172,6 +181,11 @@ class AnswerConfig:
     """The reference answer ends with the end-of-turn id."""
     min_cot_tokens: int = setting(0, ge=0)
     """A shorter chain of thought (marker not counted) is not valid."""
+
+    @property
+    def marker_sentence(self) -> str:
+        """The marker as the beginning of a sentence, as supervised targets and solved examples write it."""
+        return self.marker[0].upper() + self.marker[1:]
 
 
 @dataclass(kw_only=True, slots=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from nemo_jepo.config.errors import ConfigError, DataError
-from nemo_jepo.config.schema import DataConfig
+from nemo_jepo.config.schema import AnswerConfig, DataConfig
 from nemo_jepo.data.arithmetic import arithmetic_rows
 from nemo_jepo.data.files import BadRow, Keys, Row, read_rows
 from nemo_jepo.data.gsm8k import split_solution
@@ -31,19 +31,23 @@ class Dataset:
     """Rows left out, only with data.on_bad_row=skip."""
 
 
-def load_prompts(config: DataConfig, split: Split, tokenizer: "PreTrainedTokenizerBase") -> Dataset:
+def load_prompts(
+    config: DataConfig, split: Split, tokenizer: "PreTrainedTokenizerBase", answer: AnswerConfig
+) -> Dataset:
     """Every usable row of the split; validation stops after data.num_validation_prompts of them.
 
     train and warmup read data.train_path. For arithmetic, warmup is the corpus with noisy chains of thought.
 
+    Args:
+        answer: how solved examples in the prompts write their answers.
     Raises:
-        ConfigError: the split needs a path that is not set.
+        ConfigError: the split needs a path that is not set, or the prompt cannot be written as the settings ask.
         DataError: a bad row with data.on_bad_row=error (file, line, field), or no usable row at all.
     """
     limit = config.num_validation_prompts if split == "validation" else None
     prompts: list[Prompt] = []
     bad_rows: list[BadRow] = []
-    for item in prompts_of_rows(_rows(config, split), config, tokenizer):
+    for item in prompts_of_rows(_rows(config, split), config, tokenizer, answer):
         if isinstance(item, Prompt):
             prompts.append(item)
         elif config.on_bad_row == "skip":
@@ -67,11 +71,13 @@ class PromptSplits:
     def __init__(self) -> None:
         self._loaded: dict[str, tuple[Prompt, ...]] = {}
 
-    def get(self, config: DataConfig, split: Split, tokenizer: "PreTrainedTokenizerBase") -> tuple[Prompt, ...]:
+    def get(
+        self, config: DataConfig, split: Split, tokenizer: "PreTrainedTokenizerBase", answer: AnswerConfig
+    ) -> tuple[Prompt, ...]:
         """The split's prompts; rows that were skipped are listed in the log. Errors: see `load_prompts`."""
         source = "train" if split == "warmup" and config.name != "arithmetic" else split
         if source not in self._loaded:
-            dataset = load_prompts(config, split, tokenizer)
+            dataset = load_prompts(config, split, tokenizer, answer)
             for row in dataset.bad_rows[:20]:
                 log.warning("skipped: %s", row)
             if dataset.bad_rows:

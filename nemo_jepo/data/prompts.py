@@ -1,12 +1,14 @@
-"""Rows -> Prompt: the prompt as text, its token ids, and the limits on length."""
+"""Rows -> Prompt: the prompt as text with its solved examples, its token ids, and the limits on length."""
 
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from nemo_jepo.config.conf_files import examples_file
 from nemo_jepo.config.errors import ConfigError
-from nemo_jepo.config.schema import DataConfig
+from nemo_jepo.config.schema import AnswerConfig, DataConfig
+from nemo_jepo.data.examples import Example, solved_examples
 from nemo_jepo.data.files import BadRow, Row
 from nemo_jepo.types import Prompt
 
@@ -17,45 +19,69 @@ ROWS_TOKENIZED_TOGETHER = 4096
 
 
 def prompts_of_rows(
-    rows: Iterable[Row | BadRow], config: DataConfig, tokenizer: "PreTrainedTokenizerBase"
+    rows: Iterable[Row | BadRow], config: DataConfig, tokenizer: "PreTrainedTokenizerBase", answer: AnswerConfig
 ) -> Iterator[Prompt | BadRow]:
     """One item for every row, in order: its Prompt, or why there is none.
 
     A row is bad when its prompt or answer is too long, or when the tokenizer cannot write its answer.
 
+    Args:
+        answer: how solved examples (data.examples) write their answers.
     Raises:
-        ConfigError: use_chat_template with a tokenizer that has none.
+        ConfigError: use_chat_template with a tokenizer that has none, or examples too long for any question.
+        DataError: the file of examples has a bad row.
     """
     rows = iter(rows)
+    examples = () if config.examples is None else solved_examples(examples_file(config.examples), answer)
     bos = () if config.use_chat_template else _begin_of_text(tokenizer)
+    if examples:
+        _check_room(examples, config, tokenizer)
     while chunk := list(islice(rows, ROWS_TOKENIZED_TOGETHER)):
         good = [row for row in chunk if isinstance(row, Row)]
-        prompts = iter(_encode(tokenizer, [prompt_text(row.question, config, tokenizer) for row in good]))
+        prompts = iter(_encode(tokenizer, [prompt_text(row.question, examples, config, tokenizer) for row in good]))
         answers = iter(_encode(tokenizer, [f" {row.answer}" for row in good]))
         for row in chunk:
             if isinstance(row, BadRow):
                 yield row
                 continue
-            prompt, answer = next(prompts), next(answers)
+            prompt, written = next(prompts), next(answers)
             prompt = prompt if tuple(prompt[:1]) == bos else [*bos, *prompt]
-            problem = _problem(row, prompt, answer, config, tokenizer)
+            problem = _problem(row, prompt, written, config, tokenizer)
             yield problem or Prompt(
                 row.line - 1, tuple(prompt), row.question, row.answer, row.chain_of_thought, row.verifiable
             )
 
 
-def prompt_text(question: str, config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The template with the question in its place, wrapped by the tokenizer's chat template if the config says so."""
-    text = config.prompt_template.replace("{question}", question)
+def prompt_text(
+    question: str, examples: Sequence[Example], config: DataConfig, tokenizer: "PreTrainedTokenizerBase"
+) -> str:
+    """The solved examples, then the template with the question in its place.
+
+    With use_chat_template every template is a user's turn and every completion an assistant's; the tokenizer's chat
+    template writes them all. Without it they are plain text, an empty line behind each example.
+    """
+    asked = [config.prompt_template.replace("{question}", text) for text in (*(e.question for e in examples), question)]
+    completions = [example.completion for example in examples]
     if not config.use_chat_template:
-        return text
+        solved = zip(asked, completions, strict=False)  # the last is the question itself
+        return "".join(f"{text}{completion}\n\n" for text, completion in solved) + asked[-1]
     if tokenizer.chat_template is None:
         raise ConfigError(
             "data.use_chat_template", True, "the tokenizer has no chat template", "Use data.use_chat_template=false"
         )
-    system = [] if config.system_prompt is None else [{"role": "system", "content": config.system_prompt}]
-    turns = [*system, {"role": "user", "content": text}]
+    turns = [] if config.system_prompt is None else [{"role": "system", "content": config.system_prompt}]
+    for text, completion in zip(asked, completions, strict=False):
+        turns += [{"role": "user", "content": text}, {"role": "assistant", "content": completion}]
+    turns.append({"role": "user", "content": asked[-1]})
     return str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+
+
+def _check_room(examples: Sequence[Example], config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Raise ConfigError where no question would fit behind the examples: every row would be a bad one."""
+    (alone,) = _encode(tokenizer, [prompt_text("", examples, config, tokenizer)])
+    if len(alone) >= config.max_prompt_tokens:
+        rule = f"{len(examples)} examples take {len(alone)} of data.max_prompt_tokens={config.max_prompt_tokens} tokens"
+        raise ConfigError("data.examples", config.examples, rule, "Raise that, or give fewer or shorter ones")
 
 
 def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:

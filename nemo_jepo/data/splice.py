@@ -56,7 +56,7 @@ class Splicer:
         self._marker = re.compile(re.escape(marker), re.IGNORECASE)
         self._marker_suffix = re.compile(suffixes, re.IGNORECASE)
         self._token_texts: dict[int, str] = {}
-        self._marker_sentence = marker[0].upper() + marker[1:]
+        self._marker_sentence = answer.marker_sentence
         self._chain_example = self._encode(f"So {marker}")
         self._end_of_turn = (tokenizer.eos_token_id,) if answer.append_eos else ()
         if self._marker.search(self._text(self._chain_example)) is None:

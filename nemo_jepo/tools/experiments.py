@@ -38,6 +38,7 @@ from yaml import YAMLError
 
 from nemo_jepo.config import compose
 from nemo_jepo.config.check import check
+from nemo_jepo.config.conf_files import conf_dir
 from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.schema import Config
 from nemo_jepo.utils.exit_codes import BAD_SETTINGS, DONE, FAILED, INTERRUPTED
@@ -150,7 +151,7 @@ def _read_settings(folder: Path) -> dict[str, Any] | None:
 
 def names() -> list[str]:
     """The sets of conf/experiment."""
-    return sorted(path.stem for path in (compose.conf_dir() / "experiment").glob("*.yaml"))
+    return sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
 
 
 def load_experiment(name: str) -> Experiment:
@@ -159,7 +160,7 @@ def load_experiment(name: str) -> Experiment:
     Raises:
         ConfigError: no such set, or a file that does not describe one.
     """
-    path = Path(name) if name.endswith(".yaml") else compose.conf_dir() / "experiment" / f"{name}.yaml"
+    path = Path(name) if name.endswith(".yaml") else conf_dir() / "experiment" / f"{name}.yaml"
     if not path.is_file():
         raise ConfigError("experiment", name, "no such set or file", f"Choose one of {', '.join(names())}")
     try:

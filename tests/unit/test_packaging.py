@@ -25,7 +25,8 @@ def test_every_file_beside_the_code_is_packaged():
 def test_every_folder_of_code_and_conf_is_packaged():
     packages = packaging()["packages"]
     code = {".".join(path.parent.relative_to(ROOT).parts) for path in PACKAGE.rglob("*.py")}
-    conf = {".".join(("nemo_jepo", *path.parent.relative_to(ROOT).parts)) for path in (ROOT / "conf").rglob("*.yaml")}
+    files = (path for path in (ROOT / "conf").rglob("*") if path.suffix in (".yaml", ".jsonl"))
+    conf = {".".join(("nemo_jepo", *path.parent.relative_to(ROOT).parts)) for path in files}
     assert set(packages) == code | conf
 
 

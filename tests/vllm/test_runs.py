@@ -101,7 +101,7 @@ def sampled_prompts(folder: Path, step: int) -> list[tuple[int, int]]:
 
 def assert_every_prompt_was_trained_on_once_and_in_order(folder: Path, num_steps: int, tokenizer: Path) -> None:
     config = compose.resolve(compose.compose("config", [], folder / "run"))
-    prompts = load_prompts(config.data, "train", load_tokenizer(tokenizer)).prompts
+    prompts = load_prompts(config.data, "train", load_tokenizer(tokenizer), config.answer).prompts
     stream = PromptStream(prompts, config.trainer.jepo.num_prompts_per_step, config.data.shuffle, config.data.seed)
     siblings = range(config.trainer.jepo.num_generations_per_prompt)
     for step in range(1, num_steps + 1):

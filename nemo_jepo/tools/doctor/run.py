@@ -78,10 +78,10 @@ def check_data(config: Config, world_size: int) -> Iterator[Finding]:
     try:
         tokenizer = find_tokenizer(config)
         yield Finding(OK, "tokenizer", f"{len(tokenizer)} tokens, end of text {tokenizer.eos_token!r}")
-        dataset = load_prompts(config.data, "train", tokenizer)
+        dataset = load_prompts(config.data, "train", tokenizer, config.answer)
         yield from _rows("training data", len(dataset.prompts), [str(row) for row in dataset.bad_rows])
         if config.data.validation_path is not None:
-            held_out = load_prompts(config.data, "validation", tokenizer)
+            held_out = load_prompts(config.data, "validation", tokenizer, config.answer)
             yield from _rows("held-out data", len(held_out.prompts), [str(row) for row in held_out.bad_rows])
         splicer = Splicer(tokenizer, config.answer)
     except (ConfigError, DataError) as error:

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from nemo_jepo.config.errors import ConfigError
-from nemo_jepo.config.schema import ArithmeticConfig, DataConfig
+from nemo_jepo.config.schema import AnswerConfig, ArithmeticConfig, DataConfig
 from nemo_jepo.data.arithmetic import arithmetic_rows
 from nemo_jepo.data.dataset import load_prompts
 from nemo_jepo.data.files import Row
@@ -120,7 +120,10 @@ def test_too_much_validation_for_so_few_questions_is_an_error():
 def test_arithmetic_needs_no_file(tokenizer):
     config = DataConfig(name="arithmetic", arithmetic=ArithmeticConfig(num_train=20, num_validation=10))
     config.num_validation_prompts = 5
-    sizes = [len(load_prompts(config, split, tokenizer).prompts) for split in ("train", "validation", "warmup")]
+    sizes = [
+        len(load_prompts(config, split, tokenizer, AnswerConfig()).prompts)
+        for split in ("train", "validation", "warmup")
+    ]
     assert sizes == [20, 5, 20]
-    prompt = load_prompts(config, "train", tokenizer).prompts[0]
+    prompt = load_prompts(config, "train", tokenizer, AnswerConfig()).prompts[0]
     assert tokenizer.decode(list(prompt.token_ids)) == prompt.question + "\n"

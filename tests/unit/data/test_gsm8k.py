@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nemo_jepo.config.errors import DataError
-from nemo_jepo.config.schema import DataConfig
+from nemo_jepo.config.schema import AnswerConfig, DataConfig
 from nemo_jepo.data.dataset import load_prompts
 
 REAL = Path(__file__).parents[4] / "shared" / "data" / "gsm8k"
@@ -21,7 +21,7 @@ def gsm8k(path: Path, *answers: str) -> DataConfig:
 
 def test_the_solution_is_the_chain_of_thought_and_the_number_after_it_the_answer(tmp_path, tokenizer):
     config = gsm8k(tmp_path / "train.jsonl", SOLUTION, "#### -5")
-    first, second = load_prompts(config, "train", tokenizer).prompts
+    first, second = load_prompts(config, "train", tokenizer, AnswerConfig()).prompts
     assert (first.question, first.answer) == ("How many?", "1200")
     assert first.chain_of_thought == "He sold 48/2 = 24 clips.\nTogether $1,200."
     assert (second.answer, second.chain_of_thought) == ("-5", None)
@@ -34,7 +34,7 @@ def test_a_solution_without_final_answer_is_a_bad_row(tmp_path, tokenizer, answe
     path = tmp_path / "train.jsonl"
     config = gsm8k(path, SOLUTION, answer)
     with pytest.raises(DataError, match=f"{re.escape(str(path))}:2: field 'answer': {problem}"):
-        load_prompts(config, "train", tokenizer)
+        load_prompts(config, "train", tokenizer, AnswerConfig())
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the GSM8K files are not beside the checkout")
@@ -46,8 +46,8 @@ def test_every_row_of_the_real_files_loads(tokenizer):
         num_validation_prompts=10_000,
     )
     train, test = (
-        load_prompts(config, "train", tokenizer).prompts,
-        load_prompts(config, "validation", tokenizer).prompts,
+        load_prompts(config, "train", tokenizer, AnswerConfig()).prompts,
+        load_prompts(config, "validation", tokenizer, AnswerConfig()).prompts,
     )
     assert (len(train), len(test)) == (7473, 1319)
     for prompt in (*train, *test):

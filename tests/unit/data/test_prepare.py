@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from nemo_jepo.config.errors import ConfigError, DataError
-from nemo_jepo.config.schema import DataConfig
+from nemo_jepo.config.schema import AnswerConfig, DataConfig
 from nemo_jepo.data.dataset import load_prompts
 from nemo_jepo.tools.prepare.origin import published_files
 from nemo_jepo.tools.prepare.prepare import prepare
@@ -175,8 +175,8 @@ def test_prepared_files_are_read_by_the_data_loader(tmp_path, tokenizer):
         validation_path=str(tmp_path / "out" / "numina" / "validation.parquet"),
         chain_of_thought_key="chain_of_thought",
     )
-    train = load_prompts(config, "train", tokenizer).prompts
-    validation = load_prompts(config, "validation", tokenizer).prompts
+    train = load_prompts(config, "train", tokenizer, AnswerConfig()).prompts
+    validation = load_prompts(config, "validation", tokenizer, AnswerConfig()).prompts
     assert (len(train), len(validation)) == (18, 2)
     assert all(prompt.answer == r"\{-2, 2\}" for prompt in (*train, *validation))
     assert train[0].chain_of_thought == "Taking roots, $x=2$ or $x=-2$"

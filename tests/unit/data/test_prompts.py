@@ -4,7 +4,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from nemo_jepo.config.errors import ConfigError
-from nemo_jepo.config.schema import DataConfig
+from nemo_jepo.config.schema import AnswerConfig, DataConfig
 from nemo_jepo.data.files import BadRow, Row
 from nemo_jepo.data.prompts import prompts_of_rows
 from nemo_jepo.types import Prompt
@@ -17,7 +17,7 @@ CHATML = (
 
 
 def only_prompt(question: str, tokenizer, **settings):
-    (prompt,) = prompts_of_rows([Row("rows", 1, question, "42")], DataConfig(**settings), tokenizer)
+    (prompt,) = prompts_of_rows([Row("rows", 1, question, "42")], DataConfig(**settings), tokenizer, AnswerConfig())
     return prompt
 
 
@@ -72,14 +72,14 @@ def test_a_limit_is_the_longest_that_is_allowed_and_an_answer_has_an_end_of_turn
         config = DataConfig(
             prompt_template="{question}", max_prompt_tokens=prompt_limit, max_answer_tokens=answer_limit
         )
-        (item,) = prompts_of_rows([row], config, tokenizer)
+        (item,) = prompts_of_rows([row], config, tokenizer, AnswerConfig())
         assert isinstance(item, Prompt) == allowed
 
 
 def test_an_answer_that_the_tokenizer_cannot_write_is_a_bad_row():
     rows = [Row("rows", 5, "is", "\u221a2"), Row("rows", 6, "is", "e\u0301")]
-    (bad, _) = prompts_of_rows(rows, DataConfig(answer_key="a"), BUILDERS["metaspace_always"]())
+    (bad, _) = prompts_of_rows(rows, DataConfig(answer_key="a"), BUILDERS["metaspace_always"](), AnswerConfig())
     assert isinstance(bad, BadRow) and (bad.line, bad.field) == (5, "a")
     assert "cannot write it" in bad.problem
-    (prompt, composed) = prompts_of_rows(rows, DataConfig(), BUILDERS["byte_level_nfc"]())
+    (prompt, composed) = prompts_of_rows(rows, DataConfig(), BUILDERS["byte_level_nfc"](), AnswerConfig())
     assert (prompt.prompt_id, prompt.answer, composed.answer) == (4, "\u221a2", "e\u0301")

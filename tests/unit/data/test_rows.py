@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from nemo_jepo.config.errors import ConfigError, DataError
-from nemo_jepo.config.schema import DataConfig
+from nemo_jepo.config.schema import AnswerConfig, DataConfig
 from nemo_jepo.data.dataset import load_prompts, training_texts
 from nemo_jepo.data.files import BadRow
 
@@ -45,12 +45,12 @@ def test_a_bad_row_is_an_error_that_names_file_line_field_and_remedy(tmp_path, t
     path = jsonl(tmp_path, GOOD, "", row, GOOD)
     settings = {"train_path": path, "chain_of_thought_key": "thought", "max_prompt_tokens": 60, "max_answer_tokens": 20}
     with pytest.raises(DataError) as error:
-        load_prompts(DataConfig(**settings), "train", tokenizer)
+        load_prompts(DataConfig(**settings), "train", tokenizer, AnswerConfig())
     assert str(error.value).startswith(f"{path}:3: " + (f"field {field!r}: " if field else ""))
     assert problem in str(error.value)
     assert str(error.value).endswith("leave such rows out with data.on_bad_row=skip.")
 
-    dataset = load_prompts(DataConfig(**settings, on_bad_row="skip"), "train", tokenizer)
+    dataset = load_prompts(DataConfig(**settings, on_bad_row="skip"), "train", tokenizer, AnswerConfig())
     assert [prompt.prompt_id for prompt in dataset.prompts] == [0, 3]
     (bad,) = dataset.bad_rows
     assert isinstance(bad, BadRow) and (bad.source, bad.line, bad.field) == (path, 3, field)
@@ -60,19 +60,19 @@ def test_bytes_that_are_not_utf8_are_a_bad_row(tmp_path, tokenizer):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"question": "\xff", "answer": "1"}\n')
     with pytest.raises(DataError, match=r"rows.jsonl:1: not a JSON object"):
-        load_prompts(DataConfig(train_path=str(path)), "train", tokenizer)
+        load_prompts(DataConfig(train_path=str(path)), "train", tokenizer, AnswerConfig())
 
 
 def test_a_prompt_holds_its_row(tmp_path, tokenizer):
     path = jsonl(tmp_path, GOOD, {"question": "7?", "answer": 7, "thought": None}, {"question": 8, "answer": " 8.5 "})
     config = DataConfig(train_path=path, prompt_template="Q: {question}\nA:")
-    first, second, third = load_prompts(config, "train", tokenizer).prompts
+    first, second, third = load_prompts(config, "train", tokenizer, AnswerConfig()).prompts
     assert (first.question, first.answer, first.chain_of_thought) == ("What is 6 * 7?", "42", None)
     assert tokenizer.decode(list(first.token_ids)) == "Q: What is 6 * 7?\nA:"
     assert (second.answer, third.question, third.answer) == ("7", "8", "8.5")
 
     config = DataConfig(train_path=jsonl(tmp_path, GOOD, {**GOOD, "thought": None}), chain_of_thought_key="thought")
-    chains = [prompt.chain_of_thought for prompt in load_prompts(config, "train", tokenizer).prompts]
+    chains = [prompt.chain_of_thought for prompt in load_prompts(config, "train", tokenizer, AnswerConfig()).prompts]
     assert chains == ["six times seven", None]
 
 
@@ -82,8 +82,8 @@ def test_parquet_reads_as_jsonl_does(tmp_path, tokenizer):
     parquet = tmp_path / "rows.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), parquet, row_group_size=3)
     keys = {"prompt_key": "q", "answer_key": "a", "chain_of_thought_key": "c", "on_bad_row": "skip"}
-    of_parquet = load_prompts(DataConfig(train_path=str(parquet), **keys), "train", tokenizer)
-    of_jsonl = load_prompts(DataConfig(train_path=jsonl(tmp_path, *rows), **keys), "train", tokenizer)
+    of_parquet = load_prompts(DataConfig(train_path=str(parquet), **keys), "train", tokenizer, AnswerConfig())
+    of_jsonl = load_prompts(DataConfig(train_path=jsonl(tmp_path, *rows), **keys), "train", tokenizer, AnswerConfig())
     assert of_parquet.prompts == of_jsonl.prompts
     assert len(of_parquet.prompts) == 9
     ((of_parquet_bad,), (of_jsonl_bad,)) = (of_parquet.bad_rows, of_jsonl.bad_rows)
@@ -95,7 +95,7 @@ def test_a_parquet_file_without_the_column_names_it(tmp_path, tokenizer):
     parquet = tmp_path / "rows.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"text": "?"}]), parquet)
     with pytest.raises(DataError, match=r"rows.parquet:1: field 'question': missing"):
-        load_prompts(DataConfig(train_path=str(parquet)), "train", tokenizer)
+        load_prompts(DataConfig(train_path=str(parquet)), "train", tokenizer, AnswerConfig())
 
 
 @pytest.mark.parametrize(
@@ -104,14 +104,16 @@ def test_a_parquet_file_without_the_column_names_it(tmp_path, tokenizer):
 def test_another_kind_of_file_is_refused(tmp_path, tokenizer, name, rule):
     (tmp_path / name).write_text("question,answer\n")
     with pytest.raises(DataError, match=rule):
-        load_prompts(DataConfig(train_path=str(tmp_path / name)), "train", tokenizer)
+        load_prompts(DataConfig(train_path=str(tmp_path / name)), "train", tokenizer, AnswerConfig())
 
 
 def test_a_file_without_a_usable_row_is_an_error(tmp_path, tokenizer):
     with pytest.raises(DataError, match="no usable row"):
-        load_prompts(DataConfig(train_path=jsonl(tmp_path, "")), "train", tokenizer)
+        load_prompts(DataConfig(train_path=jsonl(tmp_path, "")), "train", tokenizer, AnswerConfig())
     with pytest.raises(DataError, match=r"no usable row; the first of 2 bad rows is .*rows.jsonl:1"):
-        load_prompts(DataConfig(train_path=jsonl(tmp_path, "x", "y"), on_bad_row="skip"), "train", tokenizer)
+        load_prompts(
+            DataConfig(train_path=jsonl(tmp_path, "x", "y"), on_bad_row="skip"), "train", tokenizer, AnswerConfig()
+        )
 
 
 def test_validation_takes_the_first_rows_of_its_own_file(tmp_path, tokenizer):
@@ -120,7 +122,7 @@ def test_validation_takes_the_first_rows_of_its_own_file(tmp_path, tokenizer):
     held_out = jsonl(tmp_path / "held_out", *({"question": "?", "answer": str(i)} for i in range(10, 16)))
     config = DataConfig(train_path=train, validation_path=held_out, num_validation_prompts=4)
     answers = {
-        split: [prompt.answer for prompt in load_prompts(config, split, tokenizer).prompts]
+        split: [prompt.answer for prompt in load_prompts(config, split, tokenizer, AnswerConfig()).prompts]
         for split in ("train", "warmup", "validation")
     }
     assert answers["validation"] == ["10", "11", "12", "13"]
@@ -129,7 +131,7 @@ def test_validation_takes_the_first_rows_of_its_own_file(tmp_path, tokenizer):
 
 def test_a_split_without_a_path_says_which_to_add(tmp_path, tokenizer):
     with pytest.raises(ConfigError, match=r"data.validation_path=None: validation reads a file. Add"):
-        load_prompts(DataConfig(train_path=jsonl(tmp_path, GOOD)), "validation", tokenizer)
+        load_prompts(DataConfig(train_path=jsonl(tmp_path, GOOD)), "validation", tokenizer, AnswerConfig())
 
 
 def test_a_tokenizer_is_trained_on_everything_that_usable_training_rows_read_as(tmp_path):

@@ -2,7 +2,7 @@
 
 import json
 
-from nemo_jepo.config.schema import DataConfig
+from nemo_jepo.config.schema import AnswerConfig, DataConfig
 from nemo_jepo.data.dataset import PromptSplits, has_split
 from tests.support.small_tokenizers import BUILDERS
 
@@ -11,9 +11,9 @@ def test_a_file_is_read_once_for_warm_up_and_training(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"question": f"{n}+{n}", "answer": str(2 * n)}) + "\n" for n in range(4)))
     config, splits, tokenizer = DataConfig(train_path=str(file)), PromptSplits(), BUILDERS["byte_level"]()
-    warmup = splits.get(config, "warmup", tokenizer)
+    warmup = splits.get(config, "warmup", tokenizer, AnswerConfig())
     file.unlink()
-    assert splits.get(config, "train", tokenizer) is warmup
+    assert splits.get(config, "train", tokenizer, AnswerConfig()) is warmup
     assert [prompt.answer for prompt in warmup] == ["0", "2", "4", "6"]
     assert not has_split(config, "validation")
 
@@ -21,6 +21,6 @@ def test_a_file_is_read_once_for_warm_up_and_training(tmp_path):
 def test_generated_problems_have_other_rows_for_the_warm_up():
     config, splits, tokenizer = DataConfig(name="arithmetic"), PromptSplits(), BUILDERS["byte_level"]()
     config.arithmetic.num_train = config.arithmetic.num_validation = 4
-    warmup, train = (splits.get(config, split, tokenizer) for split in ("warmup", "train"))
+    warmup, train = (splits.get(config, split, tokenizer, AnswerConfig()) for split in ("warmup", "train"))
     assert [prompt.chain_of_thought for prompt in warmup] != [prompt.chain_of_thought for prompt in train]
     assert has_split(config, "validation")

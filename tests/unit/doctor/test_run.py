@@ -68,7 +68,7 @@ def test_bad_rows_are_counted_and_the_first_is_named(tmp_path):
 def test_the_arithmetic_of_a_step():
     """32 prompts x 8 samples on 2 replicas: 128 sequences of at most 6 + 48 + 6 tokens each fill 8 rows of 1,024."""
     settings = config("data.arithmetic.num_train=100", "rollout.max_tokens=48", "data.max_answer_tokens=6")
-    prompts = load_prompts(settings.data, "train", tokenizer_of(settings)).prompts
+    prompts = load_prompts(settings.data, "train", tokenizer_of(settings), settings.answer).prompts
     (finding,) = batch_arithmetic(settings, prompts, world_size=2)
     assert finding.text.startswith("32 prompts x 8 samples = 256 sequences -> 128 for each of 2 replicas")
     mean = sum(len(prompt.token_ids) for prompt in prompts) / len(prompts)
@@ -79,7 +79,7 @@ def test_the_arithmetic_of_a_step():
 def test_too_few_prompts_and_too_many_stages_are_said():
     step = ["trainer.jepo.num_prompts_per_step=24", "trainer.jepo.num_generations_per_prompt=2"]
     few = config("data.arithmetic.num_train=20", "model.pipeline_model_parallel_size=4", *step)
-    prompts = load_prompts(few.data, "train", tokenizer_of(few)).prompts
+    prompts = load_prompts(few.data, "train", tokenizer_of(few), few.answer).prompts
     _, data, stages = batch_arithmetic(few, prompts, world_size=4)
     assert (data.level, data.text) == (BLOCKER, "20 training prompts do not fill one step")
     assert stages.level == WARNING and "4 pipeline stages" in stages.text
