@@ -277,7 +277,8 @@ class ObjectiveConfig:
     beta_sup: float = setting(1.0, ge=0)
     """Weight of the supervised term, the gradient of the bound through the answer's log-prob."""
     rl_reduction: str = setting("mean", choices=("mean", "sum"))
-    """mean: 1/n over a prompt's samples, as App. B.2 and Eq. 5; sum: Eq. 7 to the letter."""
+    """mean: 1/n over a prompt's samples, as App. B.2 and Eq. 5; sum: no 1/n, as Eq. 7. To the letter where all
+    samples are valid and advantage.normalize=false."""
     length_normalization: str = setting("none", choices=("none", "tokens"))
     """none, or tokens: each sample's log-probs divided by their number (for sft: mean over target tokens)."""
     format_penalty: float = setting(10.0, ge=0)
@@ -306,6 +307,9 @@ class AdvantageConfig:
     """Largest absolute value of an advantage."""
     std_scope: str = setting("batch", choices=("batch", "group"))
     """batch: std over every valid sample of the global batch; group: over the prompt's samples."""
+    prompt_mean: str = setting("all", choices=("all", "valid"))
+    """What the RL and the supervised term are averaged over. all: prompts that arrived, so that one without a valid
+    sample adds 0; valid: prompts with a valid sample, so that a lone one takes the weight of the whole batch."""
 
 
 @dataclass(kw_only=True, slots=True)

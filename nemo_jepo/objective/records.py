@@ -27,6 +27,7 @@ class UpdateRule:
     normalize: bool
     clip: float
     std_scope: str
+    prompt_mean: str
     kl_beta: float
     kl_estimator: str
 
@@ -37,6 +38,7 @@ class UpdateRule:
             ("length_normalization", ["none", "tokens"]),
             ("importance_sampling", list(IMPORTANCE_RATIOS)),
             ("std_scope", ["batch", "group"]),
+            ("prompt_mean", ["all", "valid"]),
             ("kl_estimator", list(KL_GRADIENTS)),
         ):
             if getattr(self, key) not in allowed:

@@ -43,12 +43,14 @@ def sample_weights(
 ) -> SampleWeights:
     """Coefficients of every sample of this rank in the global batch's update.
 
-        policy_weight_i = (A~_i * (1/n | 1) / P_valid  +  A~fmt_i / (n P_arrived))  [/ policy tokens]
-        answer_weight_i = beta_sup * w_i / P_valid                                  [/ answer tokens]
-        kl_weight_i     = beta / (n P_arrived)
+        policy_weight_i = (A~_i * (1/n | 1) / P_mean  +  A~fmt_i / (n P))  [/ policy tokens]
+        answer_weight_i = beta_sup * w_i / P_mean                          [/ answer tokens]
+        kl_weight_i     = beta / (n P)
 
-    n = arrived samples of the prompt; P_valid, P_arrived = prompts of the global batch with at least one valid, arrived
-    sample. With length_normalization=tokens the brackets hold, and l_i is a mean over answer tokens throughout.
+    n = arrived samples of the prompt; P = prompts of the global batch with at least one arrived sample; P_mean = P with
+    prompt_mean=all, and with valid the number of those with at least one valid sample. With length_normalization=tokens
+    the brackets hold, and l_i is a mean over answer tokens throughout. Invalid samples have no part in A~_i and w_i
+    but count in n: without scaling this is Eqs. 5 and 7 to the letter where every sample is valid, and only there.
 
     Args:
         rule: settings.
@@ -80,15 +82,16 @@ def sample_weights(
         _post_process(rule, raw, likelihood_mask, std[0]),
     )
     format_term = _post_process(rule, raw_format, scores.arrived_mask, std[2])
-    per_valid, per_arrived = share(total[9]), share(total[10])
+    per_prompt = share(total[10])
+    per_mean = per_prompt if rule.prompt_mean == "all" else share(total[9])
     sample_share = scores.arrived_mask * share(scores.arrived_mask.sum(-1, keepdim=True))
     rl_share = sample_share if rule.rl_reduction == "mean" else scores.arrived_mask.double()
     policy_tokens, answer_tokens = _token_divisors(rule, scores, verifiable)
     kl_beta = 0.0 if rule.kl_estimator == "k1_reward" else rule.kl_beta
     return SampleWeights(
-        policy_weight=(advantage * rl_share * per_valid + format_term * sample_share * per_arrived) / policy_tokens,
-        answer_weight=rule.beta_sup * answer_share * per_valid / answer_tokens,
-        kl_weight=kl_beta * sample_share * per_arrived,
+        policy_weight=(advantage * rl_share * per_mean + format_term * sample_share * per_prompt) / policy_tokens,
+        answer_weight=rule.beta_sup * answer_share * per_mean / answer_tokens,
+        kl_weight=kl_beta * sample_share * per_prompt,
         advantage=advantage,
         advantage_std=std,
     )

@@ -84,6 +84,7 @@ def rule(**changes: Any) -> dict[str, Any]:
         "normalize": True,
         "clip": 1.0,
         "std_scope": "batch",
+        "prompt_mean": "all",
         "kl_beta": 0.1,
         "kl_estimator": "k2_sequence",
     }

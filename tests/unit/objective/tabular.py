@@ -29,6 +29,7 @@ PLAIN = UpdateRule(
     normalize=False,
     clip=1.0,
     std_scope="batch",
+    prompt_mean="all",
     kl_beta=0.0,
     kl_estimator="k2_token",
 )
@@ -109,21 +110,25 @@ def scores_of(groups: Sequence[Sequence[Sample]], **overrides: Tensor) -> GroupS
     return GroupScores(**(fields | overrides))
 
 
-def group_update(rule: UpdateRule, group: Sequence[Sample], reference: TabularPolicy | None = None) -> Tensor:
-    """sum_t weight_t grad log pi(token_t) of one prompt: the step that the whole program takes. [NUM_PARAMETERS]."""
-    reference_logprobs = [_reference_logprobs(sample, reference) for sample in group]
+def batch_update(
+    rule: UpdateRule, groups: Sequence[Sequence[Sample]], reference: TabularPolicy | None = None
+) -> Tensor:
+    """sum_t weight_t grad log pi(token_t) of a batch of prompts: the step of the whole program. [NUM_PARAMETERS]."""
+    samples = [sample for group in groups for sample in group]
+    reference_logprobs = [_reference_logprobs(sample, reference) for sample in samples]
     log_ratio = [
         float((sample.logprobs - logprobs)[: len(sample.chain)].sum())
-        for sample, logprobs in zip(group, reference_logprobs, strict=True)
+        for sample, logprobs in zip(samples, reference_logprobs, strict=True)
     ]
     scores = scores_of(
-        [group],
-        chain_log_ratio=torch.tensor([log_ratio], dtype=torch.float64),
-        verifiable_reward=torch.tensor([[float(s.own and s.answer == REFERENCE_ANSWER) for s in group]]),
+        groups,
+        chain_log_ratio=torch.tensor(log_ratio, dtype=torch.float64).view(len(groups), -1),
+        verifiable_reward=torch.tensor([[float(s.own and s.answer == REFERENCE_ANSWER) for s in g] for g in groups]),
     )
     coefficients = sample_weights(rule, scores)
+    tables = (coefficients.policy_weight, coefficients.answer_weight, coefficients.kl_weight)
     update = torch.zeros(NUM_PARAMETERS, dtype=torch.float64)
-    for i, (sample, logprobs) in enumerate(zip(group, reference_logprobs, strict=True)):
+    for i, (sample, logprobs) in enumerate(zip(samples, reference_logprobs, strict=True)):
         sequence = SequenceLogprobs(
             chain_length=len(sample.chain),
             answer_length=sample.answer_length,
@@ -131,8 +136,8 @@ def group_update(rule: UpdateRule, group: Sequence[Sample], reference: TabularPo
             policy_logprobs=sample.logprobs,
             reference_logprobs=logprobs,
         )
-        entries = (coefficients.policy_weight[0, i], coefficients.answer_weight[0, i], coefficients.kl_weight[0, i])
-        update += sequence_weights(rule, sequence, *(float(e) for e in entries)).double() @ sample.gradients
+        entries = [float(table.flatten()[i]) for table in tables]
+        update += sequence_weights(rule, sequence, *entries).double() @ sample.gradients
     return update
 
 
@@ -149,7 +154,7 @@ def all_groups(
     """Probability [groups] and update [groups, NUM_PARAMETERS] of every ordered group of independent samples."""
     groups = list(itertools.product(samples, repeat=group_size))
     probability = torch.stack([torch.stack([s.probability for s in group]).prod() for group in groups])
-    return probability, torch.stack([group_update(rule, group, reference) for group in groups])
+    return probability, torch.stack([batch_update(rule, [group], reference) for group in groups])
 
 
 def expected_update(

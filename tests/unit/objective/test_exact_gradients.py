@@ -22,6 +22,7 @@ from tests.unit.objective.tabular import (
     Sample,
     TabularPolicy,
     all_groups,
+    batch_update,
     expected_update,
     marked_samples,
     own_answer_samples,
@@ -150,6 +151,21 @@ def _update_without_baseline(group: tuple[Sample, ...]) -> Tensor:
         chain = len(sample.chain)
         update += bound * sample.gradients[:chain].sum(0) + weight * sample.gradients[chain:].sum(0)
     return update
+
+
+def test_the_update_of_a_batch_is_the_mean_of_its_prompts_updates(policy):
+    """Two prompts, each with every pair of two valid chains and an invalid one, all as likely: E[u] is the mean of both
+    E[u_p]. Over prompts with a valid sample alone it is not: one that is left takes the weight of both."""
+    valid_and_not = [sample for sample in marked_samples(policy) if sample.chain in ((2,), (0, 2), (0, 0))]
+    _, alone = all_groups(PLAIN, valid_and_not, 2)
+    groups = list(itertools.product(valid_and_not, repeat=2))
+    pairs = list(itertools.product(range(len(groups)), repeat=2))
+    found = {}
+    for name in ("all", "valid"):
+        rule = replace(PLAIN, prompt_mean=name)
+        found[name] = torch.stack([batch_update(rule, [groups[i], groups[j]]) for i, j in pairs]).mean(0)
+    torch.testing.assert_close(found["all"], alone.mean(0), **CLOSE)
+    assert (found["valid"] - alone.mean(0)).abs().max() > 0.01
 
 
 def test_the_format_loss_follows_the_exact_gradient_of_the_format_reward(policy):

@@ -30,22 +30,52 @@ def test_weights_of_one_prompt_are_those_of_appendix_b2():
     torch.testing.assert_close(coefficients.kl_weight, torch.full((1, 4), 1e-3 / 4, dtype=torch.float64))
 
 
-def test_denominators_count_prompts_with_a_valid_and_with_an_arrived_sample():
-    """Prompt 2 has no valid sample and prompt 3 none that arrived: 5 and 6 of 7."""
+@pytest.mark.parametrize(("prompt_mean", "count"), [("all", 6), ("valid", 5)])
+def test_the_mean_is_over_prompts_that_arrived_or_over_those_with_a_valid_sample(prompt_mean, count):
+    """Prompt 2 has no valid sample and prompt 3 none that arrived: 6 and 5 of 7. The KL's mean is over the 6."""
     scores = batch()
     assert scores.valid_mask.any(-1).sum() == 5 and scores.arrived_mask.any(-1).sum() == 6
-    coefficients = sample_weights(PAPER, scores)
-    torch.testing.assert_close(coefficients.answer_weight.sum().item(), 1.0)
-    torch.testing.assert_close(coefficients.answer_weight[0].sum().item(), 1 / 5)
+    coefficients = sample_weights(replace(PAPER, prompt_mean=prompt_mean), scores)
+    torch.testing.assert_close(coefficients.answer_weight.sum().item(), 5 / count)
+    torch.testing.assert_close(coefficients.answer_weight[0].sum().item(), 1 / count)
     torch.testing.assert_close(coefficients.kl_weight.sum().item(), 1e-3)
     torch.testing.assert_close(coefficients.kl_weight[0], torch.full((4,), 1e-3 / 4 / 6, dtype=torch.float64))
 
 
-def test_the_rl_weight_is_averaged_over_samples_and_over_prompts_with_a_valid_sample():
-    """Prompt 0: 4 samples arrived, and 5 prompts have a valid one."""
-    coefficients = sample_weights(replace(PAPER, format_penalty=0.0), batch())
-    torch.testing.assert_close(coefficients.policy_weight[0], coefficients.advantage[0] / 4 / 5)
-    assert coefficients.policy_weight[0].abs().max() > 1e-3
+@pytest.mark.parametrize(("prompt_mean", "count"), [("all", 6), ("valid", 5)])
+@pytest.mark.parametrize("name", [name for name, kind in OBJECTIVES.items() if not kind.supervised])
+def test_the_rl_weight_is_averaged_over_samples_and_over_prompts(name, prompt_mean, count):
+    """1/n of each prompt's own n, in a batch of 6 prompts that arrived, 5 of them with a valid sample."""
+    rule = replace(PAPER, name=name, prompt_mean=prompt_mean, format_penalty=0.0)
+    coefficients, num_arrived = sample_weights(rule, batch()), batch().arrived_mask.sum(-1, keepdim=True).clamp(min=1)
+    torch.testing.assert_close(coefficients.policy_weight, coefficients.advantage / num_arrived / count)
+    assert coefficients.policy_weight.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", [name for name, kind in OBJECTIVES.items() if not kind.supervised])
+def test_a_lone_prompt_with_a_valid_sample_keeps_the_weight_of_one_prompt(name):
+    """1 of 64: 1/64 of what it weighs alone, in all terms; over valid prompts it has 64 times as much."""
+    whole = map_tensors(batch(), lambda n, value: value[:1])
+    empty = map_tensors(whole, lambda n, v: torch.zeros_like(v) if n in ("valid_mask", "verifiable_reward") else v)
+    scores = map_tensors(whole, lambda n, v: torch.cat([v, *[getattr(empty, n)] * 63]))
+    rule = replace(PAPER, name=name, format_penalty=0.0)
+    alone, among = sample_weights(rule, whole), sample_weights(rule, scores)
+    for field in ("policy_weight", "answer_weight"):
+        torch.testing.assert_close(getattr(among, field)[:1], getattr(alone, field) / 64)
+        assert (getattr(among, field)[1:] == 0).all()
+    over_valid = sample_weights(replace(rule, prompt_mean="valid"), scores)
+    torch.testing.assert_close(over_valid.policy_weight, 64 * among.policy_weight)
+    torch.testing.assert_close(over_valid.answer_weight, 64 * among.answer_weight)
+
+
+def test_with_invalid_samples_the_rl_term_has_1_over_n_and_the_supervised_term_1_over_m():
+    """n = 4, m = 2, l = -3 and -5: Eq. 5 with m for n would have both over 2, so the RL term has m/n of it."""
+    scores = map_tensors(batch(), lambda n, value: value[:1].clone())
+    scores.valid_mask[0] = torch.tensor([True, True, False, False])
+    scores.answer_logprob[0, :2] = torch.tensor([-3.0, -5.0])
+    found = sample_weights(replace(PLAIN, name="jepo_single"), scores)
+    torch.testing.assert_close(found.policy_weight[0].tolist(), [2 / 4, -2 / 4, 0.0, 0.0])
+    torch.testing.assert_close(found.answer_weight[0].tolist(), [1 / 2, 1 / 2, 0.0, 0.0])
 
 
 def test_std_scope_group_scales_each_prompt_by_its_own_std():
@@ -201,6 +231,7 @@ def test_tensors_of_different_shapes_are_refused(field):
         {"length_normalization": "sqrt"},
         {"importance_sampling": "token"},
         {"std_scope": "rank"},
+        {"prompt_mean": "batch"},
         {"kl_estimator": "k4"},
     ],
 )
