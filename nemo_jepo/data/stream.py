@@ -1,7 +1,9 @@
 """The endless order in which a run reads its prompts."""
 
 import random
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 from nemo_jepo.types import Prompt
@@ -37,9 +39,18 @@ class PromptStream:
         return batch
 
     def upcoming(self, ahead: int = 0) -> tuple[Prompt, ...]:
-        """The batch after `ahead` more, which stays in the stream: what is looked at is not lost by an interruption."""
+        """The batch after `ahead` more, which stays in the stream: what is looked at is not lost by an interruption.
+
+        A prompt that it holds again, because it crosses into the next epoch, says so (`Prompt.occurrence`).
+        """
         first = self.prompts_seen + ahead * self._num_prompts_per_step
-        return tuple(self._at(position) for position in range(first, first + self._num_prompts_per_step))
+        batch, seen = [], Counter[int]()
+        for position in range(first, first + self._num_prompts_per_step):
+            prompt = self._at(position)
+            again = seen[prompt.prompt_id]
+            batch.append(replace(prompt, occurrence=again) if again else prompt)
+            seen[prompt.prompt_id] += 1
+        return tuple(batch)
 
     def _at(self, position: int) -> Prompt:
         epoch, index = divmod(position, len(self._prompts))

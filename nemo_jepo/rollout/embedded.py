@@ -54,7 +54,7 @@ class _Row:
     sample: int
     prompt: tuple[int, ...]
     uniforms: numpy.ndarray
-    """[max_tokens] float64: every random number this completion can use, fixed by (seed, prompt_id, sample)."""
+    """[max_tokens] float64: every random number that this completion can use."""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason = "length"
@@ -182,7 +182,7 @@ class EmbeddedSampler:
         if self._policy_version is None:
             raise RuntimeError("load_weights must succeed before generate")
         rows = [
-            _Row(group, sample, prompt.token_ids, _uniforms(request, prompt.prompt_id, sample))
+            _Row(group, sample, prompt.token_ids, _uniforms(request, prompt, sample))
             for group, prompt in enumerate(prompts)
             for sample in range(request.num_generations_per_prompt)
         ]
@@ -258,6 +258,10 @@ class EmbeddedSampler:
         return request.stop_at_marker and self._stop_after(row.token_ids)
 
 
-def _uniforms(request: GenerationRequest, prompt_id: int, sample: int) -> numpy.ndarray:
-    """[max_tokens] float64 in [0, 1): a stream of its own for each completion; a longer request extends it."""
-    return numpy.random.default_rng([request.seed, prompt_id, sample]).random(request.max_tokens)
+def _uniforms(request: GenerationRequest, prompt: Prompt, sample: int) -> numpy.ndarray:
+    """[max_tokens] float64 in [0, 1): a stream of its own for each completion; a longer request extends it.
+
+    G samples of a prompt's k-th occurrence in a batch are samples k G to k G + G - 1 of the prompt.
+    """
+    number = prompt.occurrence * request.num_generations_per_prompt + sample
+    return numpy.random.default_rng([request.seed, prompt.prompt_id, number]).random(request.max_tokens)

@@ -41,7 +41,8 @@ class GenerationRequest:
     temperature: float
     """Logits are divided by it; 1 samples the policy itself."""
     seed: int
-    """Together with prompt_id and sample it fixes a completion of the embedded sampler; vLLM's are not repeatable."""
+    """Together with the prompt's id and occurrence and the sample it fixes a completion of the embedded sampler; vLLM
+    servers are sent none, so theirs are not repeatable."""
     top_p: float = 1.0
     top_k: int = 0
 

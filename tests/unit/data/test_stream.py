@@ -1,6 +1,7 @@
 """The order of prompts: complete, reproducible, resumable at any position."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -60,6 +61,16 @@ def test_epochs_and_seeds_differ_in_order_and_equal_seeds_do_not():
     (first, second), (other, _) = first_epochs(3), first_epochs(4)
     assert first != second and first != other
     assert first_epochs(3) == [first, second]
+
+
+@given(num_prompts=st.integers(1, 10), per_step=st.integers(1, 25))
+def test_a_prompt_that_a_batch_holds_again_is_numbered(num_prompts, per_step):
+    stream = PromptStream(PROMPTS[:num_prompts], per_step, shuffle=True, seed=3)
+    for _ in range(4):
+        batch = stream.next_batch()
+        for place, prompt in enumerate(batch):
+            assert prompt.occurrence == ids(batch[:place]).count(prompt.prompt_id)
+            assert replace(prompt, occurrence=0) == PROMPTS[prompt.prompt_id]
 
 
 def test_without_shuffling_the_file_order_repeats():

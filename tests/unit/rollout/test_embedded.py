@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Pretrain
 
 from nemo_jepo.actor.weights.families import FAMILIES
 from nemo_jepo.config.schema import RolloutConfig
+from nemo_jepo.data.stream import PromptStream
 from nemo_jepo.rollout import cache, embedded
 from nemo_jepo.rollout.embedded import EmbeddedSampler, draw_tokens
 from nemo_jepo.rollout.sampler import GenerationRequest, SamplingStopped
@@ -207,6 +208,25 @@ def test_siblings_steps_and_prompts_draw_different_numbers():
     twins = (prompt_of(0, 1, 2), prompt_of(1, 1, 2))
     drawn = [r.token_ids for seed in (0, 1) for r in sampler.generate(twins, request_of(seed=seed, max_tokens=30))]
     assert len(set(drawn)) == len(drawn) == 16
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 4])
+def test_a_prompt_twice_in_a_batch_draws_other_samples_on_any_number_of_replicas(replicas):
+    """Two prompts, four places: both twice. The first occurrence draws what it does alone, the second samples 4 to 7 of
+    the same prompt, and where a place is sampled changes nothing."""
+    sampler = sampler_of(tiny_model(tiny_config()))
+    prompts = (prompt_of(0, 1, 2), prompt_of(1, 3))
+    batch = PromptStream(prompts, 4, shuffle=False, seed=0).upcoming()
+    size = len(batch) // replicas
+    drawn = [
+        [rollout.token_ids for rollout in sampler.generate(batch[start : start + size], request_of(max_tokens=30))]
+        for start in range(0, 4, size)
+    ]
+    found = [token_ids for of_replica in drawn for token_ids in of_replica]
+    alone = sampler.generate(prompts, request_of(max_tokens=30, num_generations_per_prompt=8))
+    samples = [rollout.token_ids for rollout in alone]
+    assert samples[0:4] != samples[4:8] and samples[8:12] != samples[12:16]
+    assert found == samples[0:4] + samples[8:12] + samples[4:8] + samples[12:16]
 
 
 def test_rollouts_are_ordered_and_carry_the_policy_version():
