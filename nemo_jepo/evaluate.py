@@ -1,18 +1,21 @@
-"""Held-out metrics: accuracy of own answers, and the proxy NLL of reference answers, from the same samples.
+"""Held-out metrics of a model: samples of held-out prompts, scored by likelihood and by what they answer.
 
-    proxy NLL = - (logsumexp_i l_i - log n),  l_i = log pi(a*|x, c_i),  c_i ~ pi     (lower is better; n = 4)
+    proxy NLL  = - (logsumexp_i l_i - log n),  l_i = log pi(a*|x, c_i),  c_i ~ pi     (lower is better; n = 4)
+    chain gain = l_i - l0,                     l0 = log pi(a*|x), no chain before the marker
 
-Nothing here is a reward. Source: arXiv 2503.19618, Section 4 (evaluation) and Eq. 6.
+`nemo_jepo.held_out` has the arithmetic. Nothing here is a reward. Source: arXiv 2503.19618, Section 4 and Eq. 6.
 """
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from nemo_jepo.actor.parallel import Layout, init_distributed, init_model_parallel
 from nemo_jepo.actor.scoring import score
@@ -23,8 +26,16 @@ from nemo_jepo.config.warmup import started_from
 from nemo_jepo.data.dataset import PromptSplits, has_oracle
 from nemo_jepo.data.oracle import is_true
 from nemo_jepo.data.splice import Splicer
+from nemo_jepo.held_out import (
+    Graded,
+    accuracies_at_k,
+    accuracy,
+    chain_gain,
+    likelihoods,
+    median_over_prompts,
+    proxy_nll,
+)
 from nemo_jepo.metrics import mean, merge, rollout_metrics, rollout_records
-from nemo_jepo.objective.estimators import effective_sample_size, multi_sample_bound, single_sample_bound
 from nemo_jepo.objective.records import GroupScores, Scored
 from nemo_jepo.objective.tables import group_scores
 from nemo_jepo.rewards.judge_prompt import Case
@@ -33,9 +44,11 @@ from nemo_jepo.rewards.verify import Verifier
 from nemo_jepo.rollout.build import OwnServers
 from nemo_jepo.rollout.sampler import GenerationRequest, never
 from nemo_jepo.setup import Trainer, build
-from nemo_jepo.types import Pair, Prompt, Rollout, Scores
+from nemo_jepo.types import Pair, Prompt, Rollout, Scores, Spliced
 from nemo_jepo.utils.exit_codes import DONE
 from nemo_jepo.weight_sync import sync_weights
+
+T = TypeVar("T")
 
 VALIDATION_SEED = 0
 """Validation draws from the same random numbers every time, so that steps are compared on equal terms."""
@@ -72,54 +85,55 @@ def evaluate(
         prompts: the same on every rank.
         stop: asked between batches of samples; True on any rank ends the evaluation on all.
     Returns:
-        (metrics, records). Metrics: accuracy (mean over samples), proxy_nll (nats per answer), proxy_nll_per_token,
-        marker_rate, cot_tokens_mean, both bounds and their gap, effective_sample_size, kl, entropy,
-        logprob_difference, verifier_faults, for generated problems oracle_accuracy, with a judge those of
-        `nemo_jepo.rewards.judged`; one that nothing was measured for is left out. A prompt without a valid sample is in
-        no bound: read proxy_nll beside valid_prompt_rate.
+        (metrics, records). docs/guides/evaluate.md says what each metric is; one that nothing was measured for is left
+        out.
     Raises:
         SamplingStopped: on every rank, where the evaluation was ended.
         SamplersLost, SamplerMismatch: see the sampler.
     """
     config, layout = t.config, t.layout
-    mine = prompts[layout.data_parallel_rank :: layout.data_parallel_size]
-    size = config.evaluation.num_generations_per_prompt
+    place = slice(layout.data_parallel_rank, None, layout.data_parallel_size)
+    mine, size = prompts[place], config.evaluation.num_generations_per_prompt
 
     # The same samples serve every metric; own answers are decoded where somebody reads them
     sync_weights(t)
+    answered = reads_own_answers(config, prompts)
     request = GenerationRequest(
         num_generations_per_prompt=size,
         max_tokens=config.evaluation.max_tokens or config.rollout.max_tokens,
-        stop_at_marker=not reads_own_answers(config, prompts),
+        stop_at_marker=not answered,
         temperature=config.evaluation.temperature,
         seed=VALIDATION_SEED,
     )
     batches = t.rollouts.sample(mine, request, stop, num_batches(config, len(prompts)))
 
-    # Likelihood of the reference answers
+    # Likelihood of the reference answers, behind each chain and behind none
     rollouts: list[Rollout] = []
     parts: list[Scored] = []
+    no_chain = t.splicer.supervised(mine, "marked_answer")
     for batch in batches:
         rollouts += batch
-        parts.append(score(t.actor, t.splicer.splice_reference(mine, batch), None, size))
-    scored = joined(parts, size)
-    metrics = bounds(scored.groups) | rollout_metrics(scored.sequences, rollouts, scored.policy, t.actor.num_steps)
+        sequences = with_no_chain(t.splicer.splice_reference(mine, batch), no_chain, size)
+        parts.append(score(t.actor, sequences, None, size + 1))
+    scored, no_chain_logprob = joined(parts, size)
+    gain = chain_gain(scored.groups, no_chain_logprob)
+    metrics = likelihoods(scored.groups) | rollout_metrics(scored.sequences, rollouts, scored.policy, t.actor.num_steps)
+    metrics["no_chain_nll"] = mean(-no_chain_logprob, torch.ones_like(no_chain_logprob, dtype=torch.bool))
+    metrics["chain_gain"] = mean(gain, scored.groups.valid_mask)
     if scored.reference is not None:
         metrics["kl"] = mean(scored.groups.chain_log_ratio, scored.groups.arrived_mask)
 
-    # Own answers
+    # Own answers, sampled and the likeliest one
     if config.evaluation.verify:
-        verdicts = grade(t.verifier, t.splicer, layout, mine, rollouts)
-        known = [verdict for verdict in verdicts if verdict is not None]
-        metrics["accuracy"] = (sum(known), float(len(known)))
-        metrics["verifier_faults"] = (float(len(verdicts) - len(known)), float(layout.data_parallel_rank == 0))
-        judges = Judges(config.evaluation, Path(config.exp_manager.exp_dir), t.servers)
-        answers = [t.splicer.own_answer_text(rollout) for rollout in rollouts]
-        metrics |= judged_answers(judges, layout, cases_to_judge(mine, rollouts, answers, verdicts), len(known))
+        metrics |= sampled_answers(t, mine, rollouts, size if answered else 1)
     if has_oracle(config.data):
         metrics |= oracle_accuracy(t, mine, rollouts)
-    means = merge(metrics, layout.sum_over_data_parallel)
-    return means | combined_accuracies(means), first_samples(t, mine, rollouts, scored)
+    if answered and config.evaluation.greedy:
+        greedy = replace(request, num_generations_per_prompt=1, temperature=0.0)
+        (likeliest,) = t.rollouts.sample(mine, greedy, stop)
+        metrics |= greedy_answers(t, mine, likeliest)
+    means = merge(metrics, layout.sum_over_data_parallel) | medians(t, scored.groups, gain, place, len(prompts))
+    return means | combined_accuracies(means), first_samples(t, mine, rollouts, scored, no_chain_logprob)
 
 
 def reads_own_answers(config: Config, prompts: Sequence[Prompt]) -> bool:
@@ -136,19 +150,98 @@ def num_batches(config: Config, num_prompts: int) -> int:
     return max(1, math.ceil(num_prompts / config.trainer.jepo.num_prompts_per_step))
 
 
-def joined(parts: Sequence[Scored], group_size: int) -> Scored:
-    """Batches of this rank that were scored apart, as one; without rows, which count sequences batch by batch."""
+def with_no_chain(sampled: Sequence[Spliced], no_chain: Sequence[Spliced], group_size: int) -> list[Spliced]:
+    """Each prompt's sequences, and behind them its answer without a chain: one more that shares the prompt's row.
+
+    Args:
+        sampled: ordered by (group, sample), of some of the prompts.
+        no_chain: one of each prompt, indexed by `Spliced.group`.
+        group_size: G.
+    """
+    groups = [sampled[first : first + group_size] for first in range(0, len(sampled), group_size)]
+    return [sequence for group in groups for sequence in (*group, no_chain[group[0].group])]
+
+
+def joined(parts: Sequence[Scored], group_size: int) -> tuple[Scored, Tensor]:
+    """Batches of this rank that were scored apart, as one: the samples, and l0 of every prompt.
+
+    Args:
+        parts: of groups of group_size samples and one sequence without a chain.
+        group_size: G.
+    Returns:
+        (without rows, which count sequences batch by batch; [P] nats).
+    """
+
+    def of_samples(values: Iterable[T]) -> tuple[T, ...]:
+        return tuple(value for index, value in enumerate(values) if index % (group_size + 1) != group_size)
 
     def side_by_side(scores: Sequence[Scores]) -> Scores:
-        policy_logprobs = tuple(tensor for one in scores for tensor in one.policy_logprobs)
-        return Scores(policy_logprobs, tuple(tensor for one in scores for tensor in one.entropies))
+        policy_logprobs = of_samples(tensor for one in scores for tensor in one.policy_logprobs)
+        return Scores(policy_logprobs, of_samples(tensor for one in scores for tensor in one.entropies))
 
-    sequences = [sequence for part in parts for sequence in part.sequences]
+    sequences = of_samples(sequence for part in parts for sequence in part.sequences)
     policy = side_by_side([part.policy for part in parts])
     references = [part.reference for part in parts if part.reference is not None]
     reference = side_by_side(references) if references else None
     groups = group_scores(sequences, policy, reference, None, group_size)
-    return Scored(sequences=sequences, rows=(), policy=policy, reference=reference, groups=groups)
+    scored = Scored(sequences=sequences, rows=(), policy=policy, reference=reference, groups=groups)
+    return scored, torch.cat([part.groups.answer_logprob[:, group_size] for part in parts])
+
+
+def medians(t: Trainer, groups: GroupScores, gain: Tensor, place: slice, num_prompts: int) -> dict[str, float]:
+    """Medians over the prompts of all replicas: of the proxy NLL, infinite without a valid sample, and of the gain."""
+    num_valid = groups.valid_mask.sum(-1)
+    values = {
+        "proxy_nll_median": proxy_nll(groups),
+        "chain_gain_median": torch.where(num_valid > 0, gain.sum(-1) / num_valid, math.nan),
+    }
+    reduce_sum = t.layout.sum_over_data_parallel
+    found = {name: median_over_prompts(value, place, num_prompts, reduce_sum) for name, value in values.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def sampled_answers(t: Trainer, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], size: int) -> dict[str, Pair]:
+    """What the verifier, and the judges after it, say of the samples' own answers.
+
+    Args:
+        size: k of the metrics over a prompt's k samples; 1 for none of them.
+    """
+    layout = t.layout
+    verdicts = grade(t.verifier, t.splicer, layout, prompts, rollouts)
+    answers = [t.splicer.own_answer_text(rollout) for rollout in rollouts]
+    graded = arrived(rollouts, answers, verdicts)
+    faults = sum(one.verdict is None for one in graded)
+    metrics = {
+        "accuracy": accuracy(graded),
+        "verifier_faults": (float(faults), float(layout.data_parallel_rank == 0)),
+    }
+    if size > 1:
+        metrics |= accuracies_at_k(graded, size)
+    judges = Judges(t.config.evaluation, Path(t.config.exp_manager.exp_dir), t.servers)
+    return metrics | judged_answers(judges, layout, cases_to_judge(prompts, rollouts, answers, verdicts), len(graded))
+
+
+def greedy_answers(t: Trainer, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> dict[str, Pair]:
+    """The same of the likeliest completion of each prompt."""
+    metrics: dict[str, Pair] = {}
+    if t.config.evaluation.verify:
+        verdicts = grade(t.verifier, t.splicer, t.layout, prompts, rollouts)
+        answers = [t.splicer.own_answer_text(rollout) for rollout in rollouts]
+        metrics["accuracy_greedy"] = accuracy(arrived(rollouts, answers, verdicts))
+    if has_oracle(t.config.data):
+        metrics["oracle_accuracy_greedy"] = oracle_accuracy(t, prompts, rollouts)["oracle_accuracy"]
+    return metrics
+
+
+def arrived(
+    rollouts: Sequence[Rollout], answers: Sequence[str | None], verdicts: Sequence[float | None]
+) -> list[Graded]:
+    """The samples that arrived, with what there is of each: one rollout, answer and verdict a sample."""
+    return [
+        Graded(rollout.group, answer, verdict)
+        for rollout, answer, verdict in zip(rollouts, answers, verdicts, strict=True)
+        if rollout.finish_reason != "failed"
+    ]
 
 
 def grade(
@@ -188,7 +281,7 @@ def judged_answers(judges: Judges, layout: Layout, cases: Sequence[Case], num_ve
 
 
 def first_samples(
-    t: Trainer, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], scored: Scored
+    t: Trainer, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], scored: Scored, no_chain_logprob: Tensor
 ) -> list[dict[str, Any]]:
     """Records of one rollout of each of the first few prompts."""
     size = t.config.evaluation.num_generations_per_prompt
@@ -198,6 +291,10 @@ def first_samples(
     records = rollout_records(prompts, scored.sequences[firsts], shown, {}, *readers)
     for record, rollout in zip(records, rollouts[firsts], strict=True):
         record["text"] = t.tokenizer.decode(rollout.token_ids)  # with the own answer, which nothing scores
+        logprob = scored.groups.answer_logprob[rollout.group, rollout.sample].item()
+        record["no_chain_logprob"] = no_chain_logprob[rollout.group].item()
+        record["answer_logprob"] = logprob if record["valid"] else None
+        record["chain_gain"] = logprob - record["no_chain_logprob"] if record["valid"] else None
     return records
 
 
@@ -216,23 +313,4 @@ def oracle_accuracy(t: Trainer, prompts: Sequence[Prompt], rollouts: Sequence[Ro
             ("oracle_accuracy_verifiable", known[True]),
             ("oracle_accuracy_unverifiable", known[False]),
         )
-    }
-
-
-def bounds(groups: GroupScores) -> dict[str, Pair]:
-    """The bounds on the likelihood of the reference answers, over prompts with a valid sample."""
-    logprob, valid = groups.answer_logprob, groups.valid_mask
-    has_valid = valid.any(-1)
-    multi, single = multi_sample_bound(logprob, valid), single_sample_bound(logprob, valid)
-    answer_tokens = torch.where(valid, groups.answer_length, 0).amax(-1)
-    return {
-        "proxy_nll": mean(-multi, has_valid),
-        "proxy_nll_per_token": (-multi.sum().item(), float(answer_tokens.sum())),
-        "bound": mean(multi, has_valid),
-        "single_sample_bound": mean(single, has_valid),
-        "bound_gap": mean(multi - single, has_valid),
-        "effective_sample_size": mean(effective_sample_size(logprob, valid), has_valid),
-        "marker_rate": mean(groups.has_marker, groups.arrived_mask),
-        "valid_prompt_rate": (float(has_valid.sum()), float(has_valid.numel())),
-        "cot_tokens_mean": mean(groups.chain_length, valid),
     }

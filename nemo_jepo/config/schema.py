@@ -327,9 +327,11 @@ class EvaluationConfig:
     """Held-out metrics: accuracy and proxy NLL from the same samples."""
 
     num_generations_per_prompt: int = setting(4, ge=1)
-    """n of the proxy NLL, -(logsumexp_i l_i - log n); the paper's is 4."""
+    """n of the proxy NLL, -(logsumexp_i l_i - log n), and k of pass_at_k; the paper's n is 4."""
     temperature: float = setting(1.0, gt=0, fix="Use 1.0")
     """Temperature of the validation samples; the proxy NLL is defined at 1."""
+    greedy: bool = True
+    """Where own answers are decoded, also grade the likeliest completion of each prompt (accuracy_greedy)."""
     max_tokens: int | None = setting(None, ge=1)
     """Longest generation, own answer included; null: rollout.max_tokens."""
     verify: bool = True

@@ -216,8 +216,9 @@ class EmbeddedSampler:
                 position_ids=batch.positions + step,
                 past_key_values=batch.cache,
             ).logits[:, -1]
-            token_logprobs = (logits.double() / request.temperature).log_softmax(dim=-1)
-            drawn = draw_tokens(token_logprobs, batch.uniforms[:, step])
+            token_logprobs = (logits.double() / (request.temperature or 1.0)).log_softmax(dim=-1)
+            is_greedy = request.temperature == 0
+            drawn = token_logprobs.argmax(-1) if is_greedy else draw_tokens(token_logprobs, batch.uniforms[:, step])
             batch.newest = drawn.unsqueeze(-1)
             logprobs = token_logprobs.gather(-1, batch.newest).squeeze(-1)
             for row, token_id, logprob in zip(batch.rows, drawn.tolist(), logprobs.tolist(), strict=True):

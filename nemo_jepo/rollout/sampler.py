@@ -39,7 +39,7 @@ class GenerationRequest:
     stop_at_marker: bool
     """True: end a completion right after the answer marker. False: decode the own answer too."""
     temperature: float
-    """Logits are divided by it; 1 samples the policy itself."""
+    """Logits are divided by it; 1 samples the policy itself, 0 takes the likeliest token."""
     seed: int
     """Together with the prompt's id and occurrence and the sample it fixes a completion of the embedded sampler; vLLM
     servers are sent none, so theirs are not repeatable."""
@@ -49,6 +49,8 @@ class GenerationRequest:
     def __post_init__(self) -> None:
         if self.num_generations_per_prompt < 1 or self.max_tokens < 1 or self.seed < 0:
             raise ValueError(f"needs at least 1 generation, 1 token and a seed >= 0, got {self}")
+        if self.temperature < 0:
+            raise ValueError(f"needs a temperature >= 0, got {self}")
 
 
 class Sampler(Protocol):

@@ -5,14 +5,16 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from nemo_jepo.checkpoint.format import latest_checkpoint
+from nemo_jepo.config.schema import AnswerConfig
+from nemo_jepo.data.splice import Splicer
 from tests.support import fork_server
 from tests.support.command_line import ENVIRONMENT, command, metrics, run, run_truly, true_command
 
@@ -178,6 +180,32 @@ def test_only_the_newest_checkpoints_are_kept_and_each_knows_its_model(uninterru
     assert (folders[-1] / "tokenizer.json").exists()
 
 
+def assert_no_chain_scores_are_exact(records: Path, model: PreTrainedModel, folder: Path) -> None:
+    """The records' l0 and chain gain are those of one forward pass by transformers over each sequence alone."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    splicer = Splicer(tokenizer, AnswerConfig(marker="e"))
+
+    def logprob(token_ids: Sequence[int], num_answer_tokens: int) -> float:
+        scores = model(torch.tensor([token_ids])).logits[0, :-1].double().log_softmax(-1)
+        own = scores.gather(-1, torch.tensor(token_ids[1:]).unsqueeze(-1))
+        return own[len(own) - num_answer_tokens :].sum().item()
+
+    gains = []
+    for line in records.read_text().splitlines():
+        record = json.loads(line)
+        answer = splicer.answer_ids(record["reference_answer"])
+        marker = tokenizer.encode("E", add_special_tokens=False)
+        prompt = record["token_ids"][: record["prompt_length"]]
+        no_chain = logprob([*prompt, *marker, *answer], len(answer))
+        assert record["no_chain_logprob"] == pytest.approx(no_chain, abs=1e-4)
+        if record["valid"]:
+            behind_chain = logprob(record["token_ids"], len(answer))
+            gains.append(record["chain_gain"] - (behind_chain - no_chain))
+        else:
+            assert record["chain_gain"] is record["answer_logprob"] is None
+    assert gains and max(map(abs, gains)) < 1e-4
+
+
 def test_an_exported_checkpoint_is_a_hugging_face_model_with_the_same_metrics(uninterrupted, tmp_path):
     checkpoint, folder = uninterrupted / "run" / "checkpoints" / "step_000006", tmp_path / "exported"
     arguments = ["-m", "nemo_jepo.cli", "export", str(checkpoint), str(folder)]
@@ -187,8 +215,9 @@ def test_an_exported_checkpoint_is_a_hugging_face_model_with_the_same_metrics(un
     source = [f"pretrained_checkpoint.restore_from_path={folder}", "model.hf_config=null"]
     found = json.loads(run("evaluate", tmp_path, *source).stdout)
     last = metrics(uninterrupted)[-1]
-    for name in ("proxy_nll", "marker_rate", "cot_tokens_mean"):
+    for name in ("proxy_nll", "marker_rate", "cot_tokens_mean", "no_chain_nll", "chain_gain"):
         assert found[name] == pytest.approx(last[f"val_rollouts/{name}"], rel=1e-6)
+    assert_no_chain_scores_are_exact(uninterrupted / "run" / "rollouts" / "validation_000006.jsonl", model, folder)
     again = fork_server.run(arguments, environment=ENVIRONMENT)
     assert again.returncode == 2 and "exists" in again.stderr.strip().splitlines()[-1]
 

@@ -1,6 +1,5 @@
-"""Held-out figures on numbers that can be checked by hand."""
+"""An evaluation from the samples to its metrics, by a sampler and scores that can be computed by hand."""
 
-import math
 from concurrent.futures import Future
 from types import SimpleNamespace
 
@@ -9,94 +8,12 @@ import torch
 
 from nemo_jepo import evaluate as evaluation
 from nemo_jepo.config.schema import Config
-from nemo_jepo.evaluate import bounds, evaluate, grade, num_batches, reads_own_answers
-from nemo_jepo.objective.records import GroupScores, Scored
+from nemo_jepo.evaluate import evaluate, grade, num_batches, reads_own_answers
+from nemo_jepo.objective.records import Scored
 from nemo_jepo.objective.tables import group_scores
 from nemo_jepo.rollout.queue import RolloutQueue
 from nemo_jepo.types import Prompt, Rollout, Scores, Spliced
 from tests.support.one_rank import OneRank
-
-NAN = math.nan
-
-
-def groups(answer_logprob: list[list[float]], valid: list[list[int]], **tables: list[list[int]]) -> GroupScores:
-    def table(name: str, default: list[list[int]], dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(tables.get(name, default), dtype=dtype)
-
-    return GroupScores(
-        answer_logprob=torch.tensor(answer_logprob, dtype=torch.float64),
-        valid_mask=torch.tensor(valid, dtype=torch.bool),
-        arrived_mask=table("arrived", [[1] * len(row) for row in valid], torch.bool),
-        has_marker=table("has_marker", valid, torch.bool),
-        chain_length=table("chain_length", valid, torch.int64),
-        answer_length=table("answer_length", valid, torch.int64),
-        chain_log_ratio=torch.zeros(len(valid), len(valid[0]), dtype=torch.float64),
-    )
-
-
-def means(scores: GroupScores) -> dict[str, float]:
-    return {name: total / count for name, (total, count) in bounds(scores).items()}
-
-
-def test_proxy_nll_is_minus_log_of_the_mean_likelihood():
-    """Likelihoods 1/2 and 1/8: mean 5/16. The single-sample bound averages the logs: -(log 2 + log 8) / 2."""
-    found = means(groups([[math.log(1 / 2), math.log(1 / 8)]], [[1, 1]], answer_length=[[3, 3]]))
-    assert found["proxy_nll"] == pytest.approx(-math.log(5 / 16))
-    assert found["bound"] == pytest.approx(math.log(5 / 16))
-    assert found["single_sample_bound"] == pytest.approx(-2 * math.log(2))
-    assert found["bound_gap"] == pytest.approx(math.log(5 / 16) + 2 * math.log(2))
-    assert found["proxy_nll_per_token"] == pytest.approx(-math.log(5 / 16) / 3)
-    assert found["effective_sample_size"] == pytest.approx((5 / 8) ** 2 / (1 / 4 + 1 / 64))
-
-
-def test_long_answers_do_not_underflow():
-    found = means(groups([[-5000.0, -5000.0]], [[1, 1]]))
-    assert found["proxy_nll"] == pytest.approx(5000.0)
-
-
-def test_invalid_samples_and_prompts_without_a_valid_one_are_in_no_bound():
-    """Prompt 0: one valid of two. Prompt 1: none; whatever stands there counts nowhere but in valid_prompt_rate."""
-    found = means(
-        groups(
-            [[-2.0, NAN], [NAN, -math.inf]],
-            [[1, 0], [0, 0]],
-            chain_length=[[10, 99], [99, 99]],
-            answer_length=[[4, 0], [0, 0]],
-        )
-    )
-    assert found["proxy_nll"] == pytest.approx(2.0)
-    assert found["single_sample_bound"] == pytest.approx(-2.0)
-    assert found["bound_gap"] == pytest.approx(0.0)
-    assert found["proxy_nll_per_token"] == pytest.approx(0.5)
-    assert found["effective_sample_size"] == pytest.approx(1.0)
-    assert found["valid_prompt_rate"] == 0.5
-    assert found["cot_tokens_mean"] == 10.0
-
-
-def test_per_token_figures_weigh_prompts_by_their_answers():
-    """3 nats over 1 token and 5 nats over 7: 8 / 8, not the mean of 3 and 5/7."""
-    found = means(groups([[-3.0, -3.0], [-5.0, -5.0]], [[1, 1], [1, 1]], answer_length=[[1, 1], [7, 7]]))
-    assert found["proxy_nll"] == pytest.approx(4.0)
-    assert found["proxy_nll_per_token"] == pytest.approx(1.0)
-
-
-def test_marker_rate_is_over_samples_that_arrived():
-    found = means(groups([[-1.0] * 4], [[1, 0, 0, 0]], has_marker=[[1, 1, 0, 0]], arrived=[[1, 1, 1, 0]]))
-    assert found["marker_rate"] == pytest.approx(2 / 3)
-
-
-def test_a_rank_without_prompts_adds_nothing():
-    empty = torch.zeros(0, 4)
-    none = GroupScores(
-        answer_logprob=empty,
-        valid_mask=empty.bool(),
-        arrived_mask=empty.bool(),
-        has_marker=empty.bool(),
-        chain_length=empty.long(),
-        answer_length=empty.long(),
-        chain_log_ratio=empty,
-    )
-    assert set(bounds(none).values()) == {(0.0, 0.0)}
 
 
 def test_a_right_answer_earns_one_none_or_a_wrong_one_zero_and_a_fault_nothing():
@@ -134,7 +51,9 @@ class Model:
     def submit(self, prompts, request, stop):
         self.events.append(f"asked for {len(prompts)}")
         drawn: Future[list[Rollout]] = Future()
-        samples = range(request.num_generations_per_prompt)
+        is_greedy = request.temperature == 0
+        assert not is_greedy or request.num_generations_per_prompt == 1
+        samples = [0] if is_greedy else range(request.num_generations_per_prompt)
         drawn.set_result(
             [
                 Rollout(group, i, (prompt.prompt_id, i), (-0.5 * i,) * 2, "stop", 3)
@@ -161,6 +80,13 @@ class Model:
                 generation_logprobs=rollout.generation_logprobs,
             )
             for rollout in rollouts
+        ]
+
+    def supervised(self, prompts, target):
+        assert target == "marked_answer"
+        return [
+            Spliced(group, 0, (*prompt.token_ids, 4, 9), len(prompt.token_ids), 1, 1, valid=True, has_marker=True)
+            for group, prompt in enumerate(prompts)
         ]
 
     def own_answer_text(self, rollout):
@@ -209,7 +135,8 @@ def test_batches_change_no_metric_and_no_record_and_every_replica_has_as_many(mo
     batched, events = evaluated(monkeypatch, "vllm", layout)
     assert batched == whole
     assert {"accuracy", "proxy_nll", "kl", "entropy", "marker_rate"} <= set(whole[0])
-    assert events == ["asked for 1", "asked for 1", "asked for 2", "scored 2", "scored 2", "scored 4"]
+    scored = ["scored 3", "scored 3", "scored 6"]  # two samples of each prompt, and one sequence without a chain
+    assert events == ["asked for 1", "asked for 1", "asked for 2", *scored, "asked for 4"]  # last: the likeliest
 
 
 def test_a_sampler_that_draws_before_it_answers_gets_one_batch():

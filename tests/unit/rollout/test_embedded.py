@@ -179,6 +179,20 @@ def test_sampled_pairs_have_their_exact_probabilities():
     assert p_value(temperature=1.3) < 1e-6  # the test can tell a wrong distribution
 
 
+def test_temperature_zero_takes_the_likeliest_token_and_reports_the_policys_own_logprobs():
+    model = tiny_model(tiny_config())
+    for rollout in sampler_of(model).generate(RAGGED, request_of(num_generations_per_prompt=2, temperature=0.0)):
+        prompt = RAGGED[rollout.group]
+        likeliest: list[int] = []
+        while len(likeliest) < len(rollout.token_ids):
+            logits = model(input_ids=torch.tensor([[*prompt.token_ids, *likeliest]])).logits[0, -1]
+            likeliest.append(int(logits.argmax()))
+        assert rollout.token_ids == tuple(likeliest)
+        assert len(likeliest) == 12 or likeliest[-1] == EOS
+        expected = teacher_forced(model, prompt.token_ids, likeliest)
+        torch.testing.assert_close(torch.tensor(rollout.generation_logprobs), expected.float(), atol=1e-5, rtol=0)
+
+
 def test_logprobs_are_at_the_sampling_temperature():
     model = tiny_model(tiny_config())
     request = request_of(num_generations_per_prompt=1, max_tokens=1, temperature=0.5)

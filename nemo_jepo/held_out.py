@@ -1,0 +1,156 @@
+"""What held-out samples say of a model: likelihood of the reference answer, gain of the chain, right answers in k.
+
+P prompts of this replica, G samples per prompt. l_i is the reference answer's log-prob behind chain i, l0 behind no
+chain at all, nats. A sample that never arrived is no sample. One without the marker is one: it holds no answer, and no
+metric of quality is better for it. Nothing here is a reward.
+
+Source: arXiv 2503.19618, Section 4 and Eq. 6; arXiv 2107.03374, Eq. 1 (pass@k).
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from nemo_jepo.metrics import mean
+from nemo_jepo.objective.estimators import effective_sample_size, multi_sample_bound, single_sample_bound
+from nemo_jepo.objective.records import GroupScores
+from nemo_jepo.types import Pair
+
+# ---- likelihood of the reference answer ------------------------------------------------------------------------------
+
+
+def proxy_nll(groups: GroupScores) -> Tensor:
+    """Negative log of the reference answer's mean likelihood over ALL samples of a prompt.
+
+        -( logsumexp_valid(l_i) - log n ),   n = samples that arrived; a sample without the marker has likelihood 0
+
+    Returns:
+        [P] nats; infinite where no sample is valid, NaN where none arrived.
+    """
+    num_valid, num_arrived = groups.valid_mask.sum(-1).double(), groups.arrived_mask.sum(-1).double()
+    bound = multi_sample_bound(groups.answer_logprob, groups.valid_mask)
+    nll = num_arrived.log() - num_valid.log() - bound  # log 0 = -inf: no valid sample
+    return torch.where(num_arrived > 0, nll, math.nan)
+
+
+def likelihoods(groups: GroupScores) -> dict[str, Pair]:
+    """Proxy NLL and bounds over prompts with a valid sample, and how many prompts and samples those are."""
+    logprob, valid = groups.answer_logprob, groups.valid_mask
+    has_valid = valid.any(-1)
+    multi, single = multi_sample_bound(logprob, valid), single_sample_bound(logprob, valid)
+    nll, answer_tokens = proxy_nll(groups), torch.where(valid, groups.answer_length, 0).amax(-1)
+    total, count = mean(nll, has_valid)
+    return {
+        "proxy_nll": (total, count),
+        "proxy_nll_per_token": (total, float(answer_tokens.sum())),
+        "proxy_nll_valid": mean(-multi, has_valid),
+        "bound": mean(multi, has_valid),
+        "single_sample_bound": mean(single, has_valid),
+        "bound_gap": mean(multi - single, has_valid),
+        "effective_sample_size": mean(effective_sample_size(logprob, valid), has_valid),
+        "marker_rate": mean(groups.has_marker, groups.arrived_mask),
+        "valid_prompt_rate": mean(has_valid, groups.arrived_mask.any(-1)),
+        "cot_tokens_mean": mean(groups.chain_length, valid),
+    }
+
+
+def chain_gain(groups: GroupScores, no_chain_logprob: Tensor) -> Tensor:
+    """What a chain adds to the reference answer's log-prob.
+
+        l_i - l0
+
+    Args:
+        no_chain_logprob: [P] l0, nats.
+    Returns:
+        [P, G] nats, 0 where not valid.
+    """
+    return torch.where(groups.valid_mask, groups.answer_logprob - no_chain_logprob.unsqueeze(-1), 0.0)
+
+
+def median_over_prompts(
+    values: Tensor, place: slice, num_prompts: int, reduce_sum: Callable[[Tensor], Tensor]
+) -> float | None:
+    """The median of one value per prompt, over the prompts of all replicas; every replica calls.
+
+    Args:
+        values: [P] of this replica; NaN where a prompt has none, infinite values count.
+        place: where they stand among the num_prompts of all replicas.
+        reduce_sum: over replicas.
+    Returns:
+        None where no prompt has a value, or the median is infinite.
+    """
+    everywhere = torch.zeros(num_prompts, dtype=torch.float64)
+    everywhere[place] = values.double()
+    known = [value for value in reduce_sum(everywhere).tolist() if not math.isnan(value)]
+    middle = median(known) if known else math.inf
+    return middle if math.isfinite(middle) else None
+
+
+# ---- own answers -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Graded:
+    """What became of one sample that arrived."""
+
+    group: int
+    """Which prompt."""
+    answer: str | None
+    """Its own; None without the marker."""
+    verdict: float | None
+    """1 right, 0 wrong; None: the verifier failed over it, which counts as wrong."""
+
+
+def accuracy(graded: Sequence[Graded]) -> Pair:
+    """Right answers among all samples that arrived, those without an answer and those of a fault included."""
+    return float(sum(one.verdict == 1 for one in graded)), float(len(graded))
+
+
+def accuracies_at_k(graded: Sequence[Graded], k: int) -> dict[str, Pair]:
+    """Means over the prompts of which all k samples arrived, of what these are worth together.
+
+    avg_at_k    right samples / k
+    pass_at_j   at least one of j is right, j = 2, 4, .. and k: see `pass_at`
+    maj_at_k    the commonest answer is right: see `majority`
+    """
+    groups: dict[int, list[Graded]] = {}
+    for one in graded:
+        groups.setdefault(one.group, []).append(one)
+    whole = [group for group in groups.values() if len(group) == k]
+    right = [sum(one.verdict == 1 for one in group) for group in whole]
+    count = float(len(whole))
+    sizes = sorted({k, *(2**power for power in range(1, k.bit_length()) if 2**power < k)})
+    return {
+        f"avg_at_{k}": (sum(right) / k, count),
+        **{f"pass_at_{j}": (math.fsum(pass_at(j, k, c) for c in right), count) for j in sizes},
+        f"maj_at_{k}": (math.fsum(map(majority, whole)), count),
+    }
+
+
+def pass_at(k: int, num_samples: int, num_right: int) -> float:
+    """Share of the subsets of k samples that hold a right one: unbiased for the chance that k fresh samples do.
+
+        1 - C(n - c, k) / C(n, k)
+
+    Source: arXiv 2107.03374, Eq. 1.
+    """
+    return 1 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
+
+
+def majority(group: Sequence[Graded]) -> float:
+    """Whether the commonest answer of a prompt is right; where several tie, the share of right ones among them.
+
+    Equal answers have equal text, without regard to case and white space. To have no answer is an answer too, a wrong
+    one, so that samples which do not answer never help those that do.
+    """
+    texts = [None if one.answer is None else " ".join(one.answer.split()).casefold() for one in group]
+    votes = Counter(texts)
+    most = max(votes.values())
+    right = {text for text, one in zip(texts, group, strict=True) if one.verdict == 1}
+    winners = [text for text, count in votes.items() if count == most]
+    return sum(winner in right for winner in winners) / len(winners)
