@@ -1,7 +1,9 @@
 """An evaluation from the samples to its metrics, by a sampler and scores that can be computed by hand."""
 
+import math
 from concurrent.futures import Future
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -71,7 +73,7 @@ class Model:
             Spliced(
                 rollout.group,
                 rollout.sample,
-                (*prompts[rollout.group].token_ids, *rollout.token_ids, 9),
+                (*prompts[rollout.group].token_ids, *rollout.token_ids, 9 - rollout.sample),
                 len(prompts[rollout.group].token_ids),
                 2,
                 1,
@@ -107,11 +109,11 @@ class Model:
         return Scored(sequences=sequences, rows=[], policy=policy, reference=reference, groups=groups)
 
 
-def evaluated(monkeypatch, sampler: str, layout: OneRank) -> tuple[object, list[str]]:
+def evaluated(monkeypatch, sampler: str, layout: OneRank, greedy: bool = True) -> tuple[Any, list[str]]:
     """What `evaluate` returns for PROMPTS with steps of 3 prompts, and what happened in which order."""
     model, config = Model(), Config()
     config.rollout.name, config.trainer.jepo.num_prompts_per_step = sampler, 3
-    config.evaluation.num_generations_per_prompt = 2
+    config.evaluation.num_generations_per_prompt, config.evaluation.greedy = 2, greedy
     monkeypatch.setattr(evaluation, "score", model.score)
     monkeypatch.setattr(evaluation, "sync_weights", lambda t: None)
     t = SimpleNamespace(
@@ -137,6 +139,30 @@ def test_batches_change_no_metric_and_no_record_and_every_replica_has_as_many(mo
     assert {"accuracy", "proxy_nll", "kl", "entropy", "marker_rate"} <= set(whole[0])
     scored = ["scored 3", "scored 3", "scored 6"]  # two samples of each prompt, and one sequence without a chain
     assert events == ["asked for 1", "asked for 1", "asked for 2", *scored, "asked for 4"]  # last: the likeliest
+
+
+def test_the_chain_gain_is_measured_against_the_same_answer_without_a_chain(monkeypatch):
+    """A token costs 0.3 nats times its id: l0 = -2.7 of token 9, l_i = -2.7 and -2.4; prompt 5 has no valid sample."""
+    (metrics, records), _ = evaluated(monkeypatch, "vllm", OneRank())
+    assert metrics["no_chain_nll"] == pytest.approx(2.7)
+    assert metrics["chain_gain"] == metrics["chain_gain_median"] == pytest.approx(0.15)
+    assert metrics["valid_prompt_rate"] == 7 / 8
+    bound = -math.log((math.exp(-2.7) + math.exp(-2.4)) / 2)
+    assert metrics["proxy_nll"] == metrics["proxy_nll_valid"] == pytest.approx(bound)
+    assert metrics["proxy_nll_median"] == pytest.approx(bound)
+    assert metrics["cot_tokens_mean"] == 2  # the sequences without a chain are in no other metric
+    assert [record["chain_gain"] for record in records] == pytest.approx([0.0] * 4, abs=1e-6)
+    assert [record["no_chain_logprob"] for record in records] == pytest.approx([-2.7] * 4)
+
+
+def test_the_likeliest_completion_is_graded_apart_and_can_be_left_out(monkeypatch):
+    """Completion (prompt_id, 0) answers its prompt_id, which is right; (prompt_id, 1) is wrong."""
+    (metrics, _), _ = evaluated(monkeypatch, "embedded", OneRank())
+    assert (metrics["accuracy_greedy"], metrics["accuracy"], metrics["avg_at_2"]) == (1.0, 0.5, 0.5)
+    assert (metrics["pass_at_2"], metrics["maj_at_2"]) == (1.0, 0.5)
+    (without, _), events = evaluated(monkeypatch, "embedded", OneRank(), greedy=False)
+    assert without == {name: value for name, value in metrics.items() if name != "accuracy_greedy"}
+    assert events == ["asked for 8", "scored 24"]
 
 
 def test_a_sampler_that_draws_before_it_answers_gets_one_batch():
