@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.schema import AnswerConfig
+from nemo_jepo.data.control_tokens import encode_text
 from nemo_jepo.types import Prompt, Rollout, Spliced
 
 if TYPE_CHECKING:
@@ -238,7 +239,7 @@ class Splicer:
         return self._marker.search(self._text(rollout.token_ids[self._min_cot_tokens : end.num_tokens])) is not None
 
     def _encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        return encode_text(self._tokenizer, text)
 
     def _text(self, token_ids: Sequence[int]) -> str:
         """The text with its special tokens, exactly as the tokens spell it."""
