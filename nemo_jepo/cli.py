@@ -1,5 +1,5 @@
 """nemo-jepo train|evaluate [--config-name NAME] [key=value ...]
-nemo-jepo import HF_DIR CHECKPOINT [model.key=value ...]
+nemo-jepo import MODEL CHECKPOINT [model.key=value ...]
 nemo-jepo export CHECKPOINT HF_DIR [model.key=value ...]
 nemo-jepo plan [--nodes N] [--rollout-nodes N] [--gpu KIND] [--search] [--json] [--config-name NAME] [key=value ...]
 nemo-jepo doctor [--json] [--config-name NAME] [key=value ...]
@@ -12,7 +12,7 @@ nemo-jepo demo [key=value ...]
 
     train       train; exit code 0 done, 75 interrupted and saved, 2 a setting to change
     evaluate    held-out metrics of a run's newest checkpoint (or of its initial weights) as one JSON object on stdout
-    import      write the weights of a Hugging Face folder as a checkpoint that every parallel layout loads
+    import      write the weights of a Hugging Face folder, a .gguf file or a hub's model as a checkpoint for any layout
     export      write a checkpoint's model as a new Hugging Face folder: config.json, safetensors, tokenizer
     plan        memory, time and cost of a run by a model, without a GPU; exit code 0 fits, 1 does not
     doctor      what would stop or slow a run here: versions, GPUs, disk, data, batches; exit code 2 on a blocker

@@ -67,7 +67,7 @@ def main(config: Config) -> int:
             raise ConfigError("data.validation_path", None, "evaluate reads it", "Add data.validation_path=FILE")
         metrics, _ = evaluate(t, t.validation)
     if layout.rank == 0:
-        source = str(newest or config.pretrained_checkpoint.restore_from_path or "random initialisation")
+        source = str(newest or t.config.pretrained_checkpoint.restore_from_path or "random initialisation")
         always = dict.fromkeys(("accuracy", "proxy_nll", "marker_rate", "cot_tokens_mean"))
         if config.evaluation.judge.url is not None:
             always["combined_accuracy"] = None

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from nemo_jepo.actor.actor import DTYPES, MegatronJEPOActor
 from nemo_jepo.actor.model import load_hf_config
 from nemo_jepo.actor.optimizer import optimizer_kind, require_same_kind
-from nemo_jepo.actor.parallel import Layout
+from nemo_jepo.actor.parallel import Layout, on_first_rank
 from nemo_jepo.actor.weights.load import load_stage, open_source
 from nemo_jepo.checkpoint.format import is_checkpoint, latest_checkpoint
 from nemo_jepo.checkpoint.writer import CheckpointWriter, RunState, load_checkpoint, read_loop_state
@@ -28,6 +28,7 @@ from nemo_jepo.config.schema import (
     ModelConfig,
     ObjectiveConfig,
 )
+from nemo_jepo.config.sources import require_folders, with_commits, with_folders
 from nemo_jepo.data.dataset import PromptSplits, has_split, training_texts
 from nemo_jepo.data.splice import Splicer
 from nemo_jepo.data.stream import PromptStream
@@ -80,6 +81,23 @@ def update_rule(objective: ObjectiveConfig, advantage: AdvantageConfig, kl: KLCo
     settings = dataclasses.asdict(objective) | dataclasses.asdict(advantage)
     settings.pop("sft_target")
     return UpdateRule(**settings, kl_beta=kl.beta, kl_estimator=kl.estimator)
+
+
+def find_models(config: Config, folder: Path) -> tuple[Config, Config]:
+    """The settings with the commit of every name of the hub, and with its folder here, which lacks weights; all ranks.
+
+    Args:
+        folder: of the run, which keeps the commits that it began with.
+    """
+
+    def look_up() -> tuple[Config, Config]:
+        named = with_commits(config, folder, resumes=latest_checkpoint(folder / "checkpoints") is not None)
+        return named, with_folders(named)
+
+    named, local = on_first_rank(look_up)
+    if local != named:
+        require_folders(local)
+    return named, local
 
 
 def find_tokenizer(
@@ -143,12 +161,13 @@ def build(config: Config, folder: Path, layout: Layout, servers: OwnServers, spl
     Raises:
         ConfigError, DataError: something the user must change; found before the model is built where possible.
     """
-    objective, loop = config.objective.kind, config.trainer.jepo
-    restored, precision = config.pretrained_checkpoint.restore_from_path, config.trainer.precision
+    objective, loop, precision = config.objective.kind, config.trainer.jepo, config.trainer.precision
+    config, local = find_models(config, folder)
+    restored = local.pretrained_checkpoint.restore_from_path
 
     # Data, and all that can be wrong without a model
     vocab_size = config.tokenizer.train_vocab_size
-    path = config.tokenizer.path or restored
+    path = local.tokenizer.path or restored
     tokenizer = find_tokenizer(path, folder / "tokenizer", config.data, config.answer.marker, vocab_size)
     prompts_of = functools.partial(splits.get, config.data, tokenizer=tokenizer, answer=config.answer)
     train = prompts_of("warmup" if objective.supervised else "train")
@@ -156,6 +175,8 @@ def build(config: Config, folder: Path, layout: Layout, servers: OwnServers, spl
     stream = PromptStream(train, loop.num_prompts_per_step, config.data.shuffle, config.data.seed)
     splicer = Splicer(tokenizer, config.answer)
     hf_config = find_hf_config(config.model, restored, precision, tokenizer)
+    if local != config:
+        on_first_rank(lambda: with_folders(config, weights=True))
 
     # The model, while the servers start
     servers.start(config, layout, hf_config, tokenizer)

@@ -265,5 +265,5 @@ def run(config: Config, folder: Path, servers: OwnServers, splits: PromptSplits,
     t = build(config, folder, layout, servers, splits)
     tracker = Tracker(folder, config.exp_manager, steps, done + 1) if layout.rank == 0 else SilentTracker()
     with closing(t), tracker:
-        tracker.save_config(to_yaml(config))
+        tracker.save_config(to_yaml(t.config))
         return fit(t, folder, tracker, interrupt)

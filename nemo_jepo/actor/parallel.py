@@ -6,9 +6,10 @@ lives here or in weights/.
 """
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -16,9 +17,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_jepo.actor import cpu, fallback
+from nemo_jepo.config.errors import ConfigError, SettingsError
 from nemo_jepo.config.schema import ModelConfig
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+FIRST_RANK_TIMEOUT = timedelta(days=1)
+"""A download may take hours."""
+Result = TypeVar("Result")
 _replica_group: dist.ProcessGroup | None = None
 
 
@@ -83,6 +88,31 @@ def _destroy_groups() -> None:
     for group in {*(parallel_state._global_process_group_list or ()), _replica_group} - {None}:
         dist.destroy_process_group(group)
     parallel_state._global_process_group_list = None
+
+
+def on_first_rank(work: Callable[[], Result]) -> Result:
+    """What rank 0's call of `work` gives, on every rank of the world; all ranks call, after init_distributed.
+
+    Args:
+        work: takes as long as it likes; its result is plain data, pickled between own processes only.
+    Raises:
+        ConfigError: rank 0's, on every rank.
+    """
+    if dist.get_world_size() == 1:
+        return work()
+    group = dist.new_group(backend="gloo", timeout=FIRST_RANK_TIMEOUT)
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = work()
+        except ConfigError as error:
+            box[1] = str(error)
+    dist.broadcast_object_list(box, group=group, group_src=0)
+    dist.destroy_process_group(group)
+    result, line = box
+    if line is not None:
+        raise SettingsError(line)
+    return result
 
 
 class Layout:

@@ -1,4 +1,4 @@
-"""A Hugging Face folder becomes a checkpoint that any parallel layout loads, and a checkpoint becomes such a folder.
+"""A Hugging Face model becomes a checkpoint that any parallel layout loads, and a checkpoint becomes such a model.
 
 Started as one process or under torchrun in any layout (model.* settings); a rank holds its part of the weights and one
 tensor more, whichever way they go.
@@ -28,10 +28,12 @@ from nemo_jepo.actor.weights.load import hf_shapes, load_stage
 from nemo_jepo.actor.weights.stream import weight_stream
 from nemo_jepo.checkpoint.format import require_whole
 from nemo_jepo.checkpoint.hf.export import copy_companions, export_hf
+from nemo_jepo.checkpoint.hf.from_gguf import write_hf_folder
 from nemo_jepo.checkpoint.hf.torch_dist import SerialSave, load_in_place
 from nemo_jepo.checkpoint.writer import save_with
 from nemo_jepo.config import compose
 from nemo_jepo.config.errors import ConfigError
+from nemo_jepo.config.hub import folder_of, is_hub_name, require_here
 from nemo_jepo.config.layouts import check_layout
 from nemo_jepo.config.schema import ModelConfig
 from nemo_jepo.utils.exit_codes import BAD_SETTINGS, DONE
@@ -41,8 +43,10 @@ MMAP_THRESHOLD = (-3, 128 * 1024)
 
 
 def import_main(argv: Sequence[str]) -> int:
-    """`nemo-jepo import HF_DIR CHECKPOINT [model.key=value ...]`."""
-    return _with_paths(import_hf, argv, "usage: nemo-jepo import HF_DIR CHECKPOINT [model.key=value ...]")
+    """`nemo-jepo import MODEL CHECKPOINT [model.key=value ...]`."""
+    usage = "usage: nemo-jepo import MODEL CHECKPOINT [model.key=value ...]\n\n"
+    usage += "MODEL: a Hugging Face folder, FILE.gguf, or OWNER/NAME[@REVISION] of the Hugging Face hub"
+    return _with_paths(import_hf, argv, usage)
 
 
 def export_main(argv: Sequence[str]) -> int:
@@ -62,16 +66,48 @@ def _with_paths(work: Callable[[Path, Path, Sequence[str]], None], argv: Sequenc
     return DONE
 
 
-def import_hf(hf_folder: Path, checkpoint: Path, overrides: Sequence[str] = ()) -> None:
-    """Write the weights of a Hugging Face folder as a new checkpoint of step 0, beside them what names the model.
+def import_hf(source: Path, checkpoint: Path, overrides: Sequence[str] = ()) -> None:
+    """Write the weights of a Hugging Face model as a new checkpoint of step 0, beside them what names the model.
 
     Args:
+        source: a folder, a .gguf file, or owner/name[@revision] of the hub.
         overrides: model.* settings, the layout to load in; any other layout reads the checkpoint all the same.
     Raises:
-        ConfigError: what is wrong with the folder or the settings, before anything is written; or the disk is full.
+        ConfigError: what is wrong with the model or the settings, before anything is written; or the disk is full.
     """
     model = _model_settings(overrides)
     _require_new("CHECKPOINT", checkpoint)
+    with _hf_folder(source, checkpoint) as hf_folder:
+        _import_folder(hf_folder, checkpoint, model)
+
+
+@contextmanager
+def _hf_folder(source: Path, checkpoint: Path) -> Iterator[Path]:
+    """The model as a folder: itself, one of the hub's cache, or for a while one beside the checkpoint."""
+    is_gguf = source.suffix == ".gguf"
+    if not is_gguf and not is_hub_name(str(source)):
+        yield source
+        return
+    parallel.init_distributed()
+    if not is_gguf:
+        found = parallel.on_first_rank(partial(folder_of, "MODEL", str(source), weights=True))
+        yield Path(require_here("MODEL", found))
+        return
+    folder = checkpoint.with_name(f".{checkpoint.name}.gguf")
+
+    def write() -> None:
+        shutil.rmtree(folder, ignore_errors=True)  # of a killed import
+        write_hf_folder(source, folder)
+
+    parallel.on_first_rank(write)
+    try:
+        yield folder
+    finally:
+        if torch.distributed.get_rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _import_folder(hf_folder: Path, checkpoint: Path, model: ModelConfig) -> None:
     hf_config = _read_config("HF_DIR", hf_folder)
     source = SafetensorsFolder(hf_folder)
     source.check(hf_shapes(hf_config))

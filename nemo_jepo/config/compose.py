@@ -29,18 +29,11 @@ from yaml import YAMLError
 
 from nemo_jepo.config.check import check, check_fields
 from nemo_jepo.config.conf_files import conf_dir
-from nemo_jepo.config.errors import ConfigError
+from nemo_jepo.config.errors import ConfigError, SettingsError
 from nemo_jepo.config.schema import Config
 from nemo_jepo.config.usage import usage
 
 DEFAULT_CONFIG = "jepo"
-
-
-class SettingsError(ConfigError):
-    """What Hydra or OmegaConf found wrong, as the one line of `explain`."""
-
-    def __init__(self, line: str) -> None:
-        ValueError.__init__(self, line)
 
 
 class ConfSearchPath(SearchPathPlugin):

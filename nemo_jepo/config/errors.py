@@ -11,6 +11,13 @@ class ConfigError(ValueError):
         super().__init__(f"{key}={value!r}: {rule}. {fix}.")
 
 
+class SettingsError(ConfigError):
+    """The same, where the line is written already."""
+
+    def __init__(self, line: str) -> None:
+        ValueError.__init__(self, line)
+
+
 class DataError(ValueError):
     """Data the user must change: which file, line and field, what is wrong, what to do."""
 

@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from nemo_jepo.config.conf_files import examples_file, shipped_examples
+from nemo_jepo.config.hub import is_model
 from nemo_jepo.config.judge import JudgeConfig, model_verifier_config
 from nemo_jepo.config.model import ModelConfig, OptimConfig, SchedConfig
 from nemo_jepo.config.objectives import OBJECTIVES, ObjectiveKind
@@ -48,6 +49,11 @@ EXAMPLES = Rule(
     f"a .jsonl or .parquet file, or one of {', '.join(shipped_examples())}",
     lambda name: examples_file(name).is_file(),
     "Give the path of a file of solved examples",
+)
+IS_MODEL = Rule(
+    "a folder that exists, or owner/name[@revision] of the Hugging Face hub",
+    is_model,
+    "Give one; a .gguf file goes through `nemo-jepo import` first",
 )
 TRIMMED = Rule(
     "a text that starts and ends with a visible character", lambda text: text != "" and text == text.strip(), "Trim it"
@@ -165,8 +171,8 @@ class DataConfig:
 class TokenizerConfig:
     """The tokenizer: a folder, or one that is trained on the training data (small models from scratch)."""
 
-    path: str | None = setting(None, exists=True, fix="Give a folder with tokenizer.json")
-    """A Hugging Face tokenizer folder; null: pretrained_checkpoint.restore_from_path."""
+    path: str | None = setting(None, IS_MODEL)
+    """A Hugging Face tokenizer folder or a name of the hub; null: that of pretrained_checkpoint.restore_from_path."""
     train_vocab_size: int = setting(512, ge=260)
     """Without a folder: train a byte-level BPE of this size on the training file, into the run folder."""
 
@@ -366,8 +372,9 @@ class WarmupConfig:
 class PretrainedConfig:
     """Where the initial weights come from."""
 
-    restore_from_path: str | None = setting(None, exists=True, fix="Give a model folder")
-    """A Hugging Face folder, or a checkpoint of this program (checkpoints/step_*); null: random weights."""
+    restore_from_path: str | None = setting(None, IS_MODEL)
+    """A Hugging Face folder, a checkpoint of this program (checkpoints/step_*), or a name of the Hugging Face hub:
+    owner/name, or owner/name@revision. Null: random weights."""
 
 
 @dataclass(kw_only=True, slots=True)

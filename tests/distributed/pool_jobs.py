@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from nemo_jepo.actor import parallel
+from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.schema import ModelConfig
 
 
@@ -18,6 +19,20 @@ def where() -> tuple[int, int, float]:
     total = torch.ones(1)
     dist.all_reduce(total)
     return os.getpid(), dist.get_rank(), total.item()
+
+
+def from_first_rank() -> tuple[object, str]:
+    """What rank 0's call gave, and the line of a ConfigError of rank 0, as this rank got them."""
+
+    def refuse() -> None:
+        raise ConfigError("key", dist.get_rank(), "is wrong", "Change it")
+
+    try:
+        parallel.on_first_rank(refuse)
+        line = ""
+    except ConfigError as error:
+        line = str(error)
+    return parallel.on_first_rank(lambda: {"rank": dist.get_rank()}), line
 
 
 def leave_everything_behind() -> None:

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tests.distributed.convert_jobs import exported, imported
+from tests.distributed.convert_jobs import exported, imported, imported_by_name
 from tests.support.command_line import TINY
+from tests.support.gguf_files import write_gguf
 from tests.support.hf_models import SHAPES, random_model
 from tests.support.rank_pool import on_ranks
 from tests.support.ranks import run_ranks
@@ -109,6 +110,23 @@ def test_an_exported_folder_is_the_imported_one_bit_for_bit(model, written, read
     beside = {file.name: file.read_bytes() for file in source.iterdir() if "safetensors" not in file.name}
     assert {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"} <= set(beside)
     assert {file.name: file.read_bytes() for file in back.iterdir() if "safetensors" not in file.name} == beside
+
+
+def test_a_model_is_imported_by_its_name_which_the_first_rank_looks_up(root):
+    source = source_of(root, "llama3 untied")
+    assert on_ranks(2, imported_by_name, source, root / "by_name") == [1, 0]
+    on_ranks(1, exported, root / "by_name", root / "by_name_back", [])
+    found, expected = tensors(root / "by_name_back"), tensors(source)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_gguf_file_is_imported_by_two_ranks_and_leaves_nothing_beside_the_checkpoint(root):
+    write_gguf(random_model("llama tied"), root / "tied.gguf")
+    on_ranks(2, imported, root / "tied.gguf", root / "from_gguf", TP2)
+    on_ranks(1, exported, root / "from_gguf", root / "from_gguf_back", [])
+    found, expected = tensors(root / "from_gguf_back"), random_model("llama tied").state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    assert not list(root.glob(".*"))
 
 
 def test_every_layout_imports_and_exports():

@@ -13,6 +13,10 @@ def test_jobs_run_on_the_same_processes_which_talk_to_each_other():
     assert [rank for _, rank, _ in first] == [0, 1] and {total for *_, total in first} == {2.0}
 
 
+def test_every_rank_gets_what_the_first_one_found_or_its_error():
+    assert on_ranks(2, pool_jobs.from_first_rank) == [({"rank": 0}, "key=0: is wrong. Change it.")] * 2
+
+
 def test_a_job_finds_nothing_of_the_one_before():
     fresh = on_ranks(2, pool_jobs.found)
     on_ranks(2, pool_jobs.leave_everything_behind)

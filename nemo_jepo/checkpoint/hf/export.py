@@ -16,23 +16,10 @@ from torch import Tensor
 
 from nemo_jepo.actor.weights.hf_folder import INDEX
 from nemo_jepo.config.errors import ConfigError
+from nemo_jepo.config.hub import COMPANIONS
 
 Shapes = Mapping[str, tuple[int, ...]]
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""Files that travel along with the weights, where there are any: shape, tokenizer, chat template, sampling."""
 
 
 def copy_companions(source: Path, folder: Path) -> None:

@@ -21,7 +21,7 @@ from nemo_jepo.config.schema import Config
 from nemo_jepo.tools.doctor.findings import Finding, is_blocked, locate, show, to_json
 from nemo_jepo.tools.doctor.groups import check_groups, check_shared_folder
 from nemo_jepo.tools.doctor.machine import check_disk, check_file_system, check_gpus, check_memory, check_ports
-from nemo_jepo.tools.doctor.run import blocker, check_data, check_settings, count_parameters
+from nemo_jepo.tools.doctor.run import blocker, check_data, check_settings, count_parameters, look_up
 from nemo_jepo.tools.doctor.versions import check_versions
 from nemo_jepo.utils.exit_codes import BAD_SETTINGS, DONE
 
@@ -72,17 +72,21 @@ def look(config: Config) -> list[Finding]:
     world_size, folder = int(os.environ.get("WORLD_SIZE", "1")), Path(config.exp_manager.exp_dir)
 
     def everything() -> Iterator[Finding]:
-        yield from check_settings(config, world_size)
+        local: Config | None = config
+        if os.environ.get("RANK", "0") == "0":
+            local, about_names = look_up(config)
+            yield from about_names
+        yield from check_settings(local or config, world_size)
         yield from check_gpus(config.trainer.devices)
-        num_parameters, about_model = count_parameters(config)
+        num_parameters, about_model = count_parameters(local or config, has_weights=local == config)
         yield from about_model
         yield from check_memory(config)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             yield from check_disk(folder, num_parameters, config)
             yield from check_file_system(folder)
         yield from check_ports(config)
-        if os.environ.get("RANK", "0") == "0":
-            yield from check_data(config, world_size)
+        if os.environ.get("RANK", "0") == "0" and local is not None:
+            yield from check_data(local, world_size)
 
     return list(everything())
 

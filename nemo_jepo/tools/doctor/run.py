@@ -10,7 +10,9 @@ from nemo_jepo.actor.model import load_hf_config
 from nemo_jepo.actor.weights.load import hf_shapes, open_source
 from nemo_jepo.config.check import check
 from nemo_jepo.config.errors import ConfigError, DataError
+from nemo_jepo.config.hub import is_hub_name
 from nemo_jepo.config.schema import Config
+from nemo_jepo.config.sources import with_folders
 from nemo_jepo.data.dataset import load_prompts, training_texts
 from nemo_jepo.data.splice import Splicer
 from nemo_jepo.data.tokenizer import load_tokenizer, train_tokenizer
@@ -41,12 +43,27 @@ def check_settings(config: Config, world_size: int) -> Iterator[Finding]:
         yield Finding(OK, "settings", f"hold together for {world_size} trainer rank{'s' * (world_size > 1)}")
 
 
-def count_parameters(config: Config) -> tuple[int | None, list[Finding]]:
-    """Parameters of the whole model, and whether the weights it starts from are there."""
+def look_up(config: Config) -> tuple[Config | None, list[Finding]]:
+    """The settings with folders in the place of hub names, whose weights stay on the hub; None where one has none."""
+    try:
+        local = with_folders(config)
+    except ConfigError as error:
+        return None, [blocker("hub", error)]
+    if local == config:
+        return config, []
+    return local, [Finding(OK, "hub", "has the model; a run that starts downloads the weights that the cache lacks")]
+
+
+def count_parameters(config: Config, has_weights: bool = True) -> tuple[int | None, list[Finding]]:
+    """Parameters of the whole model, and whether the weights it starts from are there.
+
+    Args:
+        has_weights: False for a folder of the hub's cache, which a run completes.
+    """
     path = config.pretrained_checkpoint.restore_from_path
     source = config.model.hf_config or config.model.hf_config_path or path
-    if source is None:
-        return None, []
+    if source is None or source == path and is_hub_name(path):
+        return None, []  # the first rank looks names up
     try:
         hf_config = load_hf_config(source)
         count = 0
@@ -55,7 +72,7 @@ def count_parameters(config: Config) -> tuple[int | None, list[Finding]]:
             for length in shape:
                 size *= length
             count += size
-        if path is not None and not (Path(path) / "complete.json").exists():
+        if path is not None and has_weights and not (Path(path) / "complete.json").exists():
             open_source(hf_config, path, 0)  # reads headers only
     except (ConfigError, OSError, ValueError) as error:
         return None, [blocker("model", error)]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nemo_jepo.config import compose
 from nemo_jepo.config.schema import Config
+from nemo_jepo.config.sources import with_folders
 from nemo_jepo.tools.plan import report
 from nemo_jepo.tools.plan.estimate import Plan, cluster_of, estimate
 from nemo_jepo.tools.plan.hardware import GPUS, gpu_named
@@ -52,7 +53,7 @@ def _positive(text: str) -> int:
 
 def _config(options: argparse.Namespace) -> Config:
     path = Path(options.config_path) if options.config_path else None
-    return compose.resolve(compose.compose(options.config_name, options.overrides, path))
+    return with_folders(compose.resolve(compose.compose(options.config_name, options.overrides, path)))
 
 
 def _plan(config: Config, options: argparse.Namespace, means: MeanLengths) -> Plan:

@@ -1,0 +1,66 @@
+"""The settings that name a model or a tokenizer: with the commit of a name of the hub, and with its folder here."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from nemo_jepo.config.errors import ConfigError
+from nemo_jepo.config.hub import folder_of, is_hub_name, require_here
+from nemo_jepo.config.schema import Config
+
+MODEL, TOKENIZER = "pretrained_checkpoint.restore_from_path", "tokenizer.path"
+
+
+def with_commits(config: Config, run_folder: Path, resumes: bool) -> Config:
+    """owner/name@commit in the place of every hub name; its config and tokenizer are downloaded.
+
+    Args:
+        resumes: the run goes on. A name without a revision is the commit that it began with, by its config.yaml.
+    Raises:
+        ConfigError: see `nemo_jepo.config.hub.folder_of`; or a revision is another commit than when the run began.
+    """
+    file = run_folder / "config.yaml"
+    began = OmegaConf.load(file) if resumes and file.exists() else OmegaConf.create()
+    return _with_models(config, lambda key, model: _with_commit(key, model, OmegaConf.select(began, key)))
+
+
+def _with_commit(key: str, model: str, began: str | None) -> str:
+    if not is_hub_name(model):
+        return model
+    repo, _, revision = model.partition("@")
+    if began is None or began.partition("@")[0] != repo:
+        began = None
+    named = f"{repo}@{Path(folder_of(key, model if revision or began is None else began)).name}"
+    if began is not None and named != began:
+        fix = "Give that commit, or another exp_manager.name"
+        raise ConfigError(key, model, f"is {named} now, and the run began with {began}", fix)
+    return named
+
+
+def with_folders(config: Config, weights: bool = False) -> Config:
+    """The hub's cache folder in the place of every hub name.
+
+    Args:
+        weights: download the model's weights too; else configs and tokenizers alone.
+    Raises:
+        ConfigError: see `nemo_jepo.config.hub.folder_of`.
+    """
+    return _with_models(config, lambda key, model: folder_of(key, model, weights and key == MODEL))
+
+
+def require_folders(local: Config) -> None:
+    """Raise ConfigError where this node lacks a folder that another one found."""
+    _with_models(local, require_here)
+
+
+def _with_models(config: Config, change: Callable[[str, str], str]) -> Config:
+    """The settings with change(key, value) for the model and the tokenizer, where they are given."""
+    model, tokenizer = config.pretrained_checkpoint.restore_from_path, config.tokenizer.path
+    model, tokenizer = model and change(MODEL, model), tokenizer and change(TOKENIZER, tokenizer)
+    return dataclasses.replace(
+        config,
+        pretrained_checkpoint=dataclasses.replace(config.pretrained_checkpoint, restore_from_path=model),
+        tokenizer=dataclasses.replace(config.tokenizer, path=tokenizer),
+    )
