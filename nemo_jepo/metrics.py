@@ -137,6 +137,7 @@ def rollout_metrics(
 
         logprob_difference = mean |log pi_sampler - log pi_trainer| over sampled tokens that were scored, nats
         entropy            = mean over chain-of-thought tokens, nats
+        reasoning_tokens_mean = tokens of a valid chain before the marker
 
     Args:
         sequences, rollouts: N, in the same order.
@@ -144,6 +145,8 @@ def rollout_metrics(
         policy_version: of those weights; staleness is how far behind it the sampler was.
     """
     arrived = [not sequence.failed for sequence in sequences]
+    valid = [sequence for sequence in sequences if sequence.valid and not sequence.failed]
+    reasoning = float(sum(sequence.chain_length - sequence.marker_length for sequence in valid))
     difference = entropy = 0.0
     num_sampled = num_chain = 0
     for index, sequence in enumerate(sequences):
@@ -154,6 +157,7 @@ def rollout_metrics(
         num_chain += sequence.chain_length
     count = float(sum(arrived))
     return {
+        "reasoning_tokens_mean": (reasoning, float(len(valid))),
         "misaligned_rate": (float(sum(sequence.misaligned for sequence in sequences)), count),
         "cut_off_rate": (float(sum(rollout.finish_reason == "length" for rollout in rollouts)), count),
         "response_tokens_mean": (float(sum(len(rollout.token_ids) for rollout in rollouts)), count),

@@ -25,6 +25,7 @@ from typing import Any
 import psutil
 from tqdm import tqdm
 
+from nemo_jepo.collapse import ChainWatch
 from nemo_jepo.config.schema import ExpManagerConfig
 from nemo_jepo.utils.files import write_atomically
 
@@ -115,6 +116,7 @@ class Tracker(SilentTracker):
         self._folder = run_folder
         self._settings = settings
         self._max_steps = max_steps
+        self._chains = ChainWatch()
         self._loggers = list(_loggers(run_folder, settings, first_step))
         self._bar = tqdm(total=max_steps, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
         self.say(f"run folder {run_folder}, {max_steps} steps")
@@ -134,6 +136,8 @@ class Tracker(SilentTracker):
         for logger in self._loggers:
             logger.log_metrics(everything, step=step)
         self._show(everything, step)
+        for warning in self._chains.see(step, everything):
+            self.say(warning)
 
     def log_rollouts(self, step: int, rows: Sequence[Mapping[str, Any]], name: str = "step") -> None:
         """See SilentTracker."""
@@ -151,6 +155,8 @@ class Tracker(SilentTracker):
             lines = metrics.read_text(encoding="utf-8", errors="replace").split("\n")
             kept = [line for line in lines if 0 <= _step_of(line) <= step]
             write_atomically(metrics, "".join(f"{line}\n" for line in kept))
+            for line in kept:
+                self._chains.see(_step_of(line), json.loads(line))
         for path in self._folder.glob("rollouts/*.jsonl"):
             if int(re.sub(r"\D", "", path.stem)) > step:
                 path.unlink()

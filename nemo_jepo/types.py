@@ -74,6 +74,8 @@ class Spliced:
     """Earns the format reward. True and not valid: the marker ended inside a token (or the chain was too short)."""
     misaligned: bool = False
     """The marker's end fell inside a token."""
+    marker_length: int = 0
+    """The last so many tokens of a valid sample's chain are the marker; what stands before them is its reasoning."""
     own_answer: bool = False
     """The answer is the sample's own (scored by a verifier), not the reference."""
     failed: bool = False

@@ -88,12 +88,14 @@ class Splicer:
     def marker_span(self, token_ids: Sequence[int]) -> tuple[int, int] | None:
         """The first marker's tokens, [first, one after the last); the outer two may hold other text as well."""
         end = self.marker_end(token_ids)
-        if end is None:
-            return None
+        return None if end is None else (self._marker_start(token_ids, end), end.num_tokens)
+
+    def _marker_start(self, token_ids: Sequence[int], end: MarkerEnd) -> int:
+        """The token in which a marker starts that ends there."""
         start = end.num_tokens - 1
         while start > 0 and self._marker.search(self._text(token_ids[start : end.num_tokens])) is None:
             start -= 1
-        return start, end.num_tokens
+        return start
 
     def own_answer_text(self, rollout: Rollout) -> str | None:
         """The sample's own answer, for people and verifiers: what follows the marker, without special tokens."""
@@ -182,7 +184,8 @@ class Splicer:
             end = self.marker_end(rollout.token_ids)
             valid = end is not None and end.aligned and self._long_enough(rollout, end)
             answer = answers[rollout.group] if valid else ()
-            spliced.append(_spliced(prompts[rollout.group], rollout, end, valid, answer))
+            joined = _spliced(prompts[rollout.group], rollout, end, valid, answer)
+            spliced.append(self._with_marker_length(joined, rollout, end))
         return spliced
 
     def splice_own(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[Spliced]:
@@ -196,7 +199,7 @@ class Splicer:
             end = self.marker_end(rollout.token_ids)
             valid = end is not None and self._long_enough(rollout, end)
             own = rollout.token_ids[end.num_tokens :] if end is not None and valid else ()
-            joined = _spliced(prompts[rollout.group], rollout, end, valid, own)
+            joined = self._with_marker_length(_spliced(prompts[rollout.group], rollout, end, valid, own), rollout, end)
             if not joined.failed:
                 joined = dataclasses.replace(joined, own_answer=True, generation_logprobs=rollout.generation_logprobs)
             spliced.append(joined)
@@ -233,6 +236,12 @@ class Splicer:
             return ()
         lines = [prompt.chain_of_thought if target == "chain_of_thought" else None, self._marker_sentence]
         return tuple(self._encode("\n".join(line for line in lines if line)))
+
+    def _with_marker_length(self, sequence: Spliced, rollout: Rollout, end: MarkerEnd | None) -> Spliced:
+        """The sequence, which knows how much of a valid chain is its marker."""
+        if end is None or not sequence.valid:
+            return sequence
+        return dataclasses.replace(sequence, marker_length=end.num_tokens - self._marker_start(rollout.token_ids, end))
 
     def _long_enough(self, rollout: Rollout, end: MarkerEnd) -> bool:
         """Whether min_cot_tokens whole tokens stand before the marker: without them the marker is still there."""

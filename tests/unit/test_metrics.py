@@ -19,7 +19,18 @@ PROMPTS = [
 ]
 # Valid; cut off; failed; misaligned.
 SEQUENCES = [
-    Spliced(0, 0, (9, 1, 2, 3, 4), 1, 3, 1, valid=True, has_marker=True, generation_logprobs=(-1.0, -2.0, -3.0)),
+    Spliced(
+        0,
+        0,
+        (9, 1, 2, 3, 4),
+        1,
+        3,
+        1,
+        valid=True,
+        has_marker=True,
+        marker_length=2,
+        generation_logprobs=(-1.0, -2.0, -3.0),
+    ),
     Spliced(0, 1, (9, 5, 6), 1, 2, 0, valid=False, has_marker=False, generation_logprobs=(-1.5, -0.5)),
     Spliced(1, 0, (9, 8), 2, 0, 0, valid=False, has_marker=False, failed=True),
     Spliced(1, 1, (9, 8, 7), 2, 1, 0, False, True, misaligned=True, generation_logprobs=(-4.0,)),
@@ -50,6 +61,7 @@ def test_a_phase_counts_the_tokens_that_it_handled_on_all_replicas():
 
 def test_rollout_figures_are_sums_and_counts():
     assert rollout_metrics(SEQUENCES, ROLLOUTS, SCORES, policy_version=5) == {
+        "reasoning_tokens_mean": (1.0, 1.0),  # 3 tokens, of which 2 are the marker; the others are not valid
         "misaligned_rate": (1.0, 3.0),
         "cut_off_rate": (1.0, 3.0),
         "response_tokens_mean": (6.0, 3.0),

@@ -16,6 +16,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from nemo_jepo.collapse import ChainWatch
 from nemo_jepo.tools.report.drawings import Drawing
 from nemo_jepo.tools.report.runs import Run
 from nemo_jepo.tools.report.tables import Table
@@ -45,6 +46,7 @@ CHARTS = (
     Chart("Verifiable reward", "mean", "train_rollouts/reward", 0, 1),
     Chart("KL to the reference", "nats a chain", "train_rollouts/kl"),
     Chart("Chain of thought", "tokens", "train_rollouts/cot_tokens_mean", 0),
+    Chart("Held-out chain gain", "nats, median", "val_rollouts/chain_gain_median"),
     Chart("Marker rate", "share", "train_rollouts/marker_rate", 0, 1),
     Chart("Time of a step", "seconds", "timers/step_time", 0),
 )
@@ -89,6 +91,7 @@ def render(runs: Sequence[Run], drawings: Sequence[Drawing], tables: Sequence[Ta
         outcomes=[(label, [first_and_last(run, metric) for run in runs]) for label, metric in OUTCOMES],
         phases=[name for _, name in PHASES] + ["other"],
         phase_seconds=[phase_seconds(run) for run in runs],
+        warnings=[(run.name, warning) for run in runs for warning in chain_warnings(run)],
         differences=differences(runs),
         drawings=drawings,
         tables=tables,
@@ -115,6 +118,16 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 def _shown(value: Any) -> str:
     """As YAML spells it."""
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+
+
+def chain_warnings(run: Run) -> list[str]:
+    """What the run said of its chains of thought: that they collapsed, or do not pay."""
+    watch = ChainWatch()
+    return [
+        warning
+        for index, step in enumerate(run.steps)
+        for warning in watch.see(step, {name: values[index] for name, values in run.metrics.items()})
+    ]
 
 
 def first_and_last(run: Run, metric: str) -> tuple[float, float] | None:

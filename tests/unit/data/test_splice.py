@@ -279,3 +279,16 @@ def test_an_end_of_turn_that_does_not_exist_cannot_be_appended():
     with pytest.raises(ConfigError, match="answer.append_eos=True"):
         Splicer(tokenizer, AnswerConfig())
     assert Splicer(tokenizer, AnswerConfig(append_eos=False)).answer_ids("4") == encode(tokenizer, " 4")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_stands_before_the_marker_is_counted_apart_from_it(kind):
+    tokenizer = small_tokenizer(kind)
+    splicer = Splicer(tokenizer, AnswerConfig(marker=MARKER))
+    reasoning, marker = encode(tokenizer, "2 * 3 = 6\n"), encode(tokenizer, MARKER)
+    for splice in (splicer.splice_reference, splicer.splice_own):
+        (sequence,) = splice([prompt_of(tokenizer)], [rollout_of(reasoning + marker)])
+        before = sequence.token_ids[sequence.prompt_length :][: sequence.chain_length - sequence.marker_length]
+        assert (before, sequence.marker_length) == (reasoning, len(marker))
+        (unmarked,) = splice([prompt_of(tokenizer)], [rollout_of(reasoning)])
+        assert unmarked.marker_length == 0
