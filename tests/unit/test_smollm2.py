@@ -42,7 +42,7 @@ def test_a_folder_appears_after_an_answer_and_is_asked_again(tool, wheels, tmp_p
     folder.parent.mkdir()
     tool.main(folder, wheels)
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"{folder}: 0.0M parameters. What is the capital of France?")
+    assert line.startswith(f"{folder}: 0.1M parameters. What is the capital of France?")
     assert [path.name for path in folder.parent.iterdir()] == ["tiny"]
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     tool.main(folder, tmp_path / "no wheels")
