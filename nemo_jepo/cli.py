@@ -1,4 +1,5 @@
-"""nemo-jepo train|evaluate [--config-name NAME] [key=value ...]
+"""nemo-jepo train [--config-name NAME] [key=value ...]
+nemo-jepo evaluate [--model MODEL] [--config-name NAME] [key=value ...]
 nemo-jepo import MODEL CHECKPOINT [model.key=value ...]
 nemo-jepo export CHECKPOINT HF_DIR [model.key=value ...]
 nemo-jepo plan [--nodes N] [--rollout-nodes N] [--gpu KIND] [--search] [--json] [--config-name NAME] [key=value ...]
@@ -11,7 +12,8 @@ nemo-jepo serve MODEL_FOLDER [options]
 nemo-jepo demo [key=value ...]
 
     train       train; exit code 0 done, 75 interrupted and saved, 2 a setting to change
-    evaluate    held-out metrics of a run's newest checkpoint (or of its initial weights) as one JSON object on stdout
+    evaluate    held-out metrics of a run's newest checkpoint (or of its initial weights, or of any model) as one JSON
+                object on stdout
     import      write the weights of a Hugging Face folder, a .gguf file or a hub's model as a checkpoint for any layout
     export      write a checkpoint's model as a new Hugging Face folder: config.json, safetensors, tokenizer
     plan        memory, time and cost of a run by a model, without a GPU; exit code 0 fits, 1 does not
@@ -19,7 +21,7 @@ nemo-jepo demo [key=value ...]
     experiment  a named set of runs, one after another, and their metrics in one table; experiment --help lists the sets
     checkpoint  which checkpoints of a run are whole; read one again and compare every file's checksum
     report      runs and experiments as one HTML page: curves, settings that differ, rollouts token by token
-    data        write a published data set (math, numina, numina_proof, gsm8k, proofnet) as Parquet with a manifest
+    data        write a published data set (math, numina, gsm8k, math500, aime25, ...) as Parquet with a manifest
     serve       a vLLM server for rollouts, until it is stopped; serve --help lists its options
     demo        train a small model on this machine's CPU, then show what it learned
 
@@ -84,7 +86,7 @@ def run(name: str, argv: list[str]) -> int:
         return load(COMMANDS[name])(argv)
     from nemo_jepo.config.compose import read_command_line  # Hydra, which half of the commands do without
 
-    config = read_command_line(argv)
+    config = read_command_line(argv, trains=name == "train")
     return DONE if config is None else load(COMMANDS[name])(config)
 
 

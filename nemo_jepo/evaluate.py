@@ -20,7 +20,6 @@ from torch import Tensor
 from nemo_jepo.actor.parallel import Layout, init_distributed, init_model_parallel
 from nemo_jepo.actor.scoring import score
 from nemo_jepo.checkpoint.format import latest_checkpoint
-from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.schema import Config
 from nemo_jepo.config.warmup import started_from
 from nemo_jepo.data.dataset import PromptSplits, has_oracle
@@ -59,12 +58,12 @@ def main(config: Config) -> int:
     init_distributed()
     init_model_parallel(config.model)
     folder, layout = config.run_folder, Layout()
-    newest = latest_checkpoint(folder / "checkpoints") or latest_checkpoint(folder / "warmup" / "checkpoints")
+    newest = newest_of_run(folder) if config.exp_manager.resume_if_exists else None
     if newest is not None:
         config = started_from(config, newest)
-    with OwnServers(folder) as servers, closing(build(config, folder, layout, servers, PromptSplits())) as t:
-        if not t.validation:
-            raise ConfigError("data.validation_path", None, "evaluate reads it", "Add data.validation_path=FILE")
+    config = replace(config, kl=replace(config.kl, beta=0.0))  # the reference policy would be the model itself
+    splits = PromptSplits(trains=False)
+    with OwnServers(folder) as servers, closing(build(config, folder, layout, servers, splits)) as t:
         metrics, _ = evaluate(t, t.validation)
     if layout.rank == 0:
         source = str(newest or t.config.pretrained_checkpoint.restore_from_path or "random initialisation")
@@ -73,6 +72,11 @@ def main(config: Config) -> int:
             always["combined_accuracy"] = None
         print(json.dumps({"model": source, "num_prompts": len(t.validation)} | always | metrics), flush=True)
     return DONE
+
+
+def newest_of_run(folder: Path) -> Path | None:
+    """The newest checkpoint of a run, or of its warm-up where it has none yet."""
+    return latest_checkpoint(folder / "checkpoints") or latest_checkpoint(folder / "warmup" / "checkpoints")
 
 
 def evaluate(

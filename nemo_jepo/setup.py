@@ -172,7 +172,7 @@ def build(config: Config, folder: Path, layout: Layout, servers: OwnServers, spl
     prompts_of = functools.partial(splits.get, config.data, tokenizer=tokenizer, answer=config.answer)
     train = prompts_of("warmup" if objective.supervised else "train")
     validation = prompts_of("validation") if has_split(config.data, "validation") else ()
-    stream = PromptStream(train, loop.num_prompts_per_step, config.data.shuffle, config.data.seed)
+    stream = PromptStream(train or validation, loop.num_prompts_per_step, config.data.shuffle, config.data.seed)
     splicer = Splicer(tokenizer, config.answer)
     hf_config = find_hf_config(config.model, restored, precision, tokenizer)
     if local != config:

@@ -38,15 +38,16 @@ def check_fields(node: Any, prefix: str = "") -> None:
                 raise ConfigError(key, value, f"must be {rule.text}", rule.fix)
 
 
-def check(config: Config, world_size: int) -> None:
+def check(config: Config, world_size: int, trains: bool = True) -> None:
     """Every rule between settings, files and machines.
 
     Args:
         world_size: trainer processes that were really started.
+        trains: False where held-out prompts alone are read.
     Raises:
         ConfigError: the first broken rule.
     """
-    _check_data(config.data)
+    _check_data(config.data, trains)
     _check_arithmetic(config.data.arithmetic)
     _check_machines(config.trainer, config.model, world_size)
     _check_batches(config.trainer, config.warmup, config.model.data_parallel_size(world_size))
@@ -61,9 +62,11 @@ def check(config: Config, world_size: int) -> None:
     _check_loggers(config.exp_manager)
 
 
-def _check_data(data: DataConfig) -> None:
-    if data.reads_files and data.train_path is None:
+def _check_data(data: DataConfig, trains: bool) -> None:
+    if trains and data.reads_files and data.train_path is None:
         raise ConfigError("data.train_path", None, f"data={data.name} reads a file", "Add data.train_path=FILE")
+    if not trains and data.reads_files and data.validation_path is None:
+        raise ConfigError("data.validation_path", None, "evaluate reads it", "Add data.validation_path=FILE")
     if data.system_prompt is not None and not data.use_chat_template:
         rule = "is a turn of the chat template"
         raise ConfigError("data.system_prompt", data.system_prompt, rule, "Add data.use_chat_template=true")

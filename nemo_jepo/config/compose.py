@@ -142,7 +142,7 @@ def resolve(cfg: DictConfig) -> Config:
     return config
 
 
-def read_command_line(argv: Sequence[str]) -> Config | None:
+def read_command_line(argv: Sequence[str], trains: bool = True) -> Config | None:
     """The checked settings of a Hydra command line; None where it only asked for something to be printed.
 
     Neither NeMo nor torch is imported, so that a wrong setting and `--help` are answered at once on every rank.
@@ -150,10 +150,15 @@ def read_command_line(argv: Sequence[str]) -> Config | None:
     Args:
         argv: the command line without the program's name and the command. --config-path (or --config-dir) is taken
             from the working directory and may use everything in conf/.
+        trains: False for evaluate, which needs no training data and takes --model.
     Raises:
         ConfigError: the first wrong setting.
     """
-    arguments = get_args_parser().parse_args(list(argv))
+    parser = get_args_parser()
+    parser.add_argument("--model", nargs="?", const="")
+    arguments = parser.parse_args(list(argv))
+    if arguments.model is not None:
+        arguments.overrides = with_model(arguments.model, arguments.overrides, trains)
     name = arguments.config_name or DEFAULT_CONFIG
     folder = Path(arguments.config_path or arguments.config_dir or conf_dir()).absolute()
     if arguments.multirun:
@@ -170,8 +175,26 @@ def read_command_line(argv: Sequence[str]) -> Config | None:
         _run_hydra(arguments, get_args_parser(), print, str(folder), name)
         return None
     config = resolve(composed)
-    check(config, int(os.environ.get("WORLD_SIZE", "1")))
+    check(config, int(os.environ.get("WORLD_SIZE", "1")), trains)
     return config
+
+
+def with_model(model: str, overrides: Sequence[str], trains: bool) -> list[str]:
+    """The overrides that `evaluate --model MODEL` stands for: this model, whatever a run has trained."""
+    if trains:
+        fix = "Use pretrained_checkpoint.restore_from_path=FOLDER"
+        raise ConfigError("--model", model, "is an option of evaluate, which trains nothing", fix)
+    if not model or "=" in model:
+        raise ConfigError("--model", model, "must name a model", "Write --model FOLDER")
+    of_the_recipe = [f"{key}=null" for key in ("model.hf_config", "model.hf_config_path", "tokenizer.path")]
+    quoted = model.replace("\\", r"\\").replace("'", r"\'")
+    return [
+        *of_the_recipe,
+        "exp_manager.name=evaluate",
+        "exp_manager.resume_if_exists=false",
+        *overrides,
+        f"pretrained_checkpoint.restore_from_path='{quoted}'",
+    ]
 
 
 def _section(composed: DictConfig, key: str | None) -> DictConfig:

@@ -386,7 +386,7 @@ class ExpManagerConfig:
     name: str = MISSING
     """Name of the run; every conf file sets one."""
     resume_if_exists: bool = True
-    """Go on from the newest checkpoint. False: a run folder that holds a checkpoint is an error."""
+    """Go on from the newest checkpoint. False: a run folder that holds a checkpoint is an error; evaluate leaves it."""
     create_tensorboard_logger: bool = True
     """Write events.out.tfevents.* for TensorBoard."""
     create_wandb_logger: bool = False

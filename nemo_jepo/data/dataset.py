@@ -66,10 +66,13 @@ class PromptSplits:
     """The prompts of each split, loaded when first asked for: a warm-up and the run after it read their files once.
 
     The tokenizer of a run is one and the same from its warm-up to its end, so that prompts are encoded once as well.
+
+    Args:
+        trains: False where only the validation split is read; the others have no prompts then.
     """
 
-    def __init__(self) -> None:
-        self._loaded: dict[str, tuple[Prompt, ...]] = {}
+    def __init__(self, trains: bool = True) -> None:
+        self._loaded: dict[str, tuple[Prompt, ...]] = {} if trains else {"train": (), "warmup": ()}
 
     def get(
         self, config: DataConfig, split: Split, tokenizer: "PreTrainedTokenizerBase", answer: AnswerConfig

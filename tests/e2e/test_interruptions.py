@@ -207,8 +207,8 @@ def test_an_exported_checkpoint_is_a_hugging_face_model_with_the_same_metrics(un
     assert fork_server.run(arguments, environment=ENVIRONMENT).returncode == 0
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype == torch.float32 and AutoTokenizer.from_pretrained(folder).eos_token_id is not None
-    source = [f"pretrained_checkpoint.restore_from_path={folder}", "model.hf_config=null"]
-    found = json.loads(run("evaluate", tmp_path, *source).stdout)
+    found = json.loads(run("evaluate", tmp_path, f"--model={folder}").stdout)
+    assert found["model"] == str(folder)
     last = metrics(uninterrupted)[-1]
     for name in ("proxy_nll", "marker_rate", "cot_tokens_mean", "no_chain_nll", "chain_gain"):
         assert found[name] == pytest.approx(last[f"val_rollouts/{name}"], rel=1e-6)

@@ -109,4 +109,4 @@ def test_an_interruption_is_one_line_and_leaves_nothing(run, tmp_path, monkeypat
 
 def test_help_names_the_data_sets(run):
     code, out, _ = run("prepare", "--help")
-    assert code == 0 and "math, numina, numina_proof, gsm8k, proofnet" in out
+    assert code == 0 and "math, numina, numina_proof, gsm8k, proofnet, math500" in " ".join(out.split())

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pyarrow
+import pyarrow.csv
 import pyarrow.parquet
 
 MATH = {
@@ -39,12 +40,59 @@ NUMINA_PROOF = NUMINA | {
     "source": "olympiads_ref",
 }
 
+MATH500 = {
+    "problem": "What is $1+1$?",
+    "solution": r"It is $\boxed{2}$.",
+    "answer": "2",
+    "subject": "Algebra",
+    "level": 1,
+    "unique_id": "test/algebra/1.json",
+}
+AIME24 = {"id": 60, "problem": "Find it.", "solution": "...", "answer": "033", "url": "http://x", "year": "2024"}
+AIME25 = {"problem": "Find it.", "answer": "70", "id": "0"}
+OLYMPIADBENCH = {
+    "id": 1606,
+    "question": "Find all $x$.",
+    "solution": ["By hand, $x=1$ or $x=2$.", "Another way."],
+    "final_answer": ["$1$", "$2$ "],
+    "context": None,
+    "modality": "Text-only",
+    "is_multiple_answer": True,
+    "unit": None,
+    "answer_type": "Numerical",
+    "subfield": "Algebra",
+    "subject": "Math",
+    "language": "English",
+}
+MINERVA = {"question": "How many watts?", "answer": r"4.5e33"}
+MINIF2F = {
+    "id": "mathd_algebra_478",
+    "split": "test",
+    "formal_statement": "theorem mathd_algebra_478",
+    "header": "import Mathlib",
+    "informal_stmt": "Show that it is 65.",
+    "informal_proof": "We are given $B = 30$, so it is $65$.",
+}
+GPQA = {
+    "Record ID": "rec06",
+    "Question": "Which decays?",
+    "Correct Answer": "the muon",
+    "Incorrect Answer 1": "the electron",
+    "Incorrect Answer 2": "the photon",
+    "Incorrect Answer 3": "the proton, in theory",
+    "Explanation": "It is heavier.",
+    "Subdomain": "Particles",
+    "High-level domain": "Physics",
+}
+
 
 def write(path: Path, *rows: dict) -> Path:
-    """The rows as JSONL or Parquet, by the name of the file."""
+    """The rows as JSONL, CSV or Parquet, by the name of the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
+    elif path.suffix == ".csv":
+        pyarrow.csv.write_csv(pyarrow.Table.from_pylist(list(rows)), path)
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

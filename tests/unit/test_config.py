@@ -172,6 +172,32 @@ def test_a_command_line_gives_checked_settings():
         compose.read_command_line(["--multirun"])
 
 
+def test_evaluate_takes_a_model_in_the_place_of_a_run_and_needs_held_out_data_alone(tmp_path):
+    """The recipe's own shape and tokenizer give way, also to a folder whose name Hydra would read as something else."""
+    folder = tmp_path / "it's a model, {x: 1}"
+    folder.mkdir()
+    shape = {"num_attention_heads": 2, "num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8}
+    (folder / "config.json").write_text(json.dumps(shape))
+    (tmp_path / "held_out.jsonl").write_text("")
+    data = f"data.validation_path={tmp_path}/held_out.jsonl"
+    text = "defaults: [demo, {override data: jsonl}, _self_]\nexp_manager: {name: '???'}\n"
+    (tmp_path / "own.yaml").write_text(text)
+    own = ["--config-path", str(tmp_path), "--config-name", "own"]
+    config = compose.read_command_line(["--model", str(folder), *own, data, "model.seed=3"], trains=False)
+    assert config is not None
+    assert config.pretrained_checkpoint.restore_from_path == str(folder)
+    assert (config.model.hf_config, config.tokenizer.path, config.data.train_path) == (None, None, None)
+    assert (config.model.seed, config.exp_manager.resume_if_exists) == (3, False)
+
+    with pytest.raises(ConfigError, match="^data.validation_path=None: evaluate reads it. Add"):
+        compose.read_command_line(["--model", str(folder), *own], trains=False)
+    with pytest.raises(ConfigError, match="^--model='.*': is an option of evaluate.*Use pretrained_checkpoint"):
+        compose.read_command_line(["--model", str(folder)])
+    for arguments in (["--model"], ["--model", data], ["--model", "--config-name", "demo"]):
+        with pytest.raises(ConfigError, match="^--model=.*: must name a model. Write --model FOLDER."):
+            compose.read_command_line(arguments, trains=False)
+
+
 def test_help_names_recipes_groups_and_sections(capsys):
     assert compose.read_command_line(["--help"]) is None
     text = capsys.readouterr().out

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,10 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError("--revision", chosen.revision, "a local copy has none", "Leave out --revision or --from")
     judge = partial(verifiable_answers, num_workers=chosen.workers)
     folder = prepare(chosen.name, chosen.out, judge, chosen.local, chosen.revision)
-    for file, counts in json.loads((folder / "manifest.json").read_text())["files"].items():
+    manifest = json.loads((folder / "manifest.json").read_text())
+    if "conditions" in manifest["source"]:
+        print(manifest["source"]["conditions"], file=sys.stderr)
+    for file, counts in manifest["files"].items():
         print(f"{folder / file}  {counts['rows']} rows, {counts['verifiable']} verifiable")
     return DONE
 

@@ -7,9 +7,9 @@ from itertools import chain
 from pathlib import Path
 
 from nemo_jepo.config.errors import ConfigError, DataError
-from nemo_jepo.tools.prepare.published import Published, Row
+from nemo_jepo.tools.prepare.records import Published, Row
 
-FORMATS = {".jsonl": "json", ".parquet": "parquet"}
+FORMATS = {".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 SPLIT_NAMES = {"train": "train", "test": "test", "valid": "validation", "validation": "validation"}
 
 
@@ -22,8 +22,8 @@ def published_files(published: Published, revision: str | None = None) -> dict[s
 def local_files(published: Published, path: Path) -> dict[str, list[str]]:
     """Split -> paths of a local copy.
 
-    A folder is searched, also inside, for .jsonl and .parquet files whose names begin with the split: train.jsonl,
-    algebra/train-00000-of-00001.parquet, valid.jsonl. A file is the split of a data set that has one.
+    A folder is searched, also inside, for .jsonl, .parquet and .csv files whose names begin with the split:
+    train.jsonl, algebra/train-00000-of-00001.parquet, valid.jsonl. A file is the split of a data set that has one.
 
     Raises:
         ConfigError: no such path, or a split without a file.
@@ -54,7 +54,7 @@ def read_split(published: Published, files: list[str], is_local: bool) -> Iterat
 
     formats = {FORMATS[Path(file).suffix] for file in files}
     if len(formats) > 1:
-        raise DataError(f"{files[0]}: its split is there in JSONL and in Parquet. Leave one of them.")
+        raise DataError(f"{files[0]}: its split is there in several formats. Leave one of them.")
     with _library_errors(files, is_local):
         rows = iter(datasets.load_dataset(formats.pop(), data_files=files, split="train", streaming=is_local))
         first = next(rows, None)

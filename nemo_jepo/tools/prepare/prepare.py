@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from nemo_jepo.config.errors import ConfigError, DataError
 from nemo_jepo.tools.prepare.origin import local_files, published_files, read_split
-from nemo_jepo.tools.prepare.published import FILTERS, PUBLISHED, Example, Published
+from nemo_jepo.tools.prepare.published import PUBLISHED
+from nemo_jepo.tools.prepare.records import FILTERS, Example, Published
 from nemo_jepo.utils.files import sha256_of
 
 Judge = Callable[[Sequence[str]], Sequence[bool | None]]
@@ -69,6 +70,8 @@ def prepare(name: str, out: Path, judge: Judge, local: Path | None = None, revis
         raise ConfigError("--out", str(out), f"{target} exists", "Remove it, or choose another folder")
     files = local_files(published, local) if local else published_files(published, revision)
     origin: dict[str, Any] = {"home": published.home, "licence": published.licence}
+    if published.conditions:
+        origin["conditions"] = published.conditions
     if local:
         origin |= {"local_copy": {path: sha256_of(path) for paths in files.values() for path in paths}}
     else:

@@ -10,10 +10,27 @@ import pytest
 from nemo_jepo.config.errors import ConfigError, DataError
 from nemo_jepo.config.schema import AnswerConfig, DataConfig
 from nemo_jepo.data.dataset import load_prompts
+from nemo_jepo.tools.prepare.benchmarks import gpqa
 from nemo_jepo.tools.prepare.origin import published_files
 from nemo_jepo.tools.prepare.prepare import prepare
-from nemo_jepo.tools.prepare.published import FILTERS, PUBLISHED
-from tests.support.published_rows import GSM8K, MATH, NUMINA, NUMINA_PROOF, PROOFNET, numbered, write
+from nemo_jepo.tools.prepare.published import PUBLISHED
+from nemo_jepo.tools.prepare.records import FILTERS
+from tests.support.published_rows import (
+    AIME24,
+    AIME25,
+    GPQA,
+    GSM8K,
+    MATH,
+    MATH500,
+    MINERVA,
+    MINIF2F,
+    NUMINA,
+    NUMINA_PROOF,
+    OLYMPIADBENCH,
+    PROOFNET,
+    numbered,
+    write,
+)
 
 REAL = Path(__file__).parents[4] / "shared" / "data"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the data files are not beside the checkout")
@@ -131,6 +148,77 @@ def test_numina_proof_keeps_cleaned_proofs_and_compares_its_count_with_the_paper
     assert (paper["count"], paper["prepared"], paper["difference"]) == (58088, 2, -58086)
 
 
+BY_HAND = OLYMPIADBENCH["solution"][0]
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "row", "question", "answer", "chain_of_thought", "source", "row_id"),
+    [
+        ("math500", "a.jsonl", MATH500, "What is $1+1$?", "2", MATH500["solution"], "Algebra", "test/algebra/1.json"),
+        ("aime24", "a.parquet", AIME24, "Find it.", "33", None, "aime", "test/0"),
+        ("aime25", "a.jsonl", AIME25, "Find it.", "70", None, "aime", "test/0"),
+        ("minerva", "a.jsonl", MINERVA, "How many watts?", "4.5e33", None, "minerva", "test/0"),
+        (
+            "olympiadbench",
+            "a.parquet",
+            OLYMPIADBENCH,
+            "Find all $x$.",
+            "1, 2",
+            "By hand, $x=1$ or $x=2$.",
+            "Algebra",
+            "test/0",
+        ),
+    ],
+)
+def test_a_benchmark_is_its_test_split_with_short_answers(
+    tmp_path, name, file, row, question, answer, chain_of_thought, source, row_id
+):
+    blank = {column: [] if isinstance(value, list) else None for column, value in row.items()}
+    rows, manifest = prepared(name, tmp_path / "out", write(tmp_path / file, row, blank))
+    expected = {"question": question, "answer": answer, "chain_of_thought": chain_of_thought, "source": source}
+    assert rows == {"test": [expected | {"verifiable": True, "id": row_id}]}
+    assert steps(manifest, "test")["blank"] == (2, 1)
+
+
+def test_an_aime_answer_is_a_whole_number(tmp_path):
+    rows, manifest = prepared("aime25", tmp_path / "out", write(tmp_path / "a.jsonl", AIME25, AIME25 | {"answer": "?"}))
+    assert len(rows["test"]) == 1 and steps(manifest, "test") == {"blank": (2, 2), "no_integer": (2, 1)}
+
+
+def test_a_text_with_several_formulas_keeps_its_dollars_and_a_context_stands_before_its_question(tmp_path):
+    row = OLYMPIADBENCH | {"final_answer": ["$1$ and $2$"], "context": "Let $x$ be real."}
+    rows, _ = prepared("olympiadbench", tmp_path / "out", write(tmp_path / "o.jsonl", row))
+    (found,) = rows["test"]
+    assert (found["question"], found["answer"]) == ("Let $x$ be real.\nFind all $x$.", "$1$ and $2$")
+
+
+def test_minif2f_is_statement_and_proof_in_words_and_never_verifiable(tmp_path):
+    write(tmp_path / "valid.jsonl", MINIF2F)
+    write(tmp_path / "test.jsonl", MINIF2F, MINIF2F | {"informal_proof": ""})
+    rows, _ = prepared("minif2f", tmp_path / "out", tmp_path, judge=never)
+    (row,) = rows["test"]
+    assert rows["validation"] == rows["test"] and not row["verifiable"]
+    assert (row["question"], row["answer"], row["source"]) == (
+        MINIF2F["informal_stmt"],
+        MINIF2F["informal_proof"],
+        "mathd",
+    )
+
+
+def test_gpqa_is_a_letter_and_the_options_stand_in_an_order_of_the_questions_own(tmp_path):
+    """Over 4000 questions the right option has every letter about equally often, whatever file it is in."""
+    many = [GPQA | {"Question": f"Which decays? ({number})"} for number in range(4000)]
+    letters = [gpqa(row).answer for row in many]
+    assert all(900 < letters.count(letter) < 1100 for letter in "ABCD")
+    rows, manifest = prepared("gpqa", tmp_path / "a", write(tmp_path / "gpqa.csv", *many[9:0:-1]))
+    assert [row["answer"] for row in rows["test"]] == letters[9:0:-1]
+    for row in rows["test"]:
+        assert f"\n{row['answer']}) the muon\n" in row["question"]
+        assert all(f") {GPQA[f'Incorrect Answer {number}']}\n" in row["question"] for number in (1, 2, 3))
+    assert row["source"] == "Physics" and row["chain_of_thought"] == "It is heavier." and row["id"] == "rec06"
+    assert "not to publish" in manifest["source"]["conditions"]
+
+
 def test_a_tenth_is_held_out_by_its_text_whatever_stands_around_it(tmp_path):
     some = numbered(NUMINA, 40)
     rows, _ = prepared("numina", tmp_path / "a", write(tmp_path / "some.jsonl", *some))
@@ -162,7 +250,7 @@ def test_the_manifest_names_licence_local_files_counts_and_checksums(tmp_path):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_file_is_asked_for_at_one_commit_only(name):
     published = PUBLISHED[name]
-    assert len(published.revision) == 40 and int(published.revision, 16)
+    assert name == "minerva" or (len(published.revision) == 40 and int(published.revision, 16))
     for revision in (None, "0" * 40):
         for (address,) in published_files(published, revision).values():
             assert (revision or published.revision) in address and "{" not in address
@@ -203,7 +291,10 @@ def test_a_missing_column_is_named_with_those_there_are(tmp_path):
 
 def test_an_unknown_name_lists_those_there_are(tmp_path):
     line = refused(ConfigError, "numena", tmp_path / "out", None)
-    assert line == ("NAME='numena': no such data set. Choose one of math, numina, numina_proof, gsm8k, proofnet.")
+    known = (
+        "math, numina, numina_proof, gsm8k, proofnet, math500, aime24, aime25, olympiadbench, minerva, minif2f, gpqa"
+    )
+    assert line == f"NAME='numena': no such data set. Choose one of {known}."
 
 
 def test_an_existing_target_is_left_alone(tmp_path):
