@@ -270,17 +270,17 @@ def grade(
     return layout.share_in_replica(verdicts)
 
 
-def judged_answers(judges: Judges, layout: Layout, cases: Sequence[Case], num_verified: int) -> dict[str, Pair]:
+def judged_answers(judges: Judges, layout: Layout, cases: Sequence[Case], num_samples: int) -> dict[str, Pair]:
     """What the configured judges say of the answers that the verifier calls wrong; all ranks of a replica call.
 
     Args:
         cases: this replica's; only its first rank's are read.
-        num_verified: samples of this replica about which the verifier said something.
+        num_samples: that arrived, of this replica.
     """
     metrics: dict[str, Pair] = {}
     for name in judges.names:
         verdicts = layout.share_in_replica(judges.ask(name, cases) if layout.is_replica_head else None)
-        metrics |= judge_metrics(name, verdicts, num_verified, layout.data_parallel_rank == 0)
+        metrics |= judge_metrics(name, verdicts, num_samples, layout.data_parallel_rank == 0)
     return metrics
 
 

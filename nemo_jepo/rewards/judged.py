@@ -1,14 +1,14 @@
 """A judge's verdicts on answers that the verifier calls wrong, as metrics of an evaluation. No objective reads them.
 
     r = r_verifier + r_judge 1{r_verifier = 0}
-    combined accuracy = mean(r) = accuracy + asked_rate * correct_rate
+    combined accuracy = mean(r) = accuracy + asked_rate * answered_rate * correct_rate
 
-    asked_rate     share of samples that are wrong by the verifier and hold an answer; without one r = 0, none is asked
-    correct_rate   share of those, where there is a verdict, that the judge calls correct
+    asked_rate      share of samples that are wrong by the verifier and hold an answer; without one r = 0, none is asked
+    answered_rate   share of those about which the judge says anything
+    correct_rate    share of these that it calls correct
 
-An answer without a verdict has no value of r and is in neither part of correct_rate: the mean over the others of its
-kind stands for it. To average r over the samples that have one would drop answers that the verifier calls wrong and no
-others, and an endpoint that is down would make the accuracy 1.
+An answer without a verdict has r_judge = 0: a text that makes the judge fail is as good as a wrong one. Where no answer
+has a verdict (the endpoint is down) there is no combined accuracy.
 
 Source: arXiv 2503.19618 (the combined score, r_judge the majority of 5 votes).
 """
@@ -84,10 +84,9 @@ class Judges:
             verdicts, fault = [None] * len(cases), str(error)
         num_missing = verdicts.count(None)
         if num_missing:
-            others = len(cases) - num_missing
-            rest = f"the other {others} stand for them" if others else "it is left out"
-            message = "%s: %d of %d answers have no verdict, which counts as neither right nor wrong (%s: %s); %s"
-            log.warning(message, name, num_missing, len(cases), ACCURACY[name], rest, fault)
+            counted = "count as wrong" if num_missing < len(cases) else "leave it out"
+            message = "%s: %d of %d answers have no verdict and %s (%s): %s"
+            log.warning(message, name, num_missing, len(cases), counted, ACCURACY[name], fault)
         return verdicts
 
     def _open(self, name: str, settings: JudgeConfig) -> "Judge":
@@ -102,18 +101,19 @@ class Judges:
 
 
 def judge_metrics(
-    name: str, judged: Sequence[bool | None], num_verified: int, is_first_replica: bool
+    name: str, judged: Sequence[bool | None], num_samples: int, is_first_replica: bool
 ) -> dict[str, Pair]:
-    """asked_rate, correct_rate and faults of one judge.
+    """asked_rate, answered_rate, correct_rate and faults of one judge.
 
     Args:
         judged: its verdicts on this replica's cases.
-        num_verified: samples of this replica about which the verifier said something.
+        num_samples: that arrived, of this replica.
         is_first_replica: faults are summed over replicas, and counted once.
     """
     known = [verdict for verdict in judged if verdict is not None]
     return {
-        f"{name}_asked_rate": (float(len(judged)), float(num_verified)),
+        f"{name}_asked_rate": (float(len(judged)), float(num_samples)),
+        f"{name}_answered_rate": (float(len(known)), float(len(judged))),
         f"{name}_correct_rate": (float(sum(known)), float(len(known))),
         f"{name}_faults": (float(len(judged) - len(known)), float(is_first_replica)),
     }
@@ -127,5 +127,5 @@ def combined_accuracies(metrics: Mapping[str, float]) -> dict[str, float]:
         if asked == 0:
             combined[accuracy] = metrics["accuracy"]
         elif asked is not None and correct is not None:
-            combined[accuracy] = metrics["accuracy"] + asked * correct
+            combined[accuracy] = metrics["accuracy"] + asked * metrics[f"{name}_answered_rate"] * correct
     return combined

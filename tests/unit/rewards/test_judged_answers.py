@@ -6,7 +6,8 @@ import pytest
 
 from nemo_jepo.config.judge import JudgeConfig, model_verifier_config
 from nemo_jepo.config.schema import EvaluationConfig
-from nemo_jepo.evaluate import judged_answers
+from nemo_jepo.evaluate import arrived, judged_answers
+from nemo_jepo.held_out import accuracy
 from nemo_jepo.rewards.judge_prompt import Case
 from nemo_jepo.rewards.judged import Judges, cases_to_judge, combined_accuracies
 from nemo_jepo.types import Prompt, Rollout
@@ -25,10 +26,9 @@ def judged(tmp_path, verdicts=VERDICTS, answers=ANSWERS, **settings: Any) -> dic
     judges = Judges(EvaluationConfig(**settings), tmp_path)
     own = [(answer or "").strip() or None for answer in answers]
     rollouts = [Rollout(0, sample, (1,), (0.0,), "stop") for sample in range(len(answers))]
-    known = [verdict for verdict in verdicts if verdict is not None]
     cases = cases_to_judge([PROMPT], rollouts, own, verdicts)
-    pairs = judged_answers(judges, OneRank(), cases, len(known))
-    pairs["accuracy"] = (sum(known), len(known))
+    pairs = judged_answers(judges, OneRank(), cases, len(rollouts))
+    pairs["accuracy"] = accuracy(arrived(rollouts, own, verdicts))
     means = {name: total / count for name, (total, count) in pairs.items() if count}
     return means | combined_accuracies(means)
 
@@ -44,29 +44,26 @@ def right(*answers: str):
 
 
 def test_the_judge_is_asked_about_answers_that_the_verifier_calls_wrong_and_adds_those_it_calls_right(tmp_path):
-    """Right by the verifier: 1 of 6. By the judge: four and IV. r = 1, 1, 0, 0, 0, -, 1: 3 of 6."""
+    """Right by the verifier: 1 of 7, a fault among them. By the judge: four and IV. r = 1, 1, 0, 0, 0, 0, 1: 3 of 7."""
     with FakeJudge(right("four", "IV")) as fake:
         found = judged(tmp_path, judge=JudgeConfig(url=fake.base))
         for answer in ("four", "5", "IV"):
             assert len(fake.about(answer)) == 3
         assert len(fake.requests) == 9
-    assert found["accuracy"] == pytest.approx(1 / 6)
-    assert found["combined_accuracy"] == pytest.approx(3 / 6)
+    assert found["accuracy"] == pytest.approx(1 / 7)
+    assert found["combined_accuracy"] == pytest.approx(3 / 7)
     assert found["judge_faults"] == 0
 
 
-def test_an_answer_without_a_verdict_is_neither_right_nor_wrong(tmp_path, caplog):
-    """Of four, 5 and IV the judge never says anything about IV: it stands in as the mean of the other two, 1/2.
-
-    r = (1 + 3 * 1/2) / 6, where wrong would give 2/6, and the mean over samples with a verdict 2/5.
-    """
+def test_an_answer_that_makes_the_judge_fail_is_as_good_as_a_wrong_one(tmp_path, caplog):
+    """Of four, 5 and IV the judge never says anything about IV: r = 1, 1, 0, 0, 0, 0, 0."""
     judge = right("four")
     with FakeJudge(lambda body: "?" if "IV" in prompt_of(body).splitlines() else judge(body)) as fake:
         found = judged(tmp_path, judge=JudgeConfig(url=fake.base))
-    assert found["combined_accuracy"] == pytest.approx((1 + 3 / 2) / 6)
+    assert found["combined_accuracy"] == pytest.approx(2 / 7)
     assert found["judge_faults"] == 1
     (line,) = caplog.messages
-    assert line.startswith("judge: 1 of 3 answers have no verdict, which counts as neither right nor wrong")
+    assert line.startswith("judge: 1 of 3 answers have no verdict and count as wrong (combined_accuracy): ")
     assert line.endswith("the reply does not end with a verdict line")
 
 
@@ -76,9 +73,9 @@ def test_a_judge_that_is_down_is_reported_and_is_no_accuracy_at_all(tmp_path, ca
     found = judged(tmp_path, judge=JudgeConfig(url=fake.base, model="m"))
     assert "combined_accuracy" not in found
     assert found["judge_faults"] == 3
-    assert found["accuracy"] == pytest.approx(1 / 6)
+    assert found["accuracy"] == pytest.approx(1 / 7)
     (line,) = caplog.messages
-    assert "3 of 3 answers have no verdict" in line and "combined_accuracy: it is left out" in line
+    assert "3 of 3 answers have no verdict and leave it out (combined_accuracy)" in line
     assert f"{fake.base}/chat/completions: ClientConnectorError" in line
 
 
@@ -89,11 +86,11 @@ def test_where_the_verifier_calls_nothing_wrong_nobody_is_asked(tmp_path):
     assert found["combined_accuracy"] == 1.0
 
 
-def test_where_the_verifier_has_no_verdict_there_is_no_combined_one(tmp_path):
+def test_an_answer_that_makes_the_verifier_fail_is_wrong_and_no_judge_is_asked_about_it(tmp_path):
     with FakeJudge() as fake:
         found = judged(tmp_path, verdicts=[None, None], answers=["4", "5"], judge=JudgeConfig(url=fake.base))
         assert fake.requests == []
-    assert found == {"judge_faults": 0.0}
+    assert found == {"accuracy": 0.0, "combined_accuracy": 0.0, "judge_asked_rate": 0.0, "judge_faults": 0.0}
 
 
 def test_a_model_verifier_is_a_second_metric_by_one_vote_of_its_own(tmp_path):
@@ -103,13 +100,13 @@ def test_a_model_verifier_is_a_second_metric_by_one_vote_of_its_own(tmp_path):
         found = judged(tmp_path, judge=JudgeConfig(url=judge.base), model_verifier=settings)
         assert len(verifier.requests) == 3
         assert {body["temperature"] for body in verifier.requests} == {0.0}
-    assert found["combined_accuracy"] == pytest.approx(2 / 6)
-    assert found["model_verified_accuracy"] == pytest.approx(4 / 6)
+    assert found["combined_accuracy"] == pytest.approx(2 / 7)
+    assert found["model_verified_accuracy"] == pytest.approx(4 / 7)
     assert found["model_verifier_faults"] == 0
 
 
 def test_without_a_url_nothing_is_added(tmp_path):
-    assert judged(tmp_path) == {"accuracy": pytest.approx(1 / 6)}
+    assert judged(tmp_path) == {"accuracy": pytest.approx(1 / 7)}
 
 
 def test_a_key_that_is_gone_since_the_start_is_reported_like_any_fault(tmp_path, caplog):
@@ -123,7 +120,12 @@ def test_ranks_without_a_sampler_are_told_the_verdicts(tmp_path):
     other_rank = OneRank(is_replica_head=False, data_parallel_rank=1, share_in_replica=lambda value: [True, None])
     judges = Judges(EvaluationConfig(judge=JudgeConfig(url="http://127.0.0.1:9/v1")), tmp_path)
     found = judged_answers(judges, other_rank, [], 3)
-    assert found == {"judge_asked_rate": (2.0, 3.0), "judge_correct_rate": (1.0, 1.0), "judge_faults": (1.0, 0.0)}
+    assert found == {
+        "judge_asked_rate": (2.0, 3.0),
+        "judge_answered_rate": (1.0, 2.0),
+        "judge_correct_rate": (1.0, 1.0),
+        "judge_faults": (1.0, 0.0),
+    }
 
 
 def test_the_runs_own_servers_are_asked_with_their_key_and_their_verdicts_are_not_kept(tmp_path):
