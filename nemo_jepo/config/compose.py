@@ -186,13 +186,14 @@ def with_model(model: str, overrides: Sequence[str], trains: bool) -> list[str]:
         raise ConfigError("--model", model, "is an option of evaluate, which trains nothing", fix)
     if not model or "=" in model:
         raise ConfigError("--model", model, "must name a model", "Write --model FOLDER")
-    of_the_recipe = [f"{key}=null" for key in ("model.hf_config", "model.hf_config_path", "tokenizer.path")]
     quoted = model.replace("\\", r"\\").replace("'", r"\'")
     return [
-        *of_the_recipe,
+        "tokenizer.path=null",  # the recipe's; one that is asked for stays
         "exp_manager.name=evaluate",
         "exp_manager.resume_if_exists=false",
         *overrides,
+        "model.hf_config=null",
+        "model.hf_config_path=null",
         f"pretrained_checkpoint.restore_from_path='{quoted}'",
     ]
 

@@ -183,7 +183,8 @@ def test_evaluate_takes_a_model_in_the_place_of_a_run_and_needs_held_out_data_al
     text = "defaults: [demo, {override data: jsonl}, _self_]\nexp_manager: {name: '???'}\n"
     (tmp_path / "own.yaml").write_text(text)
     own = ["--config-path", str(tmp_path), "--config-name", "own"]
-    config = compose.read_command_line(["--model", str(folder), *own, data, "model.seed=3"], trains=False)
+    of_a_run = ["model.hf_config.hidden_size=32", "model.seed=3"]
+    config = compose.read_command_line(["--model", str(folder), *own, data, *of_a_run], trains=False)
     assert config is not None
     assert config.pretrained_checkpoint.restore_from_path == str(folder)
     assert (config.model.hf_config, config.tokenizer.path, config.data.train_path) == (None, None, None)

@@ -43,6 +43,8 @@ CHARTS = (
     Chart("Bound", "nats an answer", "train_rollouts/bound"),
     Chart("Held-out proxy NLL", "nats an answer", "val_rollouts/proxy_nll"),
     Chart("Held-out accuracy", "share", "val_rollouts/accuracy", 0, 1),
+    Chart("Held-out accuracy, greedy", "share", "val_rollouts/accuracy_greedy", 0, 1),
+    Chart("Held-out chain gain", "nats an answer", "val_rollouts/chain_gain"),
     Chart("Verifiable reward", "mean", "train_rollouts/reward", 0, 1),
     Chart("KL to the reference", "nats a chain", "train_rollouts/kl"),
     Chart("Chain of thought", "tokens", "train_rollouts/cot_tokens_mean", 0),
@@ -61,6 +63,7 @@ PHASES = (
 OUTCOMES = (
     ("held-out accuracy", "val_rollouts/accuracy"),
     ("held-out proxy NLL, nats", "val_rollouts/proxy_nll"),
+    ("held-out chain gain, nats", "val_rollouts/chain_gain"),
     ("bound, nats", "train_rollouts/bound"),
     ("KL, nats", "train_rollouts/kl"),
     ("chain of thought, tokens", "train_rollouts/cot_tokens_mean"),

@@ -16,7 +16,9 @@ COLUMNS = {
     "oracle_accuracy_verifiable": ("of it: verifiable answers", 3),
     "oracle_accuracy_unverifiable": ("of it: the others", 3),
     "accuracy": ("accuracy (exact match)", 3),
+    "accuracy_greedy": ("accuracy (greedy)", 3),
     "proxy_nll": ("proxy NLL, nats", 3),
+    "chain_gain": ("chain gain, nats", 2),
     "kl": ("KL, nats", 2),
     "cot_tokens_mean": ("chain of thought, tokens", 1),
 }
