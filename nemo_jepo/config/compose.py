@@ -182,10 +182,10 @@ def read_command_line(argv: Sequence[str], trains: bool = True) -> Config | None
 def with_model(model: str, overrides: Sequence[str], trains: bool) -> list[str]:
     """The overrides that `evaluate --model MODEL` stands for: this model, whatever a run has trained."""
     if trains:
-        fix = "Use pretrained_checkpoint.restore_from_path=FOLDER"
+        fix = "Use pretrained_checkpoint.restore_from_path=MODEL"
         raise ConfigError("--model", model, "is an option of evaluate, which trains nothing", fix)
     if not model or "=" in model:
-        raise ConfigError("--model", model, "must name a model", "Write --model FOLDER")
+        raise ConfigError("--model", model, "must name a model", "Write --model MODEL")
     quoted = model.replace("\\", r"\\").replace("'", r"\'")
     return [
         "tokenizer.path=null",  # the recipe's; one that is asked for stays

@@ -6,9 +6,9 @@ from typing import get_type_hints
 
 OPTIONS = """\
 nemo-jepo train [--config-name NAME] [key=value ...]
-nemo-jepo evaluate [--model FOLDER] [--config-name NAME] [key=value ...]
+nemo-jepo evaluate [--model MODEL] [--config-name NAME] [key=value ...]
 
-    --model FOLDER         evaluate this model, and nothing that a run has trained; data.validation_path is all it needs
+    --model MODEL          evaluate this model, and nothing that a run has trained; data.validation_path is all it needs
     --config-name NAME     a conf file, without .yaml (default: {default})
     --config-path FOLDER   a folder of your own, searched before the conf files that are listed here
     --cfg job              print the resolved settings and stop; --package NODE prints one section of them

@@ -195,7 +195,7 @@ def test_evaluate_takes_a_model_in_the_place_of_a_run_and_needs_held_out_data_al
     with pytest.raises(ConfigError, match="^--model=.*: is an option of evaluate.*Use pretrained_checkpoint"):
         compose.read_command_line(["--model", str(folder)])
     for arguments in (["--model"], ["--model", data], ["--model", "--config-name", "demo"]):
-        with pytest.raises(ConfigError, match="^--model=.*: must name a model. Write --model FOLDER."):
+        with pytest.raises(ConfigError, match="^--model=.*: must name a model. Write --model MODEL."):
             compose.read_command_line(arguments, trains=False)
 
 
