@@ -104,9 +104,10 @@ check: lint test-all ## what CI runs before a merge
 docs: $(STAMP) ## the documentation as a site in site/; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-reference: $(STAMP) ## docs/reference/configuration.md and cli.md, from the schema and from what the commands say
+reference: $(STAMP) ## docs/reference/configuration.md, cli.md and verifier.md, from the schema and from what the programs say
 	$(BIN)/python -m nemo_jepo.config.reference > docs/reference/configuration.md
 	$(BIN)/python tools/cli_reference.py > docs/reference/cli.md
+	$(BIN)/python tools/verifier_page.py > docs/reference/verifier.md
 
 clean: ## remove caches and built packages, keep .venv and results
 	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,12 +1,13 @@
 r"""Which reference answers the verifier can grade: the `verifiable` flag of prepared data.
 
-An answer is verifiable if the verifier, as a reward would use it,
+An answer is verifiable if it is a choice or mathematics (`nemo_jepo.rewards.claims`), and the verifier, as a reward
+would use it,
 
     accepts the answer in another writing, \boxed{answer}, and
     rejects another answer, the same text with its first digit changed (without a digit: with + 1 behind it).
 
-Words fail the first test. A statement of which the verifier reads only a part, such as the paper's example
-"\forall x \in \mathbb{R}, x^2 + (a-1)x + 1 \geq 0", fails the second. A fault of the verifier (its CPU limit passed)
+Words are text, which equals the same text alone; so is a statement of which the library would read a part, such as the
+paper's example "\forall x \in \mathbb{R}, x^2 + (a-1)x + 1 \geq 0". A fault of the verifier (its CPU limit passed)
 is no verdict: the flag is None.
 """
 
@@ -18,6 +19,7 @@ from queue import SimpleQueue
 
 from tqdm import tqdm
 
+from nemo_jepo.rewards.claims import as_reference
 from nemo_jepo.rewards.verify import Verifier
 
 ANSWERS_PER_TASK = 32
@@ -59,7 +61,9 @@ def _judge(idle: "SimpleQueue[Verifier]", answers: Sequence[str]) -> dict[str, b
 
 
 def is_verifiable(verifier: Verifier, answer: str) -> bool | None:
-    """The two tests at the head of this file; None after a fault."""
+    """The tests at the head of this file; None after a fault."""
+    if as_reference(answer).kind == "text":
+        return False
     (accepted,) = verifier.verify([(in_another_writing(answer), answer)])
     if not accepted:
         return accepted

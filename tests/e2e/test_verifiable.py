@@ -7,8 +7,19 @@ from nemo_jepo.rewards.verifiable import another_answer, in_another_writing, ver
 pytestmark = pytest.mark.quick
 
 
-GRADABLE = ["7", r"\frac{1}{2}", "$x+1$", r"\{1,2\}", r"(-\infty,2)\cup(3,4]", "f(x)=cx", "1,000", r"12 \mathrm{~cm}^2"]
-UNGRADABLE = ["Paris", "no solution", r"\text{even}", "6 and 8", "$f(x) = 0$ for all $x$", "all odd primes"]
+GRADABLE = [
+    "7",
+    r"\frac{1}{2}",
+    "$x+1$",
+    r"\{1,2\}",
+    r"(-\infty,2)\cup(3,4]",
+    "f(x)=cx",
+    "1,000",
+    r"12 \mathrm{~cm}^2",
+    "B",
+    "6 and 8",
+]
+UNGRADABLE = ["Paris", "no solution", r"\text{even}", "$f(x) = 0$ for all $x$", "all odd primes"]
 THE_PAPERS_EXAMPLE = r"\forall x \in \mathbb{R}, x^2 + (a-1)x + 1 \geq 0"
 ENDLESS = "9^{9^{9^{9}}}"
 
