@@ -122,6 +122,7 @@ class Browser {
     const facts = element("dl", { class: "facts" }, fact("status", sample.status));
     facts.append(fact("reference answer", visible(sample.reference_answer)));
     facts.append(fact("answer log-prob, nats", number(sample.answer_logprob)));
+    if (sample.chain_gain !== null) facts.append(fact("chain gain, nats", number(sample.chain_gain)));
     facts.append(fact("advantage", number(sample.advantage)), fact("weight of a chain token", number(sample.policy_weight)));
     facts.append(fact("weight of an answer token", number(sample.answer_weight)));
     this.tokens = tokensOf(sample);

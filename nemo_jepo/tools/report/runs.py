@@ -169,7 +169,7 @@ def _sample(record: Mapping[str, Any]) -> Sample:
         "policy_logprobs": policy,
         "generation_logprobs": generation,
         "answer_logprob": sum(scored) if scored and len(scored) == answer else None,
-        **{name: _number(record.get(name)) for name in ("advantage", "policy_weight", "answer_weight")},
+        **{name: _number(record.get(name)) for name in ("advantage", "policy_weight", "answer_weight", "chain_gain")},
     }
 
 

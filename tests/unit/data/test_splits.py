@@ -24,3 +24,12 @@ def test_generated_problems_have_other_rows_for_the_warm_up():
     warmup, train = (splits.get(config, split, tokenizer, AnswerConfig()) for split in ("warmup", "train"))
     assert [prompt.chain_of_thought for prompt in warmup] != [prompt.chain_of_thought for prompt in train]
     assert has_split(config, "validation")
+
+
+def test_an_evaluation_reads_the_validation_file_alone(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"question": "1+1", "answer": "2"}) + "\n")
+    config, splits = DataConfig(validation_path=str(file)), PromptSplits(trains=False)
+    tokenizer = BUILDERS["byte_level"]()
+    assert [splits.get(config, split, tokenizer, AnswerConfig()) for split in ("train", "warmup")] == [(), ()]
+    assert len(splits.get(config, "validation", tokenizer, AnswerConfig())) == 1
