@@ -19,6 +19,7 @@ from torch import Tensor
 from nemo_jepo.metrics import mean
 from nemo_jepo.objective.estimators import effective_sample_size, multi_sample_bound, single_sample_bound
 from nemo_jepo.objective.records import GroupScores
+from nemo_jepo.rewards.claims import as_claim, folded
 from nemo_jepo.types import Pair
 
 # ---- likelihood of the reference answer ------------------------------------------------------------------------------
@@ -145,12 +146,19 @@ def pass_at(k: int, num_samples: int, num_right: int) -> float:
 def majority(group: Sequence[Graded]) -> float:
     """Whether the commonest answer of a prompt is right; where several tie, the share of right ones among them.
 
-    Equal answers have equal text, without regard to case and white space. To have no answer is an answer too, a wrong
-    one, so that samples which do not answer never help those that do.
+    Equal answers have equal text once marks, case and white space are gone: "**42**." is "42", and "0.5" is not "1/2",
+    right or wrong alike. To have no answer is an answer too, a wrong one: samples without one never help the others.
     """
-    texts = [None if one.answer is None else " ".join(one.answer.split()).casefold() for one in group]
-    votes = Counter(texts)
+    votes = Counter(_vote(one) for one in group)
     most = max(votes.values())
-    right = {text for text, one in zip(texts, group, strict=True) if one.verdict == 1}
-    winners = [text for text, count in votes.items() if count == most]
+    right = {_vote(one) for one in group if one.verdict == 1}
+    winners = [vote for vote, count in votes.items() if count == most]
     return sum(winner in right for winner in winners) / len(winners)
+
+
+def _vote(one: Graded) -> str | None:
+    """What a sample's answer says, as text that equal answers share; None without an answer."""
+    if one.answer is None:
+        return None
+    claim = as_claim(one.answer)
+    return folded(one.answer) if claim is None else claim.text

@@ -166,7 +166,9 @@ def test_the_majority_is_of_equal_texts_and_a_tie_counts_by_its_share():
     assert majority(graded(RIGHT, WRONG, WRONG, ("6", 0.0))) == 0
     assert majority(graded(RIGHT, RIGHT, WRONG, WRONG)) == 1 / 2
     assert majority(graded(RIGHT, WRONG, ("6", 0.0), ("7", 0.0))) == 1 / 4
-    assert majority(graded((" The  Nile", 1.0), ("the nile", 1.0), ("Rhine", 0.0))) == 1
+    assert majority(graded((" The  Nile.", 1.0), ("the nile", 1.0), ("Rhine", 0.0))) == 1
+    assert majority(graded(("**42**", 1.0), ("$42$.", 1.0), ("41", 0.0), ("40", 0.0))) == 1
+    assert majority(graded(("1/2", 1.0), ("0.5", 1.0), ("2/3", 0.0), ("4/6", 0.0))) == 1 / 2  # right or wrong alike
 
 
 def test_metrics_over_k_samples_are_means_over_prompts_of_which_all_k_arrived():
