@@ -69,7 +69,7 @@ def update_metrics(rule: UpdateRule, scores: GroupScores, weights: SampleWeights
         return lengths
     everything = torch.ones_like(arrived)
     rates = {
-        "arrived_rate": mean(arrived, everything),
+        "arrived_rate": mean(arrived | _faulted(scores), everything),
         "marker_rate": mean(scores.has_marker, arrived),
         "valid_rate": mean(valid, arrived),
     }
@@ -109,15 +109,23 @@ def _bounds(rule: UpdateRule, scores: GroupScores, weights: SampleWeights) -> di
 
 
 def _rewards(rule: UpdateRule, scores: GroupScores, weights: SampleWeights) -> dict[str, Pair]:
-    """Verifiable reward over every arrived sample, and the share of prompts that train on it."""
+    """Verifiable reward over the samples that have one, how many have a fault instead, and the share of prompts that
+    train on it."""
     if scores.verifiable_reward is None:
         return {}
     verifiable = _verifiable(rule, scores)
+    sampled = scores.arrived_mask | _faulted(scores)
     return {
+        "verifier_fault_rate": mean(_faulted(scores), sampled),
         "reward": mean(scores.verifiable_reward, scores.arrived_mask & torch.isfinite(scores.verifiable_reward)),
         "verifiable_prompt_rate": (float(verifiable.sum().item()), float(verifiable.numel())),
         "reward_advantage_std": (weights.advantage_std[1].item(), 1.0),
     }
+
+
+def _faulted(scores: GroupScores) -> Tensor:
+    """[P, G] bool: samples about which the verifier came to no verdict."""
+    return torch.zeros_like(scores.arrived_mask) if scores.faulted_mask is None else scores.faulted_mask
 
 
 def _kl(rule: UpdateRule, scores: GroupScores) -> dict[str, Pair]:

@@ -54,7 +54,7 @@ class GroupScores:
     valid_mask: Tensor
     """bool: counts in bound, baseline and supervised term. Verifiable prompts: has the marker and a reward."""
     arrived_mask: Tensor
-    """bool: False = failed, counts nowhere."""
+    """bool: False = failed, or its verifier faulted where own answers train; counts nowhere."""
     has_marker: Tensor
     """bool: earns the format reward."""
     chain_length: Tensor
@@ -66,7 +66,9 @@ class GroupScores:
     chain_k3: Tensor | None = None
     """`k3_estimate` of the same log-ratios, nats; only reported."""
     verifiable_reward: Tensor | None = None
-    """float, for rloo and jepo_rl."""
+    """float, for rloo and jepo_rl; NaN where it could not be had."""
+    faulted_mask: Tensor | None = None
+    """bool: the verifier came to no verdict on the own answer; only reported."""
 
     def __post_init__(self) -> None:
         for field in fields(self):

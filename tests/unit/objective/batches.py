@@ -38,6 +38,7 @@ def batch(seed: int = 0, num_prompts: int = 7, level: float = -20.0) -> GroupSco
         answer_length=(uniform() * 5).long() + 1,
         chain_log_ratio=uniform() - 0.4,
         verifiable_reward=(valid & (uniform() < 0.4)).double(),
+        faulted_mask=torch.zeros_like(arrived),
     )
 
 

@@ -25,6 +25,7 @@ def two_prompts() -> GroupScores:
         chain_log_ratio=torch.tensor([[0.1, 0.2], [0.6, math.nan]], dtype=torch.float64),
         chain_k3=torch.tensor([[0.01, 0.02], [0.06, math.nan]], dtype=torch.float64),
         verifiable_reward=torch.tensor([[0.0, 0.0], [0.0, math.nan]]),
+        faulted_mask=torch.zeros(2, 2, dtype=torch.bool),
     )
 
 
@@ -52,6 +53,7 @@ def test_every_figure_of_a_small_batch():
         "format_advantage_std": 0.0,
         "reward": 0.0,
         "reward_advantage_std": 0.0,
+        "verifier_fault_rate": 0.0,
         "verifiable_prompt_rate": 0.0,
         "kl": 0.3,
         "kl_k3": 0.03,
