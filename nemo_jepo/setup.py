@@ -91,7 +91,7 @@ def find_models(config: Config, folder: Path) -> tuple[Config, Config]:
     """
 
     def look_up() -> tuple[Config, Config]:
-        named = with_commits(config, folder, resumes=latest_checkpoint(folder / "checkpoints") is not None)
+        named = with_commits(config, folder, has_saved=latest_checkpoint(folder / "checkpoints") is not None)
         return named, with_folders(named)
 
     named, local = on_first_rank(look_up)

@@ -13,16 +13,18 @@ from nemo_jepo.config.schema import Config
 MODEL, TOKENIZER = "pretrained_checkpoint.restore_from_path", "tokenizer.path"
 
 
-def with_commits(config: Config, run_folder: Path, resumes: bool) -> Config:
+def with_commits(config: Config, run_folder: Path, has_saved: bool) -> Config:
     """owner/name@commit in the place of every hub name; its config and tokenizer are downloaded.
 
     Args:
-        resumes: the run goes on. A name without a revision is the commit that it began with, by its config.yaml.
+        has_saved: there is a checkpoint of the run. Where it goes on (exp_manager.resume_if_exists), a name without a
+            revision is the commit that the run began with, by its config.yaml.
     Raises:
         ConfigError: see `nemo_jepo.config.hub.folder_of`; or a revision is another commit than when the run began.
     """
     file = run_folder / "config.yaml"
-    began = OmegaConf.load(file) if resumes and file.exists() else OmegaConf.create()
+    goes_on = has_saved and config.exp_manager.resume_if_exists and file.exists()
+    began = OmegaConf.load(file) if goes_on else OmegaConf.create()
     return _with_models(config, lambda key, model: _with_commit(key, model, OmegaConf.select(began, key)))
 
 

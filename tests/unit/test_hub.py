@@ -139,23 +139,26 @@ def models(config: Config) -> tuple[str | None, str | None]:
 
 def test_a_run_that_goes_on_keeps_the_commit_that_it_began_with(tmp_path, hub):
     typed = settings("lab/tiny", "lab/words@v2")
-    first = with_commits(typed, tmp_path, resumes=False)
+    first = with_commits(typed, tmp_path, has_saved=False)
     assert models(first) == (f"lab/tiny@{'a' * 40}", f"lab/words@{'a' * 40}")
     (tmp_path / "config.yaml").write_text(to_yaml(first))
     hub.commit = "b" * 40  # the branch moves
     assert (
-        with_commits(settings("lab/tiny"), tmp_path, resumes=True).pretrained_checkpoint == first.pretrained_checkpoint
+        with_commits(settings("lab/tiny"), tmp_path, has_saved=True).pretrained_checkpoint
+        == first.pretrained_checkpoint
     )
     with pytest.raises(ConfigError, match=f"is lab/words@{'b' * 40} now, and the run began with lab/words@{'a' * 40}"):
-        with_commits(typed, tmp_path, resumes=True)
-    assert models(with_commits(typed, tmp_path, resumes=False))[0] == f"lab/tiny@{'b' * 40}"  # nothing was saved yet
-    assert models(with_commits(settings("lab/other"), tmp_path, resumes=True))[0] == f"lab/other@{'b' * 40}"
+        with_commits(typed, tmp_path, has_saved=True)
+    assert models(with_commits(typed, tmp_path, has_saved=False))[0] == f"lab/tiny@{'b' * 40}"  # nothing was saved yet
+    apart = replace(settings("lab/tiny"), exp_manager=replace(typed.exp_manager, resume_if_exists=False))
+    assert models(with_commits(apart, tmp_path, has_saved=True))[0] == f"lab/tiny@{'b' * 40}"  # evaluate --model
+    assert models(with_commits(settings("lab/other"), tmp_path, has_saved=True))[0] == f"lab/other@{'b' * 40}"
     assert models(with_folders(first)) == (str(hub.cache / "snapshots" / ("a" * 40)),) * 2
 
 
 def test_settings_without_a_name_stay_as_they_are(tmp_path, hub):
     for config in (settings(None), settings(str(tmp_path), str(tmp_path))):
-        assert with_commits(config, tmp_path, resumes=True) == with_folders(config) == config
+        assert with_commits(config, tmp_path, has_saved=True) == with_folders(config) == config
     assert hub.asked == []
 
 
