@@ -221,11 +221,11 @@ def measure_updates(job: Job) -> dict[str, Any]:
     rows = pack(sequences, replace(actor.row_shape, share_prompts=False))
     first = actor.get_inference_log_probs(rows, len(sequences))  # kernels and libraries load here
     scoring = [seconds_of(partial(actor.get_inference_log_probs, rows, len(sequences))) for _ in range(3)]
-    losses = [actor.train_step(rows, weights)["loss"]]  # optimizer states appear here
+    losses = [actor.train_step(rows, weights)["surrogate_loss"]]  # optimizer states appear here
     reset_peak()
     updating = []
     for _ in range(job.size.updates):
-        updating.append(seconds_of(lambda: losses.append(actor.train_step(rows, weights)["loss"])))
+        updating.append(seconds_of(lambda: losses.append(actor.train_step(rows, weights)["surrogate_loss"])))
     return {
         "scoring_seconds": scoring,
         "update_seconds": updating,

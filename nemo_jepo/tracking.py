@@ -30,7 +30,7 @@ from nemo_jepo.config.schema import ExpManagerConfig
 from nemo_jepo.utils.files import write_atomically
 
 CONSOLE = {
-    "train_optim/loss": "loss",
+    "train_optim/surrogate_loss": "surrogate loss",
     "train_rollouts/bound": "bound",
     "train_rollouts/marker_rate": "marker",
     "train_rollouts/cot_tokens_mean": "cot",

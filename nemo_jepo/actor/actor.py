@@ -144,6 +144,8 @@ class MegatronJEPOActor:
 
             loss = - sum_t weight_t log pi(token_t)     over the global batch
 
+        A surrogate: its gradient is the update, its value measures nothing, but for supervised targets their mean NLL.
+
         Args:
             rows: this replica's packed rows; an empty list takes part with zero gradients.
             token_weights: N tensors [chain_length + answer_length], detached, global denominators included.
@@ -162,7 +164,7 @@ class MegatronJEPOActor:
             loss += sum(report["loss"].double() for report in reports)
         loss = self.layout.sum_over_context(self.layout.from_last_stage(loss))
         total = self.layout.sum_over_data_parallel(loss).item()
-        return total, {"loss": total}
+        return total, {"surrogate_loss": total}
 
     def _micro_batches(self, rows: Sequence[PackedRow]) -> list[PackedRow]:
         """The rows, and idle ones where the layout needs more of them; all ranks of the data-parallel group call."""

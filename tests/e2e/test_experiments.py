@@ -59,7 +59,7 @@ def test_smoke_runs_is_interrupted_goes_on_and_ends_with_a_table(tmp_path):
         logged = [json.loads(line) for line in lines]
         assert [line["step"] for line in logged] == [0, 1, 2, 3]
         for line in logged:
-            for metric in ("val_rollouts/oracle_accuracy", "train_optim/loss", "train_rollouts/bound"):
+            for metric in ("val_rollouts/oracle_accuracy", "train_optim/surrogate_loss", "train_rollouts/bound"):
                 assert mine.get((line["step"], metric)) == line.get(metric)
     at_start = {row["value"] for row in rows if row["step"] == 0 and row["metric"] == "val_rollouts/proxy_nll"}
     assert len(at_start) == 1, "the arms of a seed begin with the same weights"

@@ -64,7 +64,7 @@ def test_a_warm_up_runs_first_and_the_main_run_starts_from_its_weights(tmp_path)
     lines = run_short(tmp_path, *warm, *main)
     warmup = [json.loads(line) for line in (tmp_path / "run" / "warmup" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in warmup] == [1, 2, 3, 4, 5, 6]
-    assert warmup[5]["train_optim/loss"] < warmup[0]["train_optim/loss"] - 0.5
+    assert warmup[5]["train_optim/surrogate_loss"] < warmup[0]["train_optim/surrogate_loss"] - 0.5
     for done, line in enumerate(warmup):  # cosine from 5e-3 to 0 over 6 steps
         assert line["train_optim/lr"] == pytest.approx(5e-3 * (1 + math.cos(math.pi * done / 6)) / 2)
     assert [line["train_optim/lr"] for line in lines[1:]] == pytest.approx([0.0, 1e-3 / 4])  # linear over 4 steps

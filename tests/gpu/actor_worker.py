@@ -96,7 +96,7 @@ def precision() -> dict[str, Any]:
             said: list[str] = []
             scored = score(actor, SEQUENCES, None, GENERATIONS)
             found[name] |= {"guard": guard_fp8(actor, scored, 0, said.append), "said": said}
-        found[name]["losses"] = [actor.train_step(ROWS, MEAN_NLL)["loss"] for _ in range(UPDATES)]
+        found[name]["losses"] = [actor.train_step(ROWS, MEAN_NLL)["surrogate_loss"] for _ in range(UPDATES)]
     return found
 
 

@@ -193,7 +193,7 @@ def test_a_seed_of_ones_own_joins_the_table(tmp_path, trained):
 def test_a_value_that_is_not_finite_is_null(tmp_path):
     (run, *_) = plan_runs("small", load_experiment(small_file(tmp_path)), [f"exp_manager.exp_dir={tmp_path}"])
     run.folder.mkdir(parents=True)
-    (run.folder / "metrics.jsonl").write_text('{"step": 1, "train_optim/loss": null}\n')
+    (run.folder / "metrics.jsonl").write_text('{"step": 1, "train_optim/surrogate_loss": null}\n')
     (run.folder / "finished.json").write_text('{"seconds": 1.0}')
     assert write_results(tmp_path / "small" / "results.parquet", "small", "verifiable", [run]) == 1
     assert table(tmp_path)[0]["value"] is None

@@ -33,7 +33,7 @@ def log_run(tracker: Tracker, steps: list[int]) -> None:
         tracker.rewind(steps[0] - 1)
         tracker.save_config(f"first_step: {steps[0]}\n")
         for step in steps:
-            tracker.log({"train_optim/loss": 0.5 * step}, step)
+            tracker.log({"train_optim/surrogate_loss": 0.5 * step}, step)
 
 
 def metric_lines(folder: Path) -> list[dict]:
@@ -42,11 +42,11 @@ def metric_lines(folder: Path) -> list[dict]:
 
 def test_each_step_is_one_json_object_with_its_metrics_timers_and_memory(tmp_path):
     with tracker_in(tmp_path) as tracker:
-        tracker.log({"train_optim/loss": 0.5}, step=1)
-        tracker.log({"train_optim/loss": 0.25}, step=2)
+        tracker.log({"train_optim/surrogate_loss": 0.5}, step=1)
+        tracker.log({"train_optim/surrogate_loss": 0.25}, step=2)
     first, second = metric_lines(tmp_path)
-    assert (first["step"], first["train_optim/loss"]) == (1, 0.5)
-    assert (second["step"], second["train_optim/loss"]) == (2, 0.25)
+    assert (first["step"], first["train_optim/surrogate_loss"]) == (1, 0.5)
+    assert (second["step"], second["train_optim/surrogate_loss"]) == (2, 0.25)
     assert first["memory/host_rss_gib"] == pytest.approx(psutil.Process().memory_info().rss / 2**30, rel=0.2)
 
 
@@ -178,7 +178,11 @@ def test_tensorboard_serves_a_warm_up_a_run_and_its_resumption_in_one_folder(tmp
     assert [line["step"] for line in metric_lines(tmp_path)] == [1, 2, 3]
     assert (main / "config.yaml").read_text() == "first_step: 2\n"
     events = EventAccumulator(str(main)).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("train_optim/loss")] == [(1, 0.5), (2, 1), (3, 1.5)]
+    assert [(event.step, event.value) for event in events.Scalars("train_optim/surrogate_loss")] == [
+        (1, 0.5),
+        (2, 1),
+        (3, 1.5),
+    ]
     entries = {path.name for path in main.iterdir() if not path.name.startswith("events.out.tfevents.")}
     assert entries == {"warmup", "nemo", "config.yaml", "metrics.jsonl"}
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from nemo_jepo.config.errors import DataError
 
 COLUMNS = ("experiment", "regime", "arm", "seed", "step", "metric", "value")
+RENAMED = {"train_optim/loss": "train_optim/surrogate_loss"}
+"""What older runs call a metric -> its name, so that they stand in one chart with newer ones."""
 REGIMES = ("verifiable", "semi-verifiable", "unverifiable")
 """In the order of the paper; others come after them."""
 Seeds = dict[int, dict[int, float]]
@@ -116,6 +118,7 @@ def _nested(rows: Iterator[tuple]) -> dict[tuple[str, str], dict[str, Arm]]:
     for experiment, regime, arm, seed, step, metric, value in rows:
         metrics = found.setdefault((str(experiment), str(regime)), {}).setdefault(str(arm), {})
         if value is not None and math.isfinite(value):
-            seeds = metrics.setdefault(str(metric).removeprefix("val_rollouts/"), {})
+            name = RENAMED.get(str(metric), str(metric)).removeprefix("val_rollouts/")
+            seeds = metrics.setdefault(name, {})
             seeds.setdefault(int(seed), {})[int(step)] = float(value)
     return found

@@ -17,6 +17,7 @@ import yaml
 
 from nemo_jepo.config.compose import flatten
 from nemo_jepo.config.errors import DataError
+from nemo_jepo.tools.report.results import RENAMED
 
 Item = TypeVar("Item")
 Sample = dict[str, Any]
@@ -106,7 +107,8 @@ def _read_metrics(file: Path) -> tuple[list[int], dict[str, list[float | None]]]
 
 
 def _metrics_line(record: Mapping[str, Any]) -> tuple[int, dict[str, float | None]]:
-    return int(record["step"]), {name: _number(value) for name, value in record.items() if name != "step"}
+    metrics = {RENAMED.get(name, name): _number(value) for name, value in record.items() if name != "step"}
+    return int(record["step"]), metrics
 
 
 # ---- rollouts -------------------------------------------------------------------------------------------------

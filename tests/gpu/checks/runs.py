@@ -95,7 +95,13 @@ def run(report: Report, size: Sizes) -> None:
                 raise RuntimeError(f"exit code {ended.returncode}\n{(ended.stdout + ended.stderr)[-3000:]}")
         lines = [json.loads(line) for line in (Path(folder) / "run/metrics.jsonl").read_text().splitlines()]
     last = lines[-1]
-    shown = ("step", "val_rollouts/proxy_nll", "val_rollouts/accuracy", "train_optim/loss", "train_optim/grad_norm")
+    shown = (
+        "step",
+        "val_rollouts/proxy_nll",
+        "val_rollouts/accuracy",
+        "train_optim/surrogate_loss",
+        "train_optim/grad_norm",
+    )
     more = ("train_rollouts/logprob_difference", "train_rollouts/valid_rate", "timing/step_time", "timing/generate")
     report["last line"] = {name: last[name] for name in (*shown, *more) if name in last}
     report["metrics"] = {name: value for name, value in last.items() if "logprob_diff" in name or "timing" in name}

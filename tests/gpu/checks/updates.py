@@ -108,11 +108,12 @@ def measure_updates(report: Report, size: Sizes, layers: int, rows_of: Sequence[
         rows = pack(sequences, replace(actor.row_shape, max_tokens=length, share_prompts=False))
         score = partial(actor.get_inference_log_probs, rows, len(sequences))
         score()
-        losses = [actor.train_step(rows, weights)["loss"]]
+        losses = [actor.train_step(rows, weights)["surrogate_loss"]]
         reset_peak()
         scoring = seconds_of(score)
         update = seconds_of(
-            lambda rows=rows, losses=losses: losses.append(actor.train_step(rows, weights)["loss"]), size.updates
+            lambda rows=rows, losses=losses: losses.append(actor.train_step(rows, weights)["surrogate_loss"]),
+            size.updates,
         )
         found = {
             "rows": len(rows),

@@ -1,9 +1,11 @@
 """KL estimates against the exact KL of an enumerated policy. Which gradient each loss has: test_exact_gradients.py."""
 
+import math
+
 import pytest
 import torch
 
-from nemo_jepo.objective.kl import KL_GRADIENTS, k1_estimate, k2_estimate, k3_estimate
+from nemo_jepo.objective.kl import KL_GRADIENTS, k1_estimate, k2_estimate, k3_estimate, k3_token_gradient
 from tests.unit.objective.tabular import CHAINS, TabularPolicy
 
 
@@ -42,6 +44,16 @@ def test_each_gradient_is_that_of_its_loss(name, loss):
     ratio = torch.tensor([0.3, -1.2, 0.0, 2.0], dtype=torch.float64, requires_grad=True)
     (exact,) = torch.autograd.grad(loss(ratio), ratio)
     torch.testing.assert_close(KL_GRADIENTS[name](ratio.detach()), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_k3_is_bounded_below_a_log_ratio_of_minus_20_and_exact_above(dtype):
+    """g = 1 - exp(-r): 1 - exp(20) from -20 down, 1 far above 0; the estimate adds r to exp(20) - 1."""
+    ratio = torch.tensor([1e4, 120.0, 0.0, -19.0, -20.0, -120.0, -1e4], dtype=dtype)
+    floor = 1 - math.exp(20)
+    expected = torch.tensor([1, 1, 0, 1 - math.exp(19), floor, floor, floor], dtype=torch.float64)
+    torch.testing.assert_close(k3_token_gradient(ratio), expected)
+    torch.testing.assert_close(k3_estimate(ratio.unsqueeze(-1)), ratio.double() - expected)
 
 
 def test_estimates_reduce_the_last_dimension_alone():

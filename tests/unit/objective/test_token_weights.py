@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nemo_jepo.objective import SequenceLogprobs
+from nemo_jepo.objective.kl import KL_GRADIENTS
 from nemo_jepo.objective.update import sequence_weights
 from tests.unit.objective.batches import PAPER
 from tests.unit.objective.tabular import PLAIN
@@ -38,6 +39,17 @@ def test_kl_falls_on_the_chain_alone_and_pulls_towards_the_reference_policy():
     assert sequence_weights(PLAIN, sequence(), 0.0, 0.0, 2.0).tolist() == [-1.0, 2.0, 0.0, 0.0, 0.0]
     rule = replace(PLAIN, kl_estimator="k2_sequence")
     assert sequence_weights(rule, sequence(own_answer=True), 0.0, 0.0, 2.0).tolist() == [1.0, 1.0, 1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("estimator", KL_GRADIENTS)
+@pytest.mark.parametrize("log_ratio", [120.0, -120.0, 1e4, -1e4])
+def test_no_log_ratio_gives_a_weight_that_is_not_finite(estimator, log_ratio):
+    """As float32, which is what goes backward; a ratio of exp(120) is 1.3e52. The pull keeps its direction."""
+    reference = torch.full((5,), -1.0) - log_ratio
+    given = sequence(policy_logprobs=torch.full((5,), -1.0), reference_logprobs=reference)
+    weights = sequence_weights(replace(PLAIN, kl_estimator=estimator), given, 0.0, 0.0, 1e-3)
+    assert weights.dtype == torch.float32 and torch.isfinite(weights).all()
+    assert (weights[:3].sign() == (0 if estimator == "k1_reward" else -math.copysign(1, log_ratio))).all()
 
 
 def test_importance_sampling_multiplies_the_policy_gradient_alone():

@@ -2,9 +2,12 @@
 
 import json
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from nemo_jepo.config.errors import DataError
+from nemo_jepo.tools.report.results import read_results
 from nemo_jepo.tools.report.runs import evenly, names_of, read_run, read_runs
 from tests.support.report_folders import POLICY, change_line, write_run
 
@@ -20,6 +23,18 @@ def complaint(folder):
         read_runs([folder], 40)
     assert "\n" not in str(raised.value)
     return str(raised.value)
+
+
+def test_a_metric_of_an_older_run_has_its_name_of_today(folder, tmp_path):
+    """A run that was resumed by a newer version is one curve; so is a set of runs in results.parquet."""
+    older, newer = {"step": 1, "train_optim/loss": 0.5}, {"step": 2, "train_optim/surrogate_loss": 0.25}
+    (folder / "metrics.jsonl").write_text(f"{json.dumps(older)}\n{json.dumps(newer)}\n")
+    assert read_run(folder, "mine", 40).metrics == {"train_optim/surrogate_loss": [0.5, 0.25]}
+    rows = {"step": [1, 2], "metric": ["train_optim/loss", "train_optim/surrogate_loss"], "value": [0.5, 0.25]}
+    same = {"experiment": ["set"] * 2, "regime": ["verifiable"] * 2, "arm": ["jepo"] * 2, "seed": [1, 1]}
+    pyarrow.parquet.write_table(pyarrow.table(same | rows), tmp_path / "results.parquet")
+    (found,) = read_results(tmp_path / "results.parquet")
+    assert found.arms["jepo"] == {"train_optim/surrogate_loss": {1: {1: 0.5, 2: 0.25}}}
 
 
 def test_a_run_is_its_settings_metrics_and_rollouts(folder):
