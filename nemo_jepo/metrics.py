@@ -76,12 +76,12 @@ def update_metrics(rule: UpdateRule, scores: GroupScores, weights: SampleWeights
     clipped = weights.advantage.abs() >= (rule.clip if rule.normalize else torch.inf)
     advantages = {
         "advantage_clip_fraction": mean(clipped, valid),
-        "format_advantage_std": (weights.advantage_std[2].item(), 1.0),
     }
     return (
         rates
         | lengths
         | advantages
+        | _format(rule, scores, weights)
         | _bounds(rule, scores, weights)
         | _rewards(rule, scores, weights)
         | _kl(rule, scores)
@@ -106,6 +106,16 @@ def _bounds(rule: UpdateRule, scores: GroupScores, weights: SampleWeights) -> di
         "effective_sample_size": (effective_sample_size(logprob, mask).sum().item(), count),
         "advantage_std": (weights.advantage_std[0].item(), 1.0),
     }
+
+
+def _format(rule: UpdateRule, scores: GroupScores, weights: SampleWeights) -> dict[str, Pair]:
+    """What the format loss has to work with: how many samples it closes and log pi(marker) there; or its raw std."""
+    if rule.format_loss == "paper":
+        return {"format_advantage_std": (weights.advantage_std[2].item(), 1.0)}
+    if rule.format_loss == "close" and scores.closed_mask is not None:
+        closed = {"closed_rate": mean(scores.closed_mask, scores.arrived_mask)}
+        return closed | {"marker_logprob": mean(scores.answer_logprob, scores.closed_mask)}
+    return {}
 
 
 def _rewards(rule: UpdateRule, scores: GroupScores, weights: SampleWeights) -> dict[str, Pair]:
@@ -147,6 +157,9 @@ def rollout_metrics(
         entropy            = mean over chain-of-thought tokens, nats
         reasoning_tokens_mean = tokens of a valid chain before the marker
 
+    The difference is of untempered samples alone: at another temperature log-probs differ from the trainer's without a
+    fault.
+
     Args:
         sequences, rollouts: N, in the same order.
         scores: under the trainer's weights.
@@ -157,8 +170,8 @@ def rollout_metrics(
     reasoning = float(sum(sequence.chain_length - sequence.marker_length for sequence in valid))
     difference = entropy = 0.0
     num_sampled = num_chain = 0
-    for index, sequence in enumerate(sequences):
-        sampled = torch.tensor(sequence.generation_logprobs)
+    for index, (sequence, rollout) in enumerate(zip(sequences, rollouts, strict=True)):
+        sampled = torch.tensor(sequence.generation_logprobs if rollout.untempered else ())
         difference += (sampled - scores.policy_logprobs[index][: len(sampled)]).abs().sum().item()
         entropy += scores.entropies[index][: sequence.chain_length].sum().item()
         num_sampled += len(sampled)
@@ -173,6 +186,26 @@ def rollout_metrics(
         "logprob_difference": (difference, float(num_sampled)),
         "entropy": (entropy, float(num_chain)),
     }
+
+
+def without_valid_sample(rule: UpdateRule, means: Mapping[str, float]) -> str:
+    """Of a batch without a valid sample: why, what still acts on the weights, and what to do.
+
+    Args:
+        rule: settings.
+        means: of the step, over all ranks.
+    """
+    acting = ["the KL"] if rule.kl_beta > 0 else []
+    if rule.format_weight > 0 and (means.get("format_advantage_std") or means.get("closed_rate")):
+        acting.insert(0, "the format loss")
+    acts = f"nothing but {' and '.join(acting)} acts" if acting else "nothing acts"
+    if means["marker_rate"] == 0:
+        todo = "Show solved examples in the prompt, use the model's chat template, or warm up (warmup.max_steps)"
+        return f"no completion has the answer marker, so {acts}. {todo}."
+    todo = (
+        "Look at misaligned_rate (answer.marker ends inside a token), answer.min_cot_tokens and the verifier's faults"
+    )
+    return f"completions have the answer marker and none is valid, so {acts}. {todo}."
 
 
 def phase_tokens(sequences: Sequence[Spliced], rollouts: Sequence[Rollout], replicas: int) -> dict[str, int]:

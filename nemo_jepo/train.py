@@ -24,7 +24,14 @@ from nemo_jepo.config.schema import Config
 from nemo_jepo.config.warmup import after_warmup, warmup_config
 from nemo_jepo.data.dataset import PromptSplits
 from nemo_jepo.evaluate import evaluate, grade
-from nemo_jepo.metrics import merge, phase_tokens, rollout_records, step_metrics, with_prefix
+from nemo_jepo.metrics import (
+    merge,
+    phase_tokens,
+    rollout_records,
+    step_metrics,
+    with_prefix,
+    without_valid_sample,
+)
 from nemo_jepo.objective.records import SampleWeights, Scored
 from nemo_jepo.objective.registry import uses_verifiable_reward
 from nemo_jepo.objective.update import sample_weights, token_weights
@@ -71,13 +78,15 @@ def splice(
     if t.objective.supervised:
         return t.splicer.supervised(prompts, t.config.objective.sft_target), None
     reference = t.splicer.splice_reference(prompts, rollouts)
+    if t.rule.format_loss == "close":
+        reference = t.splicer.close(reference, rollouts)
     if not t.objective.reads_verifier:
         return reference, None
     rewards = grade(t.verifier, t.splicer, t.layout, prompts, rollouts)
     table = torch.tensor([reward or 0.0 for reward in rewards]).view(len(prompts), -1)
     verifiable = uses_verifiable_reward(t.rule.name, table).tolist()
     own = t.splicer.splice_own(prompts, rollouts)
-    return [o if verifiable[r.group] else r for o, r in zip(own, reference, strict=True)], rewards
+    return [o if verifiable[r.group] and not r.closed else r for o, r in zip(own, reference, strict=True)], rewards
 
 
 def report_rollouts(
@@ -99,7 +108,9 @@ def report_rollouts(
     metrics = step_metrics(t.rule, scored, weights, rollouts, step, t.rollouts.counts)
     means = merge(metrics, t.layout.sum_over_data_parallel)
     if means.get("valid_rate") == 0:
-        tracker.say(f"step {step + 1}: no valid sample (answer.marker), so only the format loss and the KL act")
+        tracker.say(f"step {step + 1}: {without_valid_sample(t.rule, means)}")
+    if means.get("cut_off_rate", 0) > 0.5:
+        tracker.say_once("cut_off", "most completions are cut off (cut_off_rate). Raise rollout.max_tokens.")
     return with_prefix("train_rollouts", means)
 
 

@@ -47,11 +47,14 @@ class Rollout:
     token_ids: tuple[int, ...]
     """y_i, [T]: the sampler's own ids, without padding. Holds the end-of-turn id if that was drawn."""
     generation_logprobs: tuple[float, ...]
-    """[T], nats: log-probs that the sampler reported for token_ids, at the sampling temperature."""
+    """[T], nats: log-probs of token_ids under the distribution that they were drawn from, temperature and truncation
+    included: what importance ratios divide by."""
     finish_reason: FinishReason
     """stop: marker or end-of-turn; length: cut off; failed: none could be had (masked, counted, never scored)."""
     policy_version: int = 0
     """Number of optimizer steps in the weights that sampled it."""
+    untempered: bool = True
+    """Drawn from the model's own distribution (temperature 1, no truncation), as the trainer scores it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,7 @@ class Spliced:
     valid: bool
     """Holds the marker, aligned to a token end, long enough: counts in bound, baseline and supervised term."""
     has_marker: bool
-    """Earns the format reward. True and not valid: the marker ended inside a token (or the chain was too short)."""
+    """Reached the marker. True and not valid: the marker ended inside a token (or the chain was too short)."""
     misaligned: bool = False
     """The marker's end fell inside a token."""
     marker_length: int = 0
@@ -80,6 +83,8 @@ class Spliced:
     """The answer is the sample's own (scored by a verifier), not the reference."""
     failed: bool = False
     """Counts nowhere."""
+    closed: bool = False
+    """The answer is the marker alone, behind a completion that ended by itself without one (objective.format_loss)."""
     generation_logprobs: tuple[float, ...] = ()
     """[chain_length], or [chain_length + answer_length] with own_answer; empty when nothing was sampled (sft)."""
 

@@ -4,6 +4,8 @@
 
     parity = mean over probe tokens of |log pi_sampler - log pi_trainer|, nats
 
+Probes are drawn at temperature 1 whatever the run's is, because only then both log-probs are of one distribution.
+
 A sampler with other weights than the trainer's makes every advantage wrong without any error: a tied head that was not
 reloaded, a stale prefix cache, a server that came back with its old weights. So each sync ends with the comparison.
 """

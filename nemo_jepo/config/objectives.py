@@ -52,3 +52,6 @@ OBJECTIVES = {
     "sft": ObjectiveKind(reward="none", answer_term=False),
 }
 """objective.name -> kind."""
+
+FORMAT_LOSSES = ("close", "paper", "none")
+"""objective.format_loss; the functions stand in `nemo_jepo.objective.format`."""

@@ -15,7 +15,7 @@ from nemo_jepo.config.conf_files import examples_file, shipped_examples
 from nemo_jepo.config.hub import is_model
 from nemo_jepo.config.judge import JudgeConfig, model_verifier_config
 from nemo_jepo.config.model import ModelConfig, OptimConfig, SchedConfig
-from nemo_jepo.config.objectives import OBJECTIVES, ObjectiveKind
+from nemo_jepo.config.objectives import FORMAT_LOSSES, OBJECTIVES, ObjectiveKind
 from nemo_jepo.config.rules import Rule, setting
 from nemo_jepo.config.samplers import SAMPLERS, SamplerKind
 
@@ -287,8 +287,11 @@ class ObjectiveConfig:
     samples are valid and advantage.normalize=false."""
     length_normalization: str = setting("none", choices=("none", "tokens"))
     """none, or tokens: each sample's log-probs divided by their number (for sft: mean over target tokens)."""
-    format_penalty: float = setting(10.0, ge=0)
-    """p: a generation without the marker earns the format reward -p, others 0; 0 switches the format loss off."""
+    format_loss: str = setting("close", choices=FORMAT_LOSSES)
+    """close: a generation that ended by itself without the marker is taught to write it there. paper: a generation
+    without it has a format reward of -10 (App. B.2), which also rewards short chains. none: neither."""
+    format_weight: float = setting(1.0, ge=0)
+    """Weight of the format loss, after scaling and clipping where it has an advantage."""
     importance_sampling: str = setting("none", choices=("none", "token_truncated", "sequence_truncated"))
     """Corrects the policy-gradient term for a lagging sampler, by a truncated ratio of each token or each sequence."""
     importance_cap: float = setting(2.0, ge=0)

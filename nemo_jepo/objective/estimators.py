@@ -245,22 +245,6 @@ def leave_one_out_advantage(reward: Tensor, valid_mask: Tensor) -> Tensor:
     return in_dtype_of(torch.where(valid_mask, advantage, 0.0), reward)
 
 
-def format_advantage(has_marker: Tensor, arrived_mask: Tensor, penalty: float) -> Tensor:
-    """Leave-one-out advantage of the format reward: 0 with the answer marker, -penalty without.
-
-    Args:
-        has_marker: [P, G] bool; anything where not arrived.
-        arrived_mask: [P, G] bool, False = failed.
-        penalty: p >= 0; 0 switches the format loss off.
-    Returns:
-        [P, G] float64, detached; 0 where not arrived or alone.
-    Raises:
-        ValueError: shapes differ, or the mask is not bool.
-    Source: arXiv 2503.19618, App. B.2.
-    """
-    return leave_one_out_advantage(-penalty * (~has_marker).double(), arrived_mask)
-
-
 def moments(advantage: Tensor, mask: Tensor) -> Tensor:
     """Count, sum and sum of squares over the mask: [3] float64, to be added over data-parallel ranks.
 

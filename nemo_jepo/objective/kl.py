@@ -10,7 +10,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-
 K3_LARGEST_EXPONENT = 20.0
 """Nats: k3 reads log-ratios below -20 as -20, so that no weight is above exp(20) = 4.9e8. exp(-r_t) of a token that the
 policy has all but given up overflows float32 at r_t = -89 and float64 at -710. On samples of the policy the bound is
@@ -114,8 +113,9 @@ KL_GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
 """kl.estimator -> g_t of the loss."""
 
 
-# ---- importance ratios: the sampler may hold older weights, compute in another precision, and reports log-probs at its
-# own temperature. Truncation from above bounds the variance; ratios below 1 pass. ----------------------------------
+# ---- importance ratios: the sampler may hold older weights, compute in another precision, and draw at another
+# temperature. mu is what the tokens were drawn from, its temperature included, and pi the policy at temperature 1, so
+# that the ratio corrects for all three. Truncation from above bounds the variance; ratios below 1 pass. -------------
 
 
 def token_truncated(policy_logprobs: Tensor, generation_logprobs: Tensor, cap: float) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 from torch import Tensor
 
-from nemo_jepo.config.objectives import OBJECTIVES
+from nemo_jepo.config.objectives import FORMAT_LOSSES, OBJECTIVES
 from nemo_jepo.objective.kl import IMPORTANCE_RATIOS, KL_GRADIENTS
 from nemo_jepo.types import PackedRow, Scores, Spliced
 
@@ -21,7 +21,8 @@ class UpdateRule:
     beta_sup: float
     rl_reduction: str
     length_normalization: str
-    format_penalty: float
+    format_loss: str
+    format_weight: float
     importance_sampling: str
     importance_cap: float
     normalize: bool
@@ -36,6 +37,7 @@ class UpdateRule:
             ("name", list(OBJECTIVES)),
             ("rl_reduction", ["mean", "sum"]),
             ("length_normalization", ["none", "tokens"]),
+            ("format_loss", list(FORMAT_LOSSES)),
             ("importance_sampling", list(IMPORTANCE_RATIOS)),
             ("std_scope", ["batch", "group"]),
             ("prompt_mean", ["all", "valid"]),
@@ -56,7 +58,7 @@ class GroupScores:
     arrived_mask: Tensor
     """bool: False = failed, or its verifier faulted where own answers train; counts nowhere."""
     has_marker: Tensor
-    """bool: earns the format reward."""
+    """bool: reached the answer marker."""
     chain_length: Tensor
     """int: scored tokens of c_i (of the whole generation where not valid)."""
     answer_length: Tensor
@@ -69,6 +71,8 @@ class GroupScores:
     """float, for rloo and jepo_rl; NaN where it could not be had."""
     faulted_mask: Tensor | None = None
     """bool: the verifier came to no verdict on the own answer; only reported."""
+    closed_mask: Tensor | None = None
+    """bool: not valid, and scored with the marker behind it, whose log-prob stands in answer_logprob; None: none is."""
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -70,4 +70,5 @@ def group_scores(
         chain_k3=None if reference is None else table(k3),
         verifiable_reward=None if rewards is None else table([math.nan if one is None else one for one in rewards]),
         faulted_mask=None if rewards is None else table(faulted, torch.bool),
+        closed_mask=table([sequence.closed and not sequence.failed for sequence in sequences], torch.bool),
     )

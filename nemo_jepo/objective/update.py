@@ -16,7 +16,6 @@ from torch import Tensor
 
 from nemo_jepo.config.objectives import OBJECTIVES
 from nemo_jepo.objective.estimators import (
-    format_advantage,
     group_std,
     leave_one_out_advantage,
     masked,
@@ -25,6 +24,7 @@ from nemo_jepo.objective.estimators import (
     share,
     std_from_moments,
 )
+from nemo_jepo.objective.format import FORMAT_TERMS
 from nemo_jepo.objective.kl import IMPORTANCE_RATIOS, KL_GRADIENTS
 from nemo_jepo.objective.records import GroupScores, SampleWeights, Scored, SequenceLogprobs, UpdateRule
 from nemo_jepo.objective.registry import LIKELIHOOD_TERMS, uses_verifiable_reward
@@ -43,10 +43,11 @@ def sample_weights(
 ) -> SampleWeights:
     """Coefficients of every sample of this rank in the global batch's update.
 
-        policy_weight_i = (A~_i * (1/n | 1) / P_mean  +  A~fmt_i / (n P))  [/ policy tokens]
-        answer_weight_i = beta_sup * w_i / P_mean                          [/ answer tokens]
+        policy_weight_i = (A~_i * (1/n | 1) / P_mean  +  f A~fmt_i / (n P))  [/ policy tokens]
+        answer_weight_i = (beta_sup * w_i / P_mean    +  f closed_i / (n P)) [/ answer tokens]
         kl_weight_i     = beta / (n P)
 
+    f = format_weight; A~fmt and closed are the terms of format_loss, one of them 0 (`nemo_jepo.objective.format`).
     n = arrived samples of the prompt; P = prompts of the global batch with at least one arrived sample; P_mean = P with
     prompt_mean=all, and with valid the number of those with at least one valid sample. With length_normalization=tokens
     the brackets hold, and l_i is a mean over answer tokens throughout. Invalid samples have no part in A~_i and w_i
@@ -70,7 +71,7 @@ def sample_weights(
     _require_finite(scores.answer_logprob, likelihood_mask)
 
     raw, answer_share = _raw_terms(rule, scores, likelihood_mask, reward_mask, reduce_max)
-    raw_format = format_advantage(scores.has_marker, scores.arrived_mask, rule.format_penalty)
+    raw_format, closing = _format_terms(rule, scores)
     has_valid, has_arrived = (mask.any(-1, keepdim=True) for mask in (scores.valid_mask, scores.arrived_mask))
     local = [moments(raw, likelihood_mask), moments(raw, reward_mask), moments(raw_format, scores.arrived_mask)]
     total = reduce_sum(torch.cat([*local, torch.stack([has_valid.sum(), has_arrived.sum()]).double()]))
@@ -81,17 +82,19 @@ def sample_weights(
         _post_process(rule, raw, reward_mask, std[1]),
         _post_process(rule, raw, likelihood_mask, std[0]),
     )
-    format_term = _post_process(rule, raw_format, scores.arrived_mask, std[2])
+    format_advantage = rule.format_weight * _post_process(rule, raw_format, scores.arrived_mask, std[2])
     per_prompt = share(total[10])
     per_mean = per_prompt if rule.prompt_mean == "all" else share(total[9])
     sample_share = scores.arrived_mask * share(scores.arrived_mask.sum(-1, keepdim=True))
+    per_sample = sample_share * per_prompt
     rl_share = sample_share if rule.rl_reduction == "mean" else scores.arrived_mask.double()
     policy_tokens, answer_tokens = _token_divisors(rule, scores, verifiable)
     kl_beta = 0.0 if rule.kl_estimator == "k1_reward" else rule.kl_beta
     return SampleWeights(
-        policy_weight=(advantage * rl_share * per_mean + format_term * sample_share * per_prompt) / policy_tokens,
-        answer_weight=rule.beta_sup * answer_share * per_mean / answer_tokens,
-        kl_weight=kl_beta * sample_share * per_prompt,
+        policy_weight=(advantage * rl_share * per_mean + format_advantage * per_sample) / policy_tokens,
+        answer_weight=(rule.beta_sup * answer_share * per_mean + rule.format_weight * closing * per_sample)
+        / answer_tokens,
+        kl_weight=kl_beta * per_sample,
         advantage=advantage,
         advantage_std=std,
     )
@@ -122,6 +125,12 @@ def supervised_weights(rule: UpdateRule, scores: GroupScores, reduce_sum: Reduce
         advantage=nothing,
         advantage_std=nothing.new_zeros(3),
     )
+
+
+def _format_terms(rule: UpdateRule, scores: GroupScores) -> tuple[Tensor, Tensor]:
+    """Raw format advantage, and weight of the marker behind closed samples; both [P, G] float64."""
+    closed = torch.zeros_like(scores.arrived_mask) if scores.closed_mask is None else scores.closed_mask
+    return FORMAT_TERMS[rule.format_loss](scores.has_marker, scores.arrived_mask, closed)
 
 
 def _verifiable_prompts(rule: UpdateRule, scores: GroupScores) -> Tensor:
@@ -238,7 +247,7 @@ def sequence_weights(
 
         chain:             policy_weight * ratio_t - kl_weight * g_t
         own answer:        policy_weight * ratio_t
-        reference answer:  answer_weight
+        reference answer, or the marker behind a closed sample:  answer_weight
 
     ratio_t is the importance ratio and g_t the gradient of the KL loss in log pi(c_t).
 

@@ -201,6 +201,7 @@ class EmbeddedSampler:
                 generation_logprobs=tuple(row.logprobs),
                 finish_reason=row.finish_reason,
                 policy_version=self._policy_version,
+                untempered=request.untempered,
             )
             for row in rows
         ]

@@ -52,6 +52,11 @@ class GenerationRequest:
         if self.temperature < 0:
             raise ValueError(f"needs a temperature >= 0, got {self}")
 
+    @property
+    def untempered(self) -> bool:
+        """Draws from the model's own distribution."""
+        return self.temperature == 1 and self.top_p == 1 and self.top_k == 0
+
 
 class Sampler(Protocol):
     """Anything that completes prompts with the weights it was last given."""

@@ -1,4 +1,4 @@
-"""A batch with everything in it that a real one has: ragged lengths, an invalid, a misaligned and a failed sample."""
+"""A batch with everything in it that a real one has: ragged lengths; invalid, misaligned, closed and failed samples."""
 
 import dataclasses
 import random
@@ -50,6 +50,7 @@ def sequences() -> list[Spliced]:
             )
     batch[1] = _without_answer(batch[1], has_marker=False)
     batch[5] = _without_answer(batch[5], has_marker=True, misaligned=True)
+    batch[10] = dataclasses.replace(batch[10], valid=False, has_marker=False, closed=True)
     failed = batch[7]
     batch[7] = dataclasses.replace(
         _without_answer(failed, has_marker=False),
@@ -78,7 +79,8 @@ def rule(**changes: Any) -> dict[str, Any]:
         "beta_sup": 1.0,
         "rl_reduction": "mean",
         "length_normalization": "none",
-        "format_penalty": 10.0,
+        "format_loss": "close",
+        "format_weight": 1.0,
         "importance_sampling": "token_truncated",
         "importance_cap": 2.0,
         "normalize": True,

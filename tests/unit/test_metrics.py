@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -69,6 +70,17 @@ def test_rollout_figures_are_sums_and_counts():
         "logprob_difference": (0.5 + 0.0 + 1.0 + 0.0 + 0.5 + 0.0, 6.0),  # the reference answer was not sampled
         "entropy": (3.0 + 4.0 + 3.0, 6.0),  # chain of thought alone
     }
+
+
+def test_tempered_samples_have_no_difference_and_all_else():
+    """Their log-probs are of another distribution: alone they leave the metric out, beside others they do not count."""
+    whole = rollout_metrics(SEQUENCES, ROLLOUTS, SCORES, policy_version=5)
+    tempered = [replace(rollout, untempered=False) for rollout in ROLLOUTS]
+    found = rollout_metrics(SEQUENCES, tempered, SCORES, policy_version=5)
+    assert found == whole | {"logprob_difference": (0.0, 0.0)}
+    assert "logprob_difference" not in merge(found, alone)
+    mixed = rollout_metrics(SEQUENCES, [ROLLOUTS[0], *tempered[1:]], SCORES, policy_version=5)
+    assert mixed["logprob_difference"] == (0.5 + 0.0 + 1.0, 3.0)
 
 
 def test_an_own_answer_counts_in_the_difference_and_not_in_the_entropy():

@@ -235,7 +235,8 @@ class Pool:
                 self.num_retried += 1
             else:
                 self.num_done += 1
-                return Rollout(group, sample, done.token_ids, done.logprobs, done.finish_reason, done.policy_version)
+                drawn = (done.token_ids, done.logprobs, done.finish_reason, done.policy_version)
+                return Rollout(group, sample, *drawn, untempered=batch.request.untempered)
             finally:
                 member.assigned -= 1
             await asyncio.sleep(backoff_s(attempts))

@@ -107,8 +107,8 @@ def _read_metrics(file: Path) -> tuple[list[int], dict[str, list[float | None]]]
 
 
 def _metrics_line(record: Mapping[str, Any]) -> tuple[int, dict[str, float | None]]:
-    metrics = {RENAMED.get(name, name): _number(value) for name, value in record.items() if name != "step"}
-    return int(record["step"]), metrics
+    step = int(record["step"])
+    return step, {RENAMED.get(name, name): _number(value) for name, value in record.items() if name != "step"}
 
 
 # ---- rollouts -------------------------------------------------------------------------------------------------

@@ -189,6 +189,41 @@ def test_a_generation_without_marker_is_scored_whole_and_has_no_own_answer():
     assert splicer.own_answer_text(rollout) is None
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("marker", MARKERS)
+def test_a_generation_that_ended_by_itself_is_closed_with_the_marker_on_its_own_line(kind, marker):
+    """The ids without the end-of-turn one, then the marker, which ends with a token and reads as it should."""
+    tokenizer = small_tokenizer(kind)
+    splicer, prompt = Splicer(tokenizer, AnswerConfig(marker=marker)), prompt_of(tokenizer)
+    chain = encode(tokenizer, "2 * 3 = 6")
+    rollout = rollout_of((*chain, tokenizer.eos_token_id))
+    (closed,) = splicer.close(splicer.splice_reference([prompt], [rollout]), [rollout])
+    assert (closed.closed, closed.valid, closed.has_marker, closed.failed) == (True, False, False, False)
+    assert closed.token_ids == prompt.token_ids + chain + splicer.marker_line
+    assert (closed.chain_length, closed.answer_length) == (len(chain), len(splicer.marker_line))
+    assert closed.generation_logprobs == rollout.generation_logprobs[:-1]
+    text = decode(tokenizer, chain + splicer.marker_line)
+    assert text.split("\n")[-1].strip() == AnswerConfig(marker=marker).marker_sentence
+    assert splicer.marker_end(chain + splicer.marker_line) == MarkerEnd(len(chain + splicer.marker_line), aligned=True)
+
+
+def test_only_what_ended_by_itself_with_some_chain_and_no_marker_is_closed():
+    """Cut off; with the marker; empty; failed; and stopped by something else than the end of its turn."""
+    tokenizer = small_tokenizer("byte_level")
+    splicer, prompt, end = Splicer(tokenizer, AnswerConfig()), prompt_of(tokenizer), (tokenizer.eos_token_id,)
+    words, marked = encode(tokenizer, "so it is"), encode(tokenizer, "So the final answer is")
+    rollouts = [
+        rollout_of(words, "length"),
+        rollout_of(words + end, "length"),
+        rollout_of(marked + end),
+        rollout_of(end),
+        rollout_of(words + end, "failed"),
+        rollout_of(words),
+    ]
+    spliced = splicer.splice_reference([prompt], rollouts)
+    assert splicer.close(spliced, rollouts) == spliced
+
+
 def test_a_failed_rollout_is_its_prompt_alone_whatever_it_holds():
     tokenizer = small_tokenizer("byte_level")
     prompt, rollout = prompt_of(tokenizer), rollout_of(encode(tokenizer, "the final answer is 4"), "failed")

@@ -8,7 +8,7 @@ from nemo_jepo.config.objectives import OBJECTIVES as OBJECTIVES
 from nemo_jepo.objective import GroupScores, SampleWeights
 from tests.unit.objective.tabular import PLAIN
 
-PAPER = replace(PLAIN, normalize=True, format_penalty=10.0, kl_beta=1e-3)
+PAPER = replace(PLAIN, normalize=True, format_loss="paper", kl_beta=1e-3)
 """App. B.2: scaled, clipped, with format loss and KL."""
 
 
@@ -39,6 +39,7 @@ def batch(seed: int = 0, num_prompts: int = 7, level: float = -20.0) -> GroupSco
         chain_log_ratio=uniform() - 0.4,
         verifiable_reward=(valid & (uniform() < 0.4)).double(),
         faulted_mask=torch.zeros_like(arrived),
+        closed_mask=arrived & ~has_marker & (uniform() < 0.5),
     )
 
 

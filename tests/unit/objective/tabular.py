@@ -23,7 +23,8 @@ PLAIN = UpdateRule(
     beta_sup=1.0,
     rl_reduction="mean",
     length_normalization="none",
-    format_penalty=0.0,
+    format_loss="none",
+    format_weight=1.0,
     importance_sampling="none",
     importance_cap=2.0,
     normalize=False,
@@ -73,8 +74,15 @@ class TabularPolicy:
 class Sample:
     """One enumerated outcome: a chain, and the answer that follows it in the scored sequence."""
 
-    def __init__(self, policy: TabularPolicy, chain: Sequence[int], answer: Sequence[int] | None, own: bool = False):
-        self.chain, self.answer, self.own = chain, answer, own
+    def __init__(
+        self,
+        policy: TabularPolicy,
+        chain: Sequence[int],
+        answer: Sequence[int] | None,
+        own: bool = False,
+        closed: bool = False,
+    ):
+        self.chain, self.answer, self.own, self.closed = chain, answer, own, closed
         logprobs = [policy.chain_logprobs(chain)]
         if answer is not None:
             logprobs.append(policy.answer_logprobs(chain, answer))
@@ -97,7 +105,7 @@ def scores_of(groups: Sequence[Sequence[Sample]], **overrides: Tensor) -> GroupS
     def table(read) -> Tensor:
         return torch.tensor([[read(sample) for sample in group] for group in groups])
 
-    valid = table(lambda s: s.answer is not None)
+    valid = table(lambda s: s.answer is not None and not s.closed)
     fields = {
         "answer_logprob": table(lambda s: float(s.answer_logprob)).double(),
         "valid_mask": valid,
@@ -106,6 +114,7 @@ def scores_of(groups: Sequence[Sequence[Sample]], **overrides: Tensor) -> GroupS
         "chain_length": table(lambda s: len(s.chain)),
         "answer_length": table(lambda s: s.answer_length),
         "chain_log_ratio": torch.zeros(valid.shape, dtype=torch.float64),
+        "closed_mask": table(lambda s: s.closed),
     }
     return GroupScores(**(fields | overrides))
 
@@ -173,6 +182,11 @@ def reference_answer_samples(policy: TabularPolicy) -> list[Sample]:
 def marked_samples(policy: TabularPolicy) -> list[Sample]:
     """Every chain; only those that reached the marker are followed by a*."""
     return [Sample(policy, chain, REFERENCE_ANSWER if MARKER in chain else None) for chain in CHAINS]
+
+
+def closed_samples(policy: TabularPolicy) -> list[Sample]:
+    """The same, and those without the marker are closed: the two answer tokens behind them stand for a marker."""
+    return [Sample(policy, chain, REFERENCE_ANSWER, closed=MARKER not in chain) for chain in CHAINS]
 
 
 def own_answer_samples(policy: TabularPolicy) -> list[Sample]:

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from nemo_jepo.objective.estimators import (
-    format_advantage,
     group_std,
     leave_one_out_advantage,
     mean_logprob,
@@ -130,15 +129,6 @@ def test_a_bool_reward_is_a_reward_of_zero_and_one():
     reward = torch.tensor([[True, False, False]])
     advantage = leave_one_out_advantage(reward, torch.ones_like(reward))
     torch.testing.assert_close(advantage, torch.tensor([[1.0, -0.5, -0.5]], dtype=torch.float64))
-
-
-def test_the_format_advantage_counts_only_arrived_samples():
-    """Rewards 0, -10, 0 of three arrived: 0 - (-5), -10 - 0, 0 - (-5); the failed one is nobody's baseline."""
-    has_marker = torch.tensor([[True, False, True, False]])
-    arrived = torch.tensor([[True, True, True, False]])
-    expected = torch.tensor([[5.0, -10.0, 5.0, 0.0]], dtype=torch.float64)
-    torch.testing.assert_close(format_advantage(has_marker, arrived, 10.0), expected)
-    assert (format_advantage(has_marker, arrived, 0.0) == 0).all()
 
 
 def test_moments_of_any_split_add_up_to_the_population_std():

@@ -16,7 +16,6 @@ from nemo_jepo.objective import SequenceLogprobs, sample_weights
 from nemo_jepo.objective.update import sequence_weights
 from tests.unit.objective.tabular import (
     CHAINS,
-    MARKER,
     PLAIN,
     REFERENCE_ANSWER,
     Sample,
@@ -166,25 +165,6 @@ def test_the_update_of_a_batch_is_the_mean_of_its_prompts_updates(policy):
         found[name] = torch.stack([batch_update(rule, [groups[i], groups[j]]) for i, j in pairs]).mean(0)
     torch.testing.assert_close(found["all"], alone.mean(0), **CLOSE)
     assert (found["valid"] - alone.mean(0)).abs().max() > 0.01
-
-
-def test_the_format_loss_follows_the_exact_gradient_of_the_format_reward(policy):
-    """grad of -p * P(no marker): acting on c_i when valid and on all of y_i when not loses nothing."""
-    missing = torch.stack([policy.chain_logprobs(c).sum().exp() for c in CHAINS if MARKER not in c]).sum()
-    rule = replace(PLAIN, name="vr_cli", format_penalty=10.0)
-    likelihood_only = expected_update(replace(rule, format_penalty=0.0), marked_samples(policy), 2)
-    update = expected_update(rule, marked_samples(policy), 2) - likelihood_only
-    torch.testing.assert_close(update, policy.gradient(-10.0 * missing), **CLOSE)
-
-
-def test_tokens_after_the_marker_add_nothing_to_the_format_gradient(policy):
-    """Own answers carry the format reward too (rloo): its mean over them is zero."""
-    samples = [s for s in own_answer_samples(policy) if MARKER in s.chain]
-    samples += [s for s in marked_samples(policy) if MARKER not in s.chain]
-    missing = torch.stack([policy.chain_logprobs(c).sum().exp() for c in CHAINS if MARKER not in c]).sum()
-    rule = replace(PLAIN, name="rloo", format_penalty=10.0)
-    update = expected_update(rule, samples, 2) - expected_update(replace(rule, format_penalty=0.0), samples, 2)
-    torch.testing.assert_close(update, policy.gradient(-10.0 * missing), **CLOSE)
 
 
 def kl_update(policy: TabularPolicy, reference: TabularPolicy, rule, group_size: int = 2) -> Tensor:

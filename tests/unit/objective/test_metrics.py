@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from nemo_jepo.metrics import update_metrics
+from nemo_jepo.metrics import update_metrics, without_valid_sample
 from nemo_jepo.objective import GroupScores, SampleWeights, sample_weights
 from tests.unit.objective.tabular import PLAIN
 
@@ -26,6 +26,7 @@ def two_prompts() -> GroupScores:
         chain_k3=torch.tensor([[0.01, 0.02], [0.06, math.nan]], dtype=torch.float64),
         verifiable_reward=torch.tensor([[0.0, 0.0], [0.0, math.nan]]),
         faulted_mask=torch.zeros(2, 2, dtype=torch.bool),
+        closed_mask=torch.zeros(2, 2, dtype=torch.bool),
     )
 
 
@@ -50,7 +51,6 @@ def test_every_figure_of_a_small_batch():
         "answer_tokens_mean": 2.0,
         "advantage_std": abs(raw[0] - raw[1]) / 2,
         "advantage_clip_fraction": 0.5,
-        "format_advantage_std": 0.0,
         "reward": 0.0,
         "reward_advantage_std": 0.0,
         "verifier_fault_rate": 0.0,
@@ -61,6 +61,50 @@ def test_every_figure_of_a_small_batch():
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         assert math.isclose(got[name], value, rel_tol=1e-9, abs_tol=1e-12), name
+
+
+def test_each_form_of_the_format_loss_reports_what_it_has_to_work_with():
+    """paper: rewards 0, -10 of one prompt with two arrived: advantages 10 and -10. close: 1 of 3 arrived is closed."""
+    scores = two_prompts()
+    scores.arrived_mask[1, 1] = scores.has_marker[1, 1] = True
+    paper = replace(RULE, format_loss="paper")
+    assert means(update_metrics(paper, scores, sample_weights(paper, scores)))["format_advantage_std"] == (
+        pytest.approx(math.sqrt((10**2 + 10**2) / 4))
+    )
+    close, scores = replace(RULE, format_loss="close"), two_prompts()
+    scores.answer_logprob[1, 0] = -2.5
+    closed = replace(scores, closed_mask=torch.tensor([[False, False], [True, False]]))
+    found = means(update_metrics(close, closed, sample_weights(close, closed)))
+    assert (found["closed_rate"], found["marker_logprob"]) == (pytest.approx(1 / 3), -2.5)
+    plain = means(update_metrics(RULE, two_prompts(), sample_weights(RULE, two_prompts())))
+    assert {name: found[name] for name in plain} == plain  # no bound, rate or length reads the closed sample
+
+
+@pytest.mark.parametrize(
+    ("changes", "means", "said"),
+    [
+        (
+            {},
+            {"marker_rate": 0.0, "closed_rate": 0.0},
+            "no completion has the answer marker, so nothing but the KL acts. Show",
+        ),
+        ({"kl_beta": 0.0}, {"marker_rate": 0.0}, "no completion has the answer marker, so nothing acts. Show"),
+        ({}, {"marker_rate": 0.0, "closed_rate": 0.1}, "so nothing but the format loss and the KL acts. Show"),
+        ({"format_weight": 0.0}, {"marker_rate": 0.0, "closed_rate": 0.1}, "so nothing but the KL acts. Show"),
+        (
+            {},
+            {"marker_rate": 0.5, "format_advantage_std": 4.0},
+            "none is valid, so nothing but the format loss and the KL",
+        ),
+        (
+            {},
+            {"marker_rate": 1.0, "format_advantage_std": 0.0},
+            "none is valid, so nothing but the KL acts. Look at mis",
+        ),
+    ],
+)
+def test_a_batch_without_a_valid_sample_says_why_and_what_still_acts(changes, means, said):
+    assert said in without_valid_sample(replace(RULE, **changes), means)
 
 
 @pytest.mark.parametrize("name", ["jepo", "rloo", "jepo_rl", "sft"])

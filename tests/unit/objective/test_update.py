@@ -46,7 +46,7 @@ def test_the_mean_is_over_prompts_that_arrived_or_over_those_with_a_valid_sample
 @pytest.mark.parametrize("name", [name for name, kind in OBJECTIVES.items() if not kind.supervised])
 def test_the_rl_weight_is_averaged_over_samples_and_over_prompts(name, prompt_mean, count):
     """1/n of each prompt's own n, in a batch of 6 prompts that arrived, 5 of them with a valid sample."""
-    rule = replace(PAPER, name=name, prompt_mean=prompt_mean, format_penalty=0.0)
+    rule = replace(PAPER, name=name, prompt_mean=prompt_mean, format_loss="none")
     coefficients, num_arrived = sample_weights(rule, batch()), batch().arrived_mask.sum(-1, keepdim=True).clamp(min=1)
     torch.testing.assert_close(coefficients.policy_weight, coefficients.advantage / num_arrived / count)
     assert coefficients.policy_weight.abs().max() > 1e-3
@@ -58,7 +58,7 @@ def test_a_lone_prompt_with_a_valid_sample_keeps_the_weight_of_one_prompt(name):
     whole = map_tensors(batch(), lambda n, value: value[:1])
     empty = map_tensors(whole, lambda n, v: torch.zeros_like(v) if n in ("valid_mask", "verifiable_reward") else v)
     scores = map_tensors(whole, lambda n, v: torch.cat([v, *[getattr(empty, n)] * 63]))
-    rule = replace(PAPER, name=name, format_penalty=0.0)
+    rule = replace(PAPER, name=name, format_loss="none")
     alone, among = sample_weights(rule, whole), sample_weights(rule, scores)
     for field in ("policy_weight", "answer_weight"):
         torch.testing.assert_close(getattr(among, field)[:1], getattr(alone, field) / 64)
@@ -110,7 +110,7 @@ def test_k1_reward_pulls_every_arrived_sample_of_a_prompt_with_a_valid_one():
 
 def test_jepo_and_rloo_prompts_of_jepo_rl_get_their_own_objective_and_std():
     """Prompts with a positive reward train as in rloo, scaled by the rewards' std alone; the others as in jepo."""
-    scores, rule = batch(), replace(PAPER, name="jepo_rl", format_penalty=0.0)
+    scores, rule = batch(), replace(PAPER, name="jepo_rl", format_loss="none")
     mixed = sample_weights(rule, scores)
     solved = uses_verifiable_reward("jepo_rl", scores.verifiable_reward)
     assert 0 < solved.sum() < 5
@@ -152,7 +152,7 @@ def test_length_normalization_counts_own_answers_among_the_sampled_tokens():
 
 
 def test_rl_reduction_sum_drops_one_over_n_from_the_rl_term_alone():
-    rule = replace(PAPER, format_penalty=0.0)
+    rule = replace(PAPER, format_loss="none")
     mean, total = sample_weights(rule, batch()), sample_weights(replace(rule, rl_reduction="sum"), batch())
     num_arrived = batch().arrived_mask.sum(-1, keepdim=True)
     torch.testing.assert_close(total.policy_weight, mean.policy_weight * num_arrived)
@@ -166,7 +166,7 @@ def test_rl_reduction_sum_drops_one_over_n_from_the_rl_term_alone():
 @pytest.mark.parametrize("level", [-20.0, -1e4])
 def test_a_batch_without_a_valid_sample_has_the_format_loss_and_kl_alone(name, level):
     nothing = map_tensors(batch(level=level), lambda n, value: value & False if n == "valid_mask" else value)
-    coefficients = sample_weights(replace(PAPER, name=name, format_penalty=0.0), nothing)
+    coefficients = sample_weights(replace(PAPER, name=name, format_loss="none"), nothing)
     if name != "sft":
         assert (coefficients.policy_weight == 0).all() and (coefficients.answer_weight == 0).all()
         torch.testing.assert_close(coefficients.kl_weight.sum().item(), 1e-3)
@@ -187,13 +187,13 @@ def test_samples_that_are_all_equal_get_no_weight(name):
     equal = replace(
         equal, verifiable_reward=equal.valid_mask.double(), answer_length=torch.full_like(equal.answer_length, 7)
     )
-    assert sample_weights(replace(PAPER, name=name, format_penalty=0.0), equal).policy_weight.abs().max() < 1e-5
+    assert sample_weights(replace(PAPER, name=name, format_loss="none"), equal).policy_weight.abs().max() < 1e-5
 
 
 def test_one_dominant_sample_takes_both_weights():
     scores = map_tensors(batch(), lambda n, value: value[:1].clone())
     scores.answer_logprob[0] = torch.tensor([-1e4, -1e4, -3.0, -1e4])
-    coefficients = sample_weights(replace(PAPER, format_penalty=0.0), scores)
+    coefficients = sample_weights(replace(PAPER, format_loss="none"), scores)
     torch.testing.assert_close(coefficients.answer_weight[0], torch.tensor([0.0, 0.0, 1.0, 0.0], dtype=torch.float64))
     assert coefficients.advantage[0, 2] == 1.0
     assert (coefficients.advantage[0, [0, 1, 3]].abs() < 1e-3).all()
@@ -229,6 +229,7 @@ def test_tensors_of_different_shapes_are_refused(field):
         {"name": "jepoo"},
         {"rl_reduction": "max"},
         {"length_normalization": "sqrt"},
+        {"format_loss": "penalty"},
         {"importance_sampling": "token"},
         {"std_scope": "rank"},
         {"prompt_mean": "batch"},

@@ -42,7 +42,7 @@ def test_recipe_has_the_papers_settings(name):
     config = composed(name)
     loop = config.trainer.jepo
     assert (loop.num_prompts_per_step, loop.num_generations_per_prompt) == (64, 4)
-    assert (config.rollout.temperature, config.kl.beta, config.objective.format_penalty) == (1.0, 1e-3, 10.0)
+    assert (config.rollout.temperature, config.kl.beta, config.objective.format_weight) == (1.0, 1e-3, 1.0)
     assert (config.trainer.precision, config.model.optim.distributed) == ("bf16", True)
     assert config.model.fp8 == ("hybrid" if "fp8" in name else None)
     assert (config.objective.name, config.objective.beta_sup) == ("jepo", 1.0)

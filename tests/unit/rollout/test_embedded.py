@@ -193,6 +193,15 @@ def test_temperature_zero_takes_the_likeliest_token_and_reports_the_policys_own_
         torch.testing.assert_close(torch.tensor(rollout.generation_logprobs), expected.float(), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(("temperature", "own"), [(1.0, True), (0.5, False), (0.0, False)])
+def test_a_rollout_says_whether_it_is_the_models_own(temperature, own):
+    (rollout,) = sampler_of(tiny_model(tiny_config())).generate(
+        RAGGED[:1], request_of(num_generations_per_prompt=1, max_tokens=1, temperature=temperature)
+    )
+    assert rollout.untempered == own
+    assert not request_of(top_p=0.9).untempered and not request_of(top_k=5).untempered
+
+
 def test_logprobs_are_at_the_sampling_temperature():
     model = tiny_model(tiny_config())
     request = request_of(num_generations_per_prompt=1, max_tokens=1, temperature=0.5)

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from nemo_jepo.utils.http import ServerFault
 from tests.support.fake_vllm import KEY, VOCAB, FakeVLLM, changed, good_answer, with_logprobs
 from tests.unit.rollout.test_client import BROKEN
 
-REQUEST = GenerationRequest(num_generations_per_prompt=4, max_tokens=5, stop_at_marker=False, temperature=1.0, seed=1)
+REQUEST = GenerationRequest(num_generations_per_prompt=4, max_tokens=5, stop_at_marker=False, temperature=0.5, seed=1)
 PROMPTS = [Prompt(i, (1, i), "question", "answer") for i in range(6)]
 DEADLINE_S = 60
 """No case here needs seconds; a loaded machine may."""
@@ -53,8 +54,8 @@ def assert_each_sample_once(rollouts: list[Rollout], prompts: list[Prompt] = PRO
 
 def assert_all_good(rollouts: list[Rollout]) -> None:
     assert_each_sample_once(rollouts)
-    good = {((3, 4), (-0.5, -0.25), "stop", 7)}
-    assert {(r.token_ids, r.generation_logprobs, r.finish_reason, r.policy_version) for r in rollouts} == good
+    good = Rollout(0, 0, (3, 4), (-0.5, -0.25), "stop", policy_version=7, untempered=REQUEST.untempered)
+    assert {replace(rollout, group=0, sample=0) for rollout in rollouts} == {good}
 
 
 def wait_until(condition: Callable[[], object]) -> None:
