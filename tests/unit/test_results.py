@@ -1,12 +1,15 @@
 """docs/results/index.md says what the results.parquet files hold: every difference, table, arm and seed."""
 
 import re
+from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 
 import pyarrow.parquet
 import pytest
 
+from nemo_jepo.config.schema import ArithmeticConfig
+from nemo_jepo.data.arithmetic import arithmetic_rows
 from nemo_jepo.tools.experiments import load_experiment, only, plan_runs
 from nemo_jepo.tools.report.results import read_all, read_results
 from nemo_jepo.tools.report.tables import markdown, tables_of
@@ -19,6 +22,7 @@ ACCURACY, VERIFIABLE, UNVERIFIABLE = "oracle_accuracy", "oracle_accuracy_verifia
 CLAIMS = [
     ("mini_verifiable", "jepo", "rloo", ACCURACY, "within noise"),
     ("mini_verifiable", "jepo", "jepo_single", ACCURACY, "above"),
+    ("mini_verifiable", "sft_chain_of_thought", "jepo", ACCURACY, "above"),
     ("mini_semi", "jepo", "rloo", UNVERIFIABLE, "above"),
     ("mini_semi", "jepo_rl", "rloo", UNVERIFIABLE, "above"),
     ("mini_semi", "jepo", "rloo", VERIFIABLE, "below"),
@@ -62,6 +66,28 @@ def test_a_claim_of_the_page_is_what_was_measured(name, arm, other, metric, rela
         "below": max(found) < 0,
         "within noise": overlap(last(name, arm, metric).values(), last(name, other, metric).values()),
     }[relation]
+
+
+def test_the_single_sample_bound_is_closing_in():
+    (comparison,) = read_results(DOCS / "results" / "mini_verifiable" / "results.parquet")
+    multi, single = (comparison.bands(arm, ACCURACY)[0] for arm in ("jepo", "jepo_single"))
+    gap = {step: one - other for step, one, other in zip(multi.steps, multi.mean, single.mean, strict=True)}
+    assert gap[20] > gap[40] > gap[60] > 0
+    assert (
+        f"it was {gap[20]:.2f} behind after 20, {gap[40]:.2f} after 40" in PAGE and f"is {gap[60]:.2f} behind" in PAGE
+    )
+
+
+def test_every_seed_has_problems_of_its_own_and_a_constant_answer_is_right_as_often_as_the_page_says():
+    """The three arithmetic sets that the runs of `mini` were validated on."""
+    config = ArithmeticConfig(num_steps=3)
+    rows = [row for seed in (1, 2, 3) for row in arithmetic_rows(config, "validation", seed)]
+    assert len({row.question for row in rows}) == len(rows) == 3 * 256
+    ((answer, count),) = Counter(row.answer for row in rows).most_common(1)
+    assert f"always answering {answer}, the most frequent digit, has {count / len(rows):.2f}" in PAGE
+    for name in ("mini_verifiable", "mini_unverifiable"):
+        found = last(name, "sft", ACCURACY).values()
+        assert abs(sum(found) / len(found) - count / len(rows)) < 0.04
 
 
 README = {

@@ -18,7 +18,7 @@ FAULTED = 2
 REWARDS = [[1.0, 0.0, None, 0.0], [0.0, 1.0, 1.0, 0.0]]
 RULES = {
     "the paper's": PAPER,
-    "plain": replace(PLAIN, format_penalty=0.7, kl_beta=0.1),
+    "plain": replace(PLAIN, format_loss="paper", format_weight=0.7, kl_beta=0.1),
     "by group, a sum": replace(PAPER, std_scope="group", rl_reduction="sum"),
     "per token": replace(PAPER, length_normalization="tokens"),
     "KL in the reward": replace(PLAIN, kl_beta=0.1, kl_estimator="k1_reward"),

@@ -99,7 +99,7 @@ def test_each_form_of_the_format_loss_reports_what_it_has_to_work_with():
         (
             {},
             {"marker_rate": 1.0, "format_advantage_std": 0.0},
-            "none is valid, so nothing but the KL acts. Look at mis",
+            "none is valid, so nothing but the KL acts. Look at misaligned",
         ),
     ],
 )
