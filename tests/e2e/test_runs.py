@@ -19,8 +19,8 @@ def run_short(folder: Path, *overrides: str) -> list[dict]:
 
 @pytest.mark.parametrize("objective", ["jepo_single", "rloo", "jepo_rl", "vr_cli", "prob_pg", "avg_logprob"])
 def test_every_objective_trains(objective, tmp_path):
-    # "e" is the marker, so a random model writes it by chance. Where no answer is right by chance too, rloo has the paper's
-    # format loss to learn from.
+    # "e" is the marker: a random model writes it by chance, and rloo has the paper's format loss to learn from where no
+    # answer is right.
     form = "objective.format_loss=paper"
     lines = run_short(tmp_path, f"objective={objective}", form, "evaluation.num_generations_per_prompt=2")
     assert [line["step"] for line in lines] == [1, 2]
