@@ -72,20 +72,20 @@ def look(config: Config) -> list[Finding]:
     world_size, folder = int(os.environ.get("WORLD_SIZE", "1")), Path(config.exp_manager.exp_dir)
 
     def everything() -> Iterator[Finding]:
-        local: Config | None = config
-        if os.environ.get("RANK", "0") == "0":
-            local, about_names = look_up(config)
-            yield from about_names
-        yield from check_settings(local or config, world_size)
+        is_first = os.environ.get("RANK", "0") == "0"
+        local, about_names = look_up(config) if is_first else (config, [])
+        yield from about_names
+        known = local or config
+        yield from check_settings(known, world_size)
         yield from check_gpus(config.trainer.devices)
-        num_parameters, about_model = count_parameters(local or config, has_weights=local == config)
+        num_parameters, about_model = count_parameters(known, has_weights=known == config)
         yield from about_model
-        yield from check_memory(config)
+        yield from check_memory(known)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             yield from check_disk(folder, num_parameters, config)
             yield from check_file_system(folder)
         yield from check_ports(config)
-        if os.environ.get("RANK", "0") == "0" and local is not None:
+        if is_first and local is not None:
             yield from check_data(local, world_size)
 
     return list(everything())
