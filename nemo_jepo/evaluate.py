@@ -9,7 +9,7 @@
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,8 +22,8 @@ from nemo_jepo.actor.scoring import score
 from nemo_jepo.checkpoint.format import latest_checkpoint
 from nemo_jepo.config.schema import Config
 from nemo_jepo.config.warmup import started_from
-from nemo_jepo.data.dataset import PromptSplits, has_oracle
-from nemo_jepo.data.oracle import is_true
+from nemo_jepo.data.dataset import PromptSplits
+from nemo_jepo.data.oracle import ArithmeticOracle
 from nemo_jepo.data.splice import Splicer
 from nemo_jepo.held_out import (
     Graded,
@@ -39,10 +39,11 @@ from nemo_jepo.objective.records import GroupScores, Scored
 from nemo_jepo.objective.tables import group_scores
 from nemo_jepo.rewards.judge_prompt import Case
 from nemo_jepo.rewards.judged import Judges, cases_to_judge, combined_accuracies, judge_metrics
+from nemo_jepo.rewards.task import TaskScorer
 from nemo_jepo.rewards.verify import Verifier
 from nemo_jepo.rollout.build import OwnServers
 from nemo_jepo.rollout.sampler import GenerationRequest, never
-from nemo_jepo.setup import Trainer, build
+from nemo_jepo.setup import Trainer, build, task_scorer
 from nemo_jepo.types import Pair, Prompt, Rollout, Scores, Spliced
 from nemo_jepo.utils.exit_codes import DONE
 from nemo_jepo.weight_sync import sync_weights
@@ -130,8 +131,7 @@ def evaluate(
     # Own answers, sampled and the likeliest one
     if config.evaluation.verify:
         metrics |= sampled_answers(t, mine, rollouts, size if answered else 1)
-    if has_oracle(config.data):
-        metrics |= oracle_accuracy(t, mine, rollouts)
+    metrics |= oracle_accuracies(t, mine, rollouts)
     if answered and config.evaluation.greedy:
         greedy = replace(request, num_generations_per_prompt=1, temperature=0.0)
         (likeliest,) = t.rollouts.sample(mine, greedy, stop)
@@ -144,7 +144,7 @@ def reads_own_answers(config: Config, prompts: Sequence[Prompt]) -> bool:
     """Whether somebody reads what follows the marker: an oracle, a judge, or a verifier that can grade a prompt."""
     judged = config.evaluation.judge.url or config.evaluation.model_verifier.url
     graded = config.evaluation.verify and (judged or any(prompt.verifiable for prompt in prompts))
-    return has_oracle(config.data) or bool(graded)
+    return config.data.name in ORACLES or bool(graded)
 
 
 def num_batches(config: Config, num_prompts: int) -> int:
@@ -232,8 +232,8 @@ def greedy_answers(t: Trainer, prompts: Sequence[Prompt], rollouts: Sequence[Rol
         verdicts = grade(t.verifier, t.splicer, t.layout, prompts, rollouts)
         answers = [t.splicer.own_answer_text(rollout) for rollout in rollouts]
         metrics["accuracy_greedy"] = accuracy(arrived(rollouts, answers, verdicts))
-    if has_oracle(t.config.data):
-        metrics["oracle_accuracy_greedy"] = oracle_accuracy(t, prompts, rollouts)["oracle_accuracy"]
+    if true := oracle_accuracies(t, prompts, rollouts):
+        metrics["oracle_accuracy_greedy"] = true["oracle_accuracy"]
     return metrics
 
 
@@ -249,12 +249,15 @@ def arrived(
 
 
 def grade(
-    verifier: Verifier, splicer: Splicer, layout: Layout, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]
+    verifier: Verifier | TaskScorer | ArithmeticOracle,
+    splicer: Splicer,
+    layout: Layout,
+    prompts: Sequence[Prompt],
+    rollouts: Sequence[Rollout],
 ) -> list[float | None]:
     """1 where the own answer equals the reference answer, 0 where not or where there is none, None after a fault.
 
-    Where the prompt is not verifiable the verifier is not asked, and every own answer has 0. The replica's first rank
-    asks the verifier; every rank of the replica must call.
+    The replica's first rank asks the verifier; every rank of the replica must call.
     """
     if not layout.is_replica_head:
         return layout.share_in_replica(None)
@@ -263,9 +266,8 @@ def grade(
         if rollout.finish_reason == "failed":
             verdicts.append(None)
             continue
-        prompt = prompts[rollout.group]
-        own = splicer.own_answer_text(rollout) if prompt.verifiable else None
-        verdict = False if own is None else verifier.verify([(own, prompt.answer)])[0]
+        own = splicer.own_answer_text(rollout)
+        verdict = False if own is None else verifier.is_right(own, prompts[rollout.group])
         verdicts.append(None if verdict is None else float(verdict))
     return layout.share_in_replica(verdicts)
 
@@ -302,19 +304,27 @@ def first_samples(
     return records
 
 
-def oracle_accuracy(t: Trainer, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> dict[str, Pair]:
-    """How many own answers are true, whatever their form; also of verifiable and unverifiable prompts apart."""
-    derivation = t.config.data.arithmetic.answers == "derivation"
-    known: dict[bool, list[bool]] = {True: [], False: []}
-    for rollout in rollouts:
+ORACLES: dict[str, Callable[[Config], ArithmeticOracle | TaskScorer]] = {
+    "arithmetic": lambda config: ArithmeticOracle(config.data.arithmetic.answers == "derivation"),
+    "reasoning_gym": task_scorer,
+}
+"""Of generated questions somebody knows which answers are true, whatever the verifier can tell."""
+
+
+def oracle_accuracies(t: Trainer, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> dict[str, Pair]:
+    """How many own answers are true, whatever their form; also of verifiable and unverifiable prompts apart.
+
+    Empty for a data set without an oracle. An answer over which the oracle fails is not true.
+    """
+    if t.config.data.name not in ORACLES:
+        return {}
+    with ExitStack() as stack:
+        oracle = ORACLES[t.config.data.name](t.config)
+        stack.callback(oracle.close)
+        verdicts = grade(oracle, t.splicer, t.layout, prompts, rollouts)
+    parts: dict[bool, list[float]] = {True: [], False: []}
+    for rollout, verdict in zip(rollouts, verdicts, strict=True):
         if rollout.finish_reason != "failed":
-            prompt, own = prompts[rollout.group], t.splicer.own_answer_text(rollout)
-            known[prompt.verifiable].append(own is not None and is_true(prompt.question, own, derivation))
-    return {
-        name: (float(sum(truths)), float(len(truths)))
-        for name, truths in (
-            ("oracle_accuracy", known[True] + known[False]),
-            ("oracle_accuracy_verifiable", known[True]),
-            ("oracle_accuracy_unverifiable", known[False]),
-        )
-    }
+            parts[prompts[rollout.group].verifiable].append(verdict or 0.0)
+    named = {"": parts[True] + parts[False], "_verifiable": parts[True], "_unverifiable": parts[False]}
+    return {f"oracle_accuracy{part}": (sum(truths), float(len(truths))) for part, truths in named.items()}

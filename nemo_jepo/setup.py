@@ -34,6 +34,7 @@ from nemo_jepo.data.splice import Splicer
 from nemo_jepo.data.stream import PromptStream
 from nemo_jepo.data.tokenizer import load_tokenizer, train_tokenizer
 from nemo_jepo.objective.records import UpdateRule
+from nemo_jepo.rewards.task import TaskScorer
 from nemo_jepo.rewards.verify import Verifier
 from nemo_jepo.rollout.build import OwnServers, open_sampler, training_request
 from nemo_jepo.rollout.queue import RolloutQueue
@@ -55,7 +56,7 @@ class Trainer:
     """Empty without a validation file."""
     actor: MegatronJEPOActor
     rollouts: RolloutQueue
-    verifier: Verifier
+    verifier: Verifier | TaskScorer
     """Its process starts when first asked, on replica heads."""
     checkpoints: CheckpointWriter
     servers: tuple[tuple[str, ...], str] | None = None
@@ -211,7 +212,7 @@ def build(config: Config, folder: Path, layout: Layout, servers: OwnServers, spl
         validation=validation,
         actor=actor,
         rollouts=rollouts,
-        verifier=Verifier(config.evaluation.verify_timeout_s),
+        verifier=open_verifier(config),
         checkpoints=checkpoint_writer(loop, folder / "checkpoints", hf_config, tokenizer),
         servers=servers.addresses,
     )
@@ -225,6 +226,16 @@ def require_room_for_marker(config: Config, marker_tokens: int) -> None:
         key = "data.max_prompt_tokens + rollout.max_tokens + the marker's tokens"
         rule = f"must fit in a row of model.tokens_per_micro_batch={room} with objective.format_loss=close"
         raise ConfigError(key, longest, rule, "Raise that, or lower one of the two")
+
+
+def open_verifier(config: Config) -> Verifier | TaskScorer:
+    """What grades own answers (data.verifier)."""
+    return task_scorer(config) if config.data.verifier == "task" else Verifier(config.evaluation.verify_timeout_s)
+
+
+def task_scorer(config: Config) -> TaskScorer:
+    """The scorer of data.task."""
+    return TaskScorer(str(config.data.task), config.data.task_args, config.evaluation.verify_timeout_s)
 
 
 def checkpoint_writer(

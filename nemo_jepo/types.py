@@ -32,6 +32,8 @@ class Prompt:
     """A golden (or noisy) chain of thought, only read by `objective=sft`; None where the row has none."""
     verifiable: bool = True
     """False: no verifier can tell whether an own answer equals a*, so none of them earns a verifiable reward."""
+    task_entry: str | None = None
+    """data=reasoning_gym: the package's own record of the question, which its scorer reads; pickled, in base 64."""
     occurrence: int = 0
     """How often the global batch holds the prompt before this place: a repeated prompt draws samples of its own."""
 

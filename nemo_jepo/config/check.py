@@ -13,6 +13,7 @@ from nemo_jepo.config.judge import RUN_SERVERS, check_judge
 from nemo_jepo.config.layouts import check_fp8_settings, check_layout, model_shape
 from nemo_jepo.config.rules import rules_of
 from nemo_jepo.config.schema import (
+    WORKED_TASKS,
     ArithmeticConfig,
     Config,
     DataConfig,
@@ -48,6 +49,7 @@ def check(config: Config, world_size: int, trains: bool = True) -> None:
         ConfigError: the first broken rule.
     """
     _check_data(config.data, trains)
+    _check_task(config)
     _check_arithmetic(config.data.arithmetic)
     _check_machines(config.trainer, config.model, world_size)
     _check_batches(config.trainer, config.warmup, config.model.data_parallel_size(world_size))
@@ -70,6 +72,27 @@ def _check_data(data: DataConfig, trains: bool) -> None:
     if data.system_prompt is not None and not data.use_chat_template:
         rule = "is a turn of the chat template"
         raise ConfigError("data.system_prompt", data.system_prompt, rule, "Add data.use_chat_template=true")
+
+
+def _check_task(config: Config) -> None:
+    data = config.data
+    if data.name != "reasoning_gym":
+        if data.verifier == "task":
+            rule, fix = f"data={data.name} has no scorer of its own", "Use math, or data=reasoning_gym"
+            raise ConfigError("data.verifier", "task", rule, fix)
+        return
+    if find_spec("reasoning_gym") is None:
+        rule, fix = "needs the package reasoning-gym", "pip install 'nemo_jepo[tasks]'"
+        raise ConfigError("data", "reasoning_gym", rule, fix)
+    if data.task is None:
+        raise ConfigError("data.task", None, "data=reasoning_gym needs one", "Add data.task=chain_sum")
+    targets = {"objective.sft_target": config.objective.sft_target} if config.objective.kind.supervised else {}
+    if config.warmup.max_steps:
+        targets["warmup.sft_target"] = config.warmup.sft_target
+    for key, target in targets.items():
+        if target == "chain_of_thought" and data.task not in WORKED_TASKS:
+            rule = f"data.task={data.task} has no golden chains of thought; {' and '.join(WORKED_TASKS)} have"
+            raise ConfigError(key, target, rule, "Use marked_answer")
 
 
 def _check_arithmetic(arithmetic: ArithmeticConfig) -> None:

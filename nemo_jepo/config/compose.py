@@ -20,6 +20,7 @@ from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import OverrideType
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -82,6 +83,16 @@ def _refuse_unknown_keys(overrides: Sequence[str]) -> None:
             raise ConfigError(key, override.value(), "no such key", f"Did you mean {nearest_key(key)}")
 
 
+def _mappings_take_keys(overrides: Sequence[str]) -> list[str]:
+    """`data.task_args={max_terms: 3}` as Hydra wants it, with ++: a free-form mapping takes any key."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    free = [
+        "dict" in str(KEYS.get(one.key_or_group)) and isinstance(one.value(), dict) and one.type == OverrideType.CHANGE
+        for one in parsed
+    ]
+    return [f"++{text}" if is_free else text for text, is_free in zip(overrides, free, strict=True)]
+
+
 def explain(error: Exception) -> str:
     """One line for an error of Hydra, OmegaConf or YAML: the key, the file when known, the rule, what to do."""
     text = str(error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error)
@@ -128,7 +139,7 @@ def compose(config_name: str, overrides: Sequence[str] = (), config_path: str | 
     with _one_line_errors():
         _refuse_unknown_keys(overrides)
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(folder)):
-            return hydra.compose(config_name, overrides=list(overrides))
+            return hydra.compose(config_name, overrides=_mappings_take_keys(overrides))
 
 
 def resolve(cfg: DictConfig) -> Config:

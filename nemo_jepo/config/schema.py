@@ -42,6 +42,9 @@ __all__ = [  # every section, wherever it stands
     "WarmupConfig",
 ]
 
+WORKED_TASKS = ("chain_sum", "letter_counting")
+"""Tasks of reasoning_gym with golden chains of thought, which `nemo_jepo.data.worked` writes."""
+
 SFT_TARGETS = ("answer", "marked_answer", "chain_of_thought")
 
 ASKS_THE_QUESTION = Rule("a text that contains {question}", lambda text: "{question}" in text, "Add it")
@@ -126,8 +129,9 @@ class ArithmeticConfig:
 class DataConfig:
     """Where prompts and reference answers come from (config group `data=`)."""
 
-    name: str = setting("jsonl", choices=("jsonl", "gsm8k", "arithmetic"))
-    """jsonl (JSONL or Parquet by key names), gsm8k (as published) or arithmetic (generated)."""
+    name: str = setting("jsonl", choices=("jsonl", "gsm8k", "arithmetic", "reasoning_gym"))
+    """jsonl (JSONL or Parquet by key names), gsm8k (as published), arithmetic (generated) or reasoning_gym (generated
+    by that package)."""
     train_path: str | None = setting(None, exists=True, fix="Give the path of a .jsonl or .parquet file")
     """The training file, .jsonl or .parquet."""
     validation_path: str | None = setting(None, exists=True, fix="Give the path of a .jsonl or .parquet file")
@@ -159,12 +163,21 @@ class DataConfig:
     """Seed of the order of rows, of generated data and of sampling."""
     num_validation_prompts: int = setting(128, ge=1)
     """Validation uses the first so many rows."""
+    task: str | None = None
+    """reasoning_gym: the name of one of the package's tasks, such as chain_sum."""
+    task_args: dict[str, Any] = field(default_factory=dict)
+    """reasoning_gym: the task's own arguments, {min_terms: 2, max_terms: 3}; seed and size are the run's."""
+    num_train_prompts: int = setting(2000, ge=1)
+    """reasoning_gym: different questions to train on; none of them is among those to validate on."""
+    verifier: str = setting("math", choices=("math", "task"))
+    """What grades own answers, for accuracy and as the reward of rloo and jepo_rl: math (math-verify) or task
+    (reasoning_gym's own scorer)."""
     arithmetic: ArithmeticConfig = field(default_factory=ArithmeticConfig)
 
     @property
     def reads_files(self) -> bool:
         """False: the rows are generated, and no file is needed."""
-        return self.name != "arithmetic"
+        return self.name not in ("arithmetic", "reasoning_gym")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -12,6 +12,7 @@ from nemo_jepo.data.arithmetic import arithmetic_rows
 from nemo_jepo.data.files import BadRow, Keys, Row, read_rows
 from nemo_jepo.data.gsm8k import split_solution
 from nemo_jepo.data.prompts import prompts_of_rows
+from nemo_jepo.data.reasoning_gym import reasoning_gym_rows
 from nemo_jepo.types import Prompt
 
 if TYPE_CHECKING:
@@ -91,12 +92,7 @@ class PromptSplits:
 
 def has_split(config: DataConfig, split: Split) -> bool:
     """Whether the data set has such rows: a validation split needs a file of its own."""
-    return split != "validation" or config.name == "arithmetic" or config.validation_path is not None
-
-
-def has_oracle(config: DataConfig) -> bool:
-    """Whether `nemo_jepo.data.oracle` knows which answers are true: of generated problems alone."""
-    return config.name == "arithmetic"
+    return split != "validation" or not config.reads_files or config.validation_path is not None
 
 
 def training_texts(config: DataConfig) -> Iterator[str]:
@@ -109,6 +105,8 @@ def training_texts(config: DataConfig) -> Iterator[str]:
 def _rows(config: DataConfig, split: Split) -> Iterable[Row | BadRow]:
     if config.name == "arithmetic":
         return arithmetic_rows(config.arithmetic, split, config.seed)
+    if config.name == "reasoning_gym":
+        return reasoning_gym_rows(config, split)
     key, path = (
         ("validation_path", config.validation_path) if split == "validation" else ("train_path", config.train_path)
     )

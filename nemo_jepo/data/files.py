@@ -25,6 +25,8 @@ class Row:
     chain_of_thought: str | None = None
     verifiable: bool = True
     """Whether a verifier can tell if an own answer equals this one."""
+    task_entry: str | None = None
+    """data=reasoning_gym: the package's own record of the question, which its scorer reads; pickled, in base 64."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,28 @@ no oracle. It reads the question's text and shares nothing with the generator bu
 import re
 
 from nemo_jepo.data.arithmetic_text import NUMBERS, OPERATORS
+from nemo_jepo.types import Prompt
 
 _SIGNS = {name: str(number) for number, name in enumerate(NUMBERS)} | {name: sign for sign, name in OPERATORS.items()}
 _WORD = re.compile(rf"\b({'|'.join(_SIGNS)})\b", re.IGNORECASE)
+
+
+class ArithmeticOracle:
+    """The oracle in the form in which `nemo_jepo.evaluate.grade` asks: like a verifier, which it is not.
+
+    Args:
+        derivation: reference answers are derivations (data.arithmetic.answers).
+    """
+
+    def __init__(self, derivation: bool) -> None:
+        self._derivation = derivation
+
+    def is_right(self, own: str, prompt: Prompt) -> bool:
+        """Whether the own answer is true of the prompt's question."""
+        return is_true(prompt.question, own, self._derivation)
+
+    def close(self) -> None:
+        """Nothing runs beside it."""
 
 
 def is_true(question: str, own: str, derivation: bool) -> bool:

@@ -43,7 +43,13 @@ def prompts_of_rows(
                 continue
             prompt, written = next(prompts), next(answers)
             yield _problem(row, prompt, written, config, writer.encoder) or Prompt(
-                row.line - 1, tuple(prompt), row.question, row.answer, row.chain_of_thought, row.verifiable
+                prompt_id=row.line - 1,
+                token_ids=tuple(prompt),
+                question=row.question,
+                answer=row.answer,
+                chain_of_thought=row.chain_of_thought,
+                verifiable=row.verifiable,
+                task_entry=row.task_entry,
             )
 
 

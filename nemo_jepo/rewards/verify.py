@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from nemo_jepo.rewards.process import WorkerFault, WorkerProcess
+from nemo_jepo.types import Prompt
 
 WORKER = "nemo_jepo.rewards.worker"
 
@@ -38,6 +39,10 @@ class Verifier:
             RuntimeError: the worker cannot start.
         """
         return [self._verify(own, reference) for own, reference in pairs]
+
+    def is_right(self, own: str, prompt: Prompt) -> bool | None:
+        """Whether the own answer equals the prompt's reference answer; False, and nobody asked, if none can tell."""
+        return self._verify(own, prompt.answer) if prompt.verifiable else False
 
     def close(self) -> None:
         """Ends the worker. A later `verify` starts another."""

@@ -65,7 +65,7 @@ def test_smoke_runs_is_interrupted_goes_on_and_ends_with_a_table(tmp_path):
     assert len(at_start) == 1, "the arms of a seed begin with the same weights"
 
 
-LIAR = "from nemo_jepo import evaluate as e; true = e.is_true; e.is_true = lambda *a, **k: not true(*a, **k); "
+LIAR = "from nemo_jepo.data import oracle as e; true = e.is_true; e.is_true = lambda *a, **k: not true(*a, **k); "
 
 
 def test_an_oracle_that_lies_changes_its_own_metrics_and_no_other(tmp_path):

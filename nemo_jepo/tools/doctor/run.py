@@ -13,7 +13,7 @@ from nemo_jepo.config.errors import ConfigError, DataError
 from nemo_jepo.config.hub import is_hub_name
 from nemo_jepo.config.schema import Config
 from nemo_jepo.config.sources import with_folders
-from nemo_jepo.data.dataset import load_prompts, training_texts
+from nemo_jepo.data.dataset import has_split, load_prompts, training_texts
 from nemo_jepo.data.splice import Splicer
 from nemo_jepo.data.tokenizer import load_tokenizer, train_tokenizer
 from nemo_jepo.tools.doctor.findings import BLOCKER, OK, WARNING, Finding
@@ -97,7 +97,7 @@ def check_data(config: Config, world_size: int) -> Iterator[Finding]:
         yield Finding(OK, "tokenizer", f"{len(tokenizer)} tokens, end of text {tokenizer.eos_token!r}")
         dataset = load_prompts(config.data, "train", tokenizer, config.answer)
         yield from _rows("training data", len(dataset.prompts), [str(row) for row in dataset.bad_rows])
-        if config.data.validation_path is not None:
+        if has_split(config.data, "validation"):
             held_out = load_prompts(config.data, "validation", tokenizer, config.answer)
             yield from _rows("held-out data", len(held_out.prompts), [str(row) for row in held_out.bad_rows])
         splicer = Splicer(tokenizer, config.answer)

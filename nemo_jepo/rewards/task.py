@@ -1,0 +1,56 @@
+"""0/1 correctness of an own answer by the scorer of the task that it answers (data=reasoning_gym).
+
+    true    score_answer(answer, item) >= 1
+
+The package also gives parts of a point: for a right format (0.01 or 0.05), for the share of right cells or words, for
+an answer inside a longer text. None of them is a true answer, so all of them are false here.
+
+Some scorers parse or evaluate what a model wrote, so they run in a process with a limit of CPU time and memory.
+"""
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from nemo_jepo.rewards.process import WorkerFault, WorkerProcess
+from nemo_jepo.types import Prompt
+
+WORKER = "nemo_jepo.rewards.task_worker"
+
+
+class TaskScorer:
+    """Asks the scorer of one task; its worker starts when first needed and again after it had to be ended.
+
+    Args:
+        task, arguments: of the package, as the prompts were made with.
+        cpu_limit_s: seconds of CPU time that one answer may take.
+    """
+
+    def __init__(self, task: str, arguments: Mapping[str, Any], cpu_limit_s: float) -> None:
+        self._task, self._arguments = task, dict(arguments)
+        self._worker = WorkerProcess(WORKER, cpu_limit_s)
+
+    def is_right(self, own: str, prompt: Prompt) -> bool | None:
+        """Whether the own answer is true, with or without a full stop at its end; None after a fault.
+
+        Raises:
+            RuntimeError: the worker cannot start.
+        """
+        request = {"task": self._task, "arguments": self._arguments, "entry": prompt.task_entry}
+        try:
+            wordings = dict.fromkeys((own, own.removesuffix(".")))
+            return any(self._worker.ask(request | {"answer": wording}) >= 1 for wording in wordings)
+        except WorkerFault:
+            return None
+
+    def close(self) -> None:
+        """Ends the worker. A later question starts another."""
+        self._worker.close()
+
+    def __enter__(self) -> "TaskScorer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
