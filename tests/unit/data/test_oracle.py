@@ -60,7 +60,7 @@ def test_a_derivation_is_false_with(fault):
 def test_the_verifier_takes_no_phrase_for_its_value_nor_for_another_phrase():
     """Why the rows with phrases are marked as not verifiable."""
     four, others = "4", [phrase.format(NUMBERS[4]) for phrase in PHRASES]
-    with Verifier(timeout_s=5.0) as verifier:
+    with Verifier(5.0) as verifier:
         pairs = [(four, phrase) for phrase in others] + [(phrase, four) for phrase in others]
         pairs += [(others[0], phrase) for phrase in others[1:]] + [(four, DERIVATION), (DERIVATION, four)]
         assert verifier.verify(pairs) == [False] * len(pairs)
