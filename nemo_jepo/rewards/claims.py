@@ -113,6 +113,7 @@ MARKS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\*\*|__|`"), ""),
     (re.compile(r"(?<![\w*])([*_])(?=\S)([^*_\n]+)(?<=\S)\1(?![\w*])"), r"\2"),
     (re.compile(r"(?:^|(?<=[\s:]))~(?=\s*\.?\d)"), r"\\approx "),
+    (re.compile(r"(?<=\d)\s*x\s*(?=10\^)"), r" \\times "),
     (re.compile(r"\\\$|\$|(?<!\\)\\[()\[\]]"), " "),
     (re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|operatorname)\s*\{([^{}]*)\}"), r" \1 "),
     (re.compile(r"\s+\^"), "^"),
@@ -335,7 +336,7 @@ ALIASES = {
 }
 POWER = r"(?:\^\{?-?\d\}?)?"
 UNIT = re.compile(
-    rf"(?P<value>.*[\d}})])(?:\s*(?P<sign>%|\^\\circ(?:\s*[CF])?)"
+    rf"(?P<value>.*(?:[\d}})]|\\pi))(?:\s*(?P<sign>%|\^\\circ(?:\s*[CF])?)"
     rf"|(?P<glued>(?:mm|cm|dm|km|kg|mg|ml|mph|ft|lb|lbs|kW|MHz|Hz)\b{POWER})"
     rf"|(?:[\s-]+|/(?=[A-Za-z]{{3}}))(?P<words>[A-Za-z][A-Za-z'/.]*{POWER}(?:[\s-]+[A-Za-z][A-Za-z'/.]*{POWER}){{0,3}}))\s*",
     re.DOTALL,
@@ -352,8 +353,8 @@ def _value(part: str) -> Value | None:
     part = re.sub(r"^([A-Za-z])\s*\\in(?![A-Za-z])", r"\1 =", part)
     sides = [side.strip() for side in _split(part, re.compile("="))]
     names = [side for side in sides if _is_name(side)]
-    if len(sides) > 1 and len(names) == 1:
-        sides.remove(names[0])
+    if len(names) < len(sides):
+        sides = [side for side in sides if side not in names]
     rest = " = ".join(sides)
     if not all(sides) or not _is_mathematics(rest):
         return None
@@ -362,8 +363,11 @@ def _value(part: str) -> Value | None:
     return Value(part, name, tuple(sides), is_relation, unit)
 
 
+NAME = re.compile(r"\\?[A-Za-z]+(?:_\{?\w+\}?)?'*\s*(?:\(\w\))?|\([a-z](?:\s*,\s*[a-z])+\)")
+
+
 def _is_name(side: str) -> bool:
-    return re.fullmatch(r"\\?[A-Za-z]+(?:_\{?\w+\}?)?'*\s*(?:\([A-Za-z]\))?", side) is not None and side != r"\pi"
+    return NAME.fullmatch(side) is not None and side not in (r"\pi", "e", "i")
 
 
 def _is_mathematics(text: str) -> bool:
