@@ -2,7 +2,8 @@
 
 import pytest
 
-from nemo_jepo.rewards.claims import Value, as_claim, as_reference, is_changing, plain
+from nemo_jepo.rewards.claims import Value, as_claim, as_reference, is_changing
+from nemo_jepo.rewards.marks import plain
 
 
 @pytest.mark.parametrize(
