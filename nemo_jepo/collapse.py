@@ -49,7 +49,7 @@ class ChainWatch:
     collapsed_at: int | None = None
     """The first step whose chains had collapsed."""
     useless_at: int | None = None
-    """The first validation after the start of training whose median gain was not above 0."""
+    """The first validation after a step that sampled chains whose median gain was not above 0."""
 
     def see(self, step: int, metrics: Mapping[str, float | None]) -> list[str]:
         """The warnings that the metrics of this step give for the first time."""
@@ -61,7 +61,7 @@ class ChainWatch:
             if self.collapsed_at is None and has_collapsed(length, self.start):
                 self.collapsed_at = step
                 warnings.append(self._collapse(step, length))
-        if gain is not None and gain <= 0 and step > 0 and self.useless_at is None:
+        if gain is not None and gain <= 0 and self.start is not None and self.useless_at is None:
             self.useless_at = step
             warnings.append(
                 f"step {step}: half of the held-out answers are no likelier behind a chain of thought than without "

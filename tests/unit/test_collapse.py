@@ -28,13 +28,13 @@ def test_chains_have_collapsed_where_a_tenth_or_half_and_ten_tokens_less_or_noth
 
 def test_a_collapse_is_said_once_with_its_step_its_lengths_and_what_to_do():
     watch = ChainWatch()
-    assert watch.see(0, {GAIN: -1.0}) == []  # before training: where the model comes from, not what training did
-    assert watch.see(1, {LENGTH: 12.8}) == []
-    (line,) = watch.see(7, {LENGTH: 0.9})
-    assert line.startswith("step 7: chains of thought collapsed, from 12.8 tokens before the marker at step 1 to 0.9. ")
+    assert watch.see(10, {GAIN: -1.0}) == []  # of a warm-up, or before training: no chain was sampled to train on
+    assert watch.see(11, {LENGTH: 12.8}) == []
+    (line,) = watch.see(17, {LENGTH: 0.9})
+    assert line.startswith("step 17: chains of thought collapsed, from 12.8 tokens before the marker at step 11 to 0.9. ")
     assert "warmup.sft_target=chain_of_thought" in line
-    assert watch.see(8, {LENGTH: 0.5}) == []
-    assert (watch.collapsed_at, watch.useless_at) == (7, None)
+    assert watch.see(18, {LENGTH: 0.5}) == []
+    assert (watch.collapsed_at, watch.useless_at) == (17, None)
 
 
 def test_chains_that_do_not_pay_are_said_at_the_first_validation_that_shows_it():
