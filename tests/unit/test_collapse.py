@@ -31,7 +31,9 @@ def test_a_collapse_is_said_once_with_its_step_its_lengths_and_what_to_do():
     assert watch.see(10, {GAIN: -1.0}) == []  # of a warm-up, or before training: no chain was sampled to train on
     assert watch.see(11, {LENGTH: 12.8}) == []
     (line,) = watch.see(17, {LENGTH: 0.9})
-    assert line.startswith("step 17: chains of thought collapsed, from 12.8 tokens before the marker at step 11 to 0.9. ")
+    assert line.startswith(
+        "step 17: chains of thought collapsed, from 12.8 tokens before the marker at step 11 to 0.9. "
+    )
     assert "warmup.sft_target=chain_of_thought" in line
     assert watch.see(18, {LENGTH: 0.5}) == []
     assert (watch.collapsed_at, watch.useless_at) == (17, None)
