@@ -1,7 +1,8 @@
-"""nemo-jepo doctor [--json] [--config-name NAME] [key=value ...]
+"""nemo-jepo doctor [--json] [--sample] [--config-name NAME] [key=value ...]
 
 Looks at this machine and at a run's settings, prints what it found, and exits with 2 if a run would not work. Started
-once a rank (srun, torchrun), it also times the process groups and says which node has which fault.
+once a rank (srun, torchrun), it also times the process groups and says which node has which fault. --sample lets the
+run's model write 16 completions of its training prompts, and says how many have the answer marker.
 """
 
 import os
@@ -22,6 +23,7 @@ from nemo_jepo.tools.doctor.findings import Finding, is_blocked, locate, show, t
 from nemo_jepo.tools.doctor.groups import check_groups, check_shared_folder
 from nemo_jepo.tools.doctor.machine import check_disk, check_file_system, check_gpus, check_memory, check_ports
 from nemo_jepo.tools.doctor.run import blocker, check_data, check_settings, count_parameters, look_up
+from nemo_jepo.tools.doctor.samples import check_samples
 from nemo_jepo.tools.doctor.versions import check_versions
 from nemo_jepo.utils.exit_codes import BAD_SETTINGS, DONE
 
@@ -33,11 +35,11 @@ def main(argv: Sequence[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(__doc__)
         return DONE
-    as_json = "--json" in argv
-    config, findings = read_settings([argument for argument in argv if argument != "--json"])
+    options = {"--json", "--sample"} & set(argv)
+    config, findings = read_settings([argument for argument in argv if argument not in options])
     findings += list(check_versions())
     if config is not None:
-        findings += look(config)
+        findings += look(config, samples="--sample" in options)
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     by_rank = [(node, findings)]
     if "RANK" in os.environ and config is not None:
@@ -48,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
             by_rank = [(node, [*findings, fault])]
     located = locate(by_rank)
     if os.environ.get("RANK", "0") == "0" or len(by_rank) == 1:
-        if as_json:
+        if "--json" in options:
             print(to_json(located))
         else:
             show(located, Console(file=sys.stdout))
@@ -67,8 +69,8 @@ def read_settings(arguments: Sequence[str]) -> tuple[Config | None, list[Finding
         return None, [blocker("settings", error)]
 
 
-def look(config: Config) -> list[Finding]:
-    """What one rank can see for itself; only the first rank reads the data."""
+def look(config: Config, samples: bool = False) -> list[Finding]:
+    """What one rank can see for itself; only the first rank reads the data, and samples where asked."""
     world_size, folder = int(os.environ.get("WORLD_SIZE", "1")), Path(config.exp_manager.exp_dir)
 
     def everything() -> Iterator[Finding]:
@@ -87,6 +89,8 @@ def look(config: Config) -> list[Finding]:
         yield from check_ports(config)
         if is_first and local is not None:
             yield from check_data(local, world_size)
+            if samples:
+                yield from check_samples(local)
 
     return list(everything())
 
