@@ -22,7 +22,7 @@ def train(hub: FakeHub, folder: Path, model: str, steps: int, ranks: int = 1) ->
     command += [f"exp_manager.exp_dir={folder}", "exp_manager.name=run", f"trainer.jepo.max_steps={steps}"]
     layout = ["model.tensor_model_parallel_size=2", "model.sequence_parallel=true", "trainer.devices=2"]
     command += layout if ranks == 2 else []
-    return run_ranks(ranks, command, environment=hub.environment(folder / "cache"), forked=False)
+    return run_ranks(ranks, command, timeout=400, environment=hub.environment(folder / "cache"), forked=False)
 
 
 def test_the_first_rank_downloads_once_and_a_run_that_goes_on_keeps_its_commit(tmp_path):
