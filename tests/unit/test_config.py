@@ -32,6 +32,7 @@ def needed(tmp_path):
         "proofnet_small": [f"data.train_path={tmp_path}/rows.jsonl"],
         "jepo": [f"data.train_path={tmp_path}/rows.jsonl", f"pretrained_checkpoint.restore_from_path={tmp_path}"],
         "smollm2": [f"data.train_path={tmp_path}/rows.jsonl"],
+        "smollm2_chain_sum": [],
         "smollm2_gsm8k": [f"data.train_path={tmp_path}/rows.jsonl"],
         "smollm2_proofnet": [f"data.train_path={tmp_path}/rows.jsonl"],
         "jepo_8b": [f"data.train_path={tmp_path}/rows.jsonl"],
