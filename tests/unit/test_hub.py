@@ -195,6 +195,8 @@ def test_doctor_looks_a_name_up_and_leaves_the_weights_to_the_run(hub):
     assert local is not None and finding.level == OK and "downloads the weights" in finding.text
     count, (finding,) = count_parameters(local, has_weights=False)
     assert count == 100 * 8 + 2 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 12 + 2 * 8) + 8 and finding.level == OK
+    hub.files = IN_A_REPO[1:]
+    assert look_up(config, weights=True)[0] == local and (folder / IN_A_REPO[5]).exists()  # doctor --sample
     hub.error = errors.LocalEntryNotFoundError("offline")
     assert look_up(config)[0] is None and look_up(config)[1][0].level == BLOCKER
     assert count_parameters(config) == (None, [])

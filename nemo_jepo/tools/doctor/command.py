@@ -75,12 +75,12 @@ def look(config: Config, samples: bool = False) -> list[Finding]:
 
     def everything() -> Iterator[Finding]:
         is_first = os.environ.get("RANK", "0") == "0"
-        local, about_names = look_up(config) if is_first else (config, [])
+        local, about_names = look_up(config, weights=samples) if is_first else (config, [])
         yield from about_names
         known = local or config
         yield from check_settings(known, world_size)
         yield from check_gpus(config.trainer.devices)
-        num_parameters, about_model = count_parameters(known, has_weights=known == config)
+        num_parameters, about_model = count_parameters(known, has_weights=samples or known == config)
         yield from about_model
         yield from check_memory(known)
         if os.environ.get("LOCAL_RANK", "0") == "0":

@@ -43,15 +43,20 @@ def check_settings(config: Config, world_size: int) -> Iterator[Finding]:
         yield Finding(OK, "settings", f"hold together for {world_size} trainer rank{'s' * (world_size > 1)}")
 
 
-def look_up(config: Config) -> tuple[Config | None, list[Finding]]:
-    """The settings with folders in the place of hub names, whose weights stay on the hub; None where one has none."""
+def look_up(config: Config, weights: bool = False) -> tuple[Config | None, list[Finding]]:
+    """The settings with folders in the place of hub names; None where one has none.
+
+    Args:
+        weights: download them too; else they stay on the hub.
+    """
     try:
-        local = with_folders(config)
+        local = with_folders(config, weights)
     except ConfigError as error:
         return None, [blocker("hub", error)]
     if local == config:
         return config, []
-    return local, [Finding(OK, "hub", "has the model; a run that starts downloads the weights that the cache lacks")]
+    where = "is in the cache" if weights else "exists; a run that starts downloads the weights that the cache lacks"
+    return local, [Finding(OK, "hub", f"the model {where}")]
 
 
 def count_parameters(config: Config, has_weights: bool = True) -> tuple[int | None, list[Finding]]:
