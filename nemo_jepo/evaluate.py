@@ -214,10 +214,9 @@ def sampled_answers(t: Trainer, prompts: Sequence[Prompt], rollouts: Sequence[Ro
     verdicts = grade(t.verifier, t.splicer, layout, prompts, rollouts)
     answers = [t.splicer.own_answer_text(rollout) for rollout in rollouts]
     graded = arrived(rollouts, answers, verdicts)
-    faults = sum(one.verdict is None for one in graded)
     metrics = {
         "accuracy": accuracy(graded),
-        "verifier_faults": (float(faults), float(layout.data_parallel_rank == 0)),
+        "verifier_faults": verifier_faults(graded, layout),
     }
     if size > 1:
         metrics |= accuracies_at_k(graded, size)
@@ -231,10 +230,17 @@ def greedy_answers(t: Trainer, prompts: Sequence[Prompt], rollouts: Sequence[Rol
     if t.config.evaluation.verify:
         verdicts = grade(t.verifier, t.splicer, t.layout, prompts, rollouts)
         answers = [t.splicer.own_answer_text(rollout) for rollout in rollouts]
-        metrics["accuracy_greedy"] = accuracy(arrived(rollouts, answers, verdicts))
+        graded = arrived(rollouts, answers, verdicts)
+        metrics["accuracy_greedy"] = accuracy(graded)
+        metrics["verifier_faults_greedy"] = verifier_faults(graded, t.layout)
     if true := oracle_accuracies(t, prompts, rollouts):
         metrics["oracle_accuracy_greedy"] = true["oracle_accuracy"]
     return metrics
+
+
+def verifier_faults(graded: Sequence[Graded], layout: Layout) -> Pair:
+    """How many answers have no verdict: summed over replicas, and counted once."""
+    return float(sum(one.verdict is None for one in graded)), float(layout.data_parallel_rank == 0)
 
 
 def arrived(

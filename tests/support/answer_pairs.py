@@ -497,7 +497,7 @@ LATER_PAIRS: dict[str, list[Pair]] = {
         ("Not D", "D", False),
         ("E or D", "D", False),
         ("All but D", "D", False),
-        ("ABD", "D", False),
+        ("ABCD", "D", False),
         ("yes.", "Yes", True),
         ("Yes!", "Yes", True),
         ("YES", "Yes", True),

@@ -23,12 +23,12 @@ def test_a_right_answer_earns_one_none_or_a_wrong_one_zero_and_a_fault_nothing()
     texts = {0: "4", 1: "5", 2: None, 3: "slow", 4: "never asked"}
     asked: list[tuple[str, str]] = []
 
-    def verify(pairs: list[tuple[str, str]]) -> list[bool | None]:
-        asked.extend(pairs)
-        return [None if own == "slow" else own == reference for own, reference in pairs]
+    def is_right(own: str, prompt: Prompt) -> bool | None:
+        asked.append((own, prompt.answer))
+        return None if own == "slow" else own == prompt.answer
 
     splicer = SimpleNamespace(own_answer_text=lambda rollout: texts[rollout.sample])
-    verifier = SimpleNamespace(verify=verify)
+    verifier = SimpleNamespace(is_right=is_right)
     prompts = [Prompt(0, (1,), "q", "unused"), Prompt(1, (1,), "2+2", "4")]
     finish = ["stop", "stop", "length", "stop", "failed"]
     rollouts = [Rollout(1, sample, (1,), (0.0,), reason) for sample, reason in enumerate(finish)]
@@ -122,7 +122,7 @@ def evaluated(monkeypatch, sampler: str, layout: OneRank, greedy: bool = True) -
         rollouts=RolloutQueue(model, layout, None, None, 0, 0),
         splicer=model,
         actor=SimpleNamespace(num_steps=3),
-        verifier=SimpleNamespace(verify=lambda pairs: [own == reference for own, reference in pairs]),
+        verifier=SimpleNamespace(is_right=lambda own, prompt: own == prompt.answer),
         servers=None,
         tokenizer=SimpleNamespace(decode=str),
     )
@@ -161,7 +161,8 @@ def test_the_likeliest_completion_is_graded_apart_and_can_be_left_out(monkeypatc
     assert (metrics["accuracy_greedy"], metrics["accuracy"], metrics["avg_at_2"]) == (1.0, 0.5, 0.5)
     assert (metrics["pass_at_2"], metrics["maj_at_2"]) == (1.0, 0.5)
     (without, _), events = evaluated(monkeypatch, "embedded", OneRank(), greedy=False)
-    assert without == {name: value for name, value in metrics.items() if name != "accuracy_greedy"}
+    assert without == {name: value for name, value in metrics.items() if not name.endswith("_greedy")}
+    assert metrics["verifier_faults_greedy"] == 0
     assert events == ["asked for 8", "scored 24"]
 
 
