@@ -6,7 +6,8 @@
                                                    2 + 2 + 2 = 6
 
 They are golden chains: for a warm-up (warmup.sft_target=chain_of_thought) and for objective=sft. The shipped examples
-of the two tasks (conf/examples) are written in the same way.
+(conf/examples) are written in the same way, but the one of letter_counting has no sum: an untrained small model goes on
+with lines of its own behind a second line, and forgets the marker.
 """
 
 from collections.abc import Callable, Mapping
