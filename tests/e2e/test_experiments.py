@@ -81,7 +81,7 @@ def test_an_oracle_that_lies_changes_its_own_metrics_and_no_other(tmp_path):
         found.append(metrics(tmp_path / folder))
     honest, lying = found
     oracle = {name for name in honest[0] if "oracle" in name}
-    assert oracle == {f"val_rollouts/oracle_accuracy{part}" for part in ("", "_verifiable", "_unverifiable")}
+    assert oracle == {f"val_rollouts/oracle_accuracy{part}" for part in ("", "_verifiable", "_unverifiable", "_greedy")}
     for line, other in zip(honest, lying, strict=True):
         assert {name for name in line if line[name] != other[name]} == oracle
 
