@@ -3,7 +3,8 @@
     true    score_answer(answer, item) >= 1
 
 The package also gives parts of a point: for a right format (0.01 or 0.05), for the share of right cells or words, for
-an answer inside a longer text. None of them is a true answer, so all of them are false here.
+an answer inside a longer text. None of them is a true answer, so all of them are false here. But an answer that makes
+one claim is asked about as that claim (`nemo_jepo.rewards.claims`): `**9**`, and 9 before a sentence that repeats it.
 
 Some scorers parse or evaluate what a model wrote, so they run in a process with a limit of CPU time and memory.
 """
@@ -12,10 +13,18 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
+from nemo_jepo.rewards.claims import as_claim
 from nemo_jepo.rewards.process import WorkerFault, WorkerProcess
 from nemo_jepo.types import Prompt
 
 WORKER = "nemo_jepo.rewards.task_worker"
+
+
+def _one_value(own: str) -> str | None:
+    """The one value that the answer claims, where it claims one without a unit."""
+    claim = as_claim(own)
+    values = () if claim is None else claim.values
+    return values[0].latex if len(values) == 1 and not values[0].unit else None
 
 
 class TaskScorer:
@@ -31,14 +40,14 @@ class TaskScorer:
         self._worker = WorkerProcess(WORKER, cpu_limit_s)
 
     def is_right(self, own: str, prompt: Prompt) -> bool | None:
-        """Whether the own answer is true, with or without a full stop at its end; None after a fault.
+        """Whether the own answer is true, or would be without a full stop, or its one claim is; None after a fault.
 
         Raises:
             RuntimeError: the worker cannot start.
         """
         request = {"task": self._task, "arguments": self._arguments, "entry": prompt.task_entry}
         try:
-            wordings = dict.fromkeys((own, own.removesuffix(".")))
+            wordings = dict.fromkeys((own, own.removesuffix("."), _one_value(own) or own))
             return any(self._worker.ask(request | {"answer": wording}) >= 1 for wording in wordings)
         except WorkerFault:
             return None

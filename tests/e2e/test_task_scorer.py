@@ -23,8 +23,20 @@ def test_a_score_below_one_is_false_and_a_full_stop_is_nothing():
     with TaskScorer("letter_counting", {}, 20) as scorer:
         assert scorer.is_right(prompt.answer, prompt) is True
         assert scorer.is_right(f"{prompt.answer}.", prompt) is True
-        assert scorer.is_right(f"It is {prompt.answer}", prompt) is False  # the package gives it a part of a point
+        two = f"{prompt.answer} {int(prompt.answer) + 1}"  # the package gives it a part of a point
+        assert scorer.is_right(two, prompt) is False
         assert scorer.is_right("", prompt) is False
+
+
+def test_an_answer_that_makes_one_claim_is_asked_about_as_that_claim():
+    prompt = one_prompt("chain_sum")
+    other = int(prompt.answer) + 1
+    with TaskScorer("chain_sum", {}, 20) as scorer:
+        for own in ("**{}**", "{}\nThe final answer is {}", "{}. I hope that it is right."):
+            assert scorer.is_right(own.format(prompt.answer, prompt.answer), prompt) is True
+            assert scorer.is_right(own.format(other, other), prompt) is False
+        assert scorer.is_right(f"{prompt.answer}\nThe final answer is {other}", prompt) is False
+        assert scorer.is_right(f"{prompt.answer} or {other}", prompt) is False
 
 
 def test_an_answer_that_would_never_be_read_to_its_end_is_a_fault_and_the_next_one_is_not():
