@@ -325,8 +325,9 @@ def oracle_accuracies(t: Trainer, prompts: Sequence[Prompt], rollouts: Sequence[
     if t.config.data.name not in ORACLES:
         return {}
     with ExitStack() as stack:
-        oracle = ORACLES[t.config.data.name](t.config)
-        stack.callback(oracle.close)
+        oracle: Verifier | TaskScorer | ArithmeticOracle = t.verifier  # a task's scorer is both
+        if t.config.data.verifier != "task":
+            oracle = stack.enter_context(closing(ORACLES[t.config.data.name](t.config)))
         verdicts = grade(oracle, t.splicer, t.layout, prompts, rollouts)
     parts: dict[bool, list[float]] = {True: [], False: []}
     for rollout, verdict in zip(rollouts, verdicts, strict=True):

@@ -12,7 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from nemo_jepo.rewards.process import WorkerFault, WorkerProcess
 from nemo_jepo.rewards.verify import Verifier
-from tests.support.answer_pairs import LATER_PAIRS, PAIRS, Pair
+from tests.support.answer_pairs import PAIRS, Pair
+from tests.support.later_answer_pairs import LATER_PAIRS
 
 CPU_LIMIT_S = 1.0
 

@@ -8,12 +8,12 @@ from dataclasses import fields, is_dataclass
 from importlib.util import find_spec
 from typing import Any
 
+from nemo_jepo.config.data import WORKED_TASKS
 from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.judge import RUN_SERVERS, check_judge
 from nemo_jepo.config.layouts import check_fp8_settings, check_layout, model_shape
 from nemo_jepo.config.rules import rules_of
 from nemo_jepo.config.schema import (
-    WORKED_TASKS,
     ArithmeticConfig,
     Config,
     DataConfig,

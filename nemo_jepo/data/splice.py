@@ -187,8 +187,7 @@ class Splicer:
             end = self.marker_end(rollout.token_ids)
             valid = end is not None and end.aligned and self._long_enough(rollout, end)
             answer = answers[rollout.group] if valid else ()
-            joined = _spliced(prompts[rollout.group], rollout, end, valid, answer)
-            spliced.append(self._with_marker_length(joined, rollout, end))
+            spliced.append(self._spliced(prompts[rollout.group], rollout, end, valid, answer))
         return spliced
 
     def splice_own(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[Spliced]:
@@ -202,7 +201,7 @@ class Splicer:
             end = self.marker_end(rollout.token_ids)
             valid = end is not None and self._long_enough(rollout, end)
             own = rollout.token_ids[end.num_tokens :] if end is not None and valid else ()
-            joined = self._with_marker_length(_spliced(prompts[rollout.group], rollout, end, valid, own), rollout, end)
+            joined = self._spliced(prompts[rollout.group], rollout, end, valid, own)
             if not joined.failed:
                 joined = dataclasses.replace(joined, own_answer=True, generation_logprobs=rollout.generation_logprobs)
             spliced.append(joined)
@@ -269,11 +268,30 @@ class Splicer:
         lines = [prompt.chain_of_thought if target == "chain_of_thought" else None, self._marker_sentence]
         return tuple(self._encode("\n".join(line for line in lines if line)))
 
-    def _with_marker_length(self, sequence: Spliced, rollout: Rollout, end: MarkerEnd | None) -> Spliced:
-        """The sequence, which knows how much of a valid chain is its marker."""
-        if end is None or not sequence.valid:
-            return sequence
-        return dataclasses.replace(sequence, marker_length=end.num_tokens - self._marker_start(rollout.token_ids, end))
+    def _spliced(
+        self, prompt: Prompt, rollout: Rollout, end: MarkerEnd | None, valid: bool, answer: tuple[int, ...]
+    ) -> Spliced:
+        """x + c_i + answer for a valid sample, x + y_i for an invalid one, x for one that failed."""
+        failed = rollout.finish_reason == "failed"
+        if failed:
+            end, valid, answer, chain_length = None, False, (), 0
+        else:
+            chain_length = end.num_tokens if end is not None and valid else len(rollout.token_ids)
+        marker_length = end.num_tokens - self._marker_start(rollout.token_ids, end) if end is not None and valid else 0
+        return Spliced(
+            group=rollout.group,
+            sample=rollout.sample,
+            token_ids=prompt.token_ids + rollout.token_ids[:chain_length] + answer,
+            prompt_length=len(prompt.token_ids),
+            chain_length=chain_length,
+            answer_length=len(answer),
+            valid=valid,
+            has_marker=end is not None,
+            misaligned=end is not None and not end.aligned,
+            marker_length=marker_length,
+            failed=failed,
+            generation_logprobs=rollout.generation_logprobs[:chain_length],
+        )
 
     def _long_enough(self, rollout: Rollout, end: MarkerEnd) -> bool:
         """Whether min_cot_tokens whole tokens stand before the marker: without them the marker is still there."""
@@ -285,25 +303,3 @@ class Splicer:
     def _text(self, token_ids: Sequence[int]) -> str:
         """The text with its special tokens, exactly as the tokens spell it."""
         return self._tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False)
-
-
-def _spliced(prompt: Prompt, rollout: Rollout, end: MarkerEnd | None, valid: bool, answer: tuple[int, ...]) -> Spliced:
-    """x + c_i + answer for a valid sample, x + y_i for an invalid one, x for one that failed."""
-    failed = rollout.finish_reason == "failed"
-    if failed:
-        end, valid, answer, chain_length = None, False, (), 0
-    else:
-        chain_length = end.num_tokens if end is not None and valid else len(rollout.token_ids)
-    return Spliced(
-        group=rollout.group,
-        sample=rollout.sample,
-        token_ids=prompt.token_ids + rollout.token_ids[:chain_length] + answer,
-        prompt_length=len(prompt.token_ids),
-        chain_length=chain_length,
-        answer_length=len(answer),
-        valid=valid,
-        has_marker=end is not None,
-        misaligned=end is not None and not end.aligned,
-        failed=failed,
-        generation_logprobs=rollout.generation_logprobs[:chain_length],
-    )

@@ -9,7 +9,8 @@ and clipped like any other, and the weight of log pi(marker | x, y_i) within a p
 
 The paper's form rewards whatever reaches the marker, and the shortest chain reaches it most surely. Its std and its
 clip make it as strong as the reward whatever the penalty is. `close` puts no weight on a chain's tokens: at the end of
-a chain it raises the marker over the end-of-turn token, and nothing else, so it cannot make a chain shorter by itself.
+a chain it raises the marker over the end-of-turn token. A small model says it earlier all the same, because what it
+learns there holds for other prefixes too (docs/results-real.md).
 """
 
 from collections.abc import Callable

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 MEMORY_LIMIT_BYTES = 4 * 2**30
 """Address space of a worker, its libraries included."""
@@ -87,7 +87,7 @@ class WorkerProcess:
             self._process.communicate()
             self._process = None
 
-    def __enter__(self) -> "WorkerProcess":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -10,7 +10,6 @@ Some scorers parse or evaluate what a model wrote, so they run in a process with
 """
 
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any
 
 from nemo_jepo.rewards.claims import as_claim
@@ -27,8 +26,8 @@ def _one_value(own: str) -> str | None:
     return values[0].latex if len(values) == 1 and not values[0].unit else None
 
 
-class TaskScorer:
-    """Asks the scorer of one task; its worker starts when first needed and again after it had to be ended.
+class TaskScorer(WorkerProcess):
+    """Asks the scorer of one task, by its worker.
 
     Args:
         task, arguments: of the package, as the prompts were made with.
@@ -36,8 +35,8 @@ class TaskScorer:
     """
 
     def __init__(self, task: str, arguments: Mapping[str, Any], cpu_limit_s: float) -> None:
+        super().__init__(WORKER, cpu_limit_s)
         self._task, self._arguments = task, dict(arguments)
-        self._worker = WorkerProcess(WORKER, cpu_limit_s)
 
     def is_right(self, own: str, prompt: Prompt) -> bool | None:
         """Whether the own answer is true, or would be without a full stop, or its one claim is; None after a fault.
@@ -48,18 +47,6 @@ class TaskScorer:
         request = {"task": self._task, "arguments": self._arguments, "entry": prompt.task_entry}
         try:
             wordings = dict.fromkeys((own, own.removesuffix("."), _one_value(own) or own))
-            return any(self._worker.ask(request | {"answer": wording}) >= 1 for wording in wordings)
+            return any(self.ask(request | {"answer": wording}) >= 1 for wording in wordings)
         except WorkerFault:
             return None
-
-    def close(self) -> None:
-        """Ends the worker. A later question starts another."""
-        self._worker.close()
-
-    def __enter__(self) -> "TaskScorer":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

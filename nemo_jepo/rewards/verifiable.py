@@ -73,17 +73,18 @@ def is_verifiable(verifier: Verifier, answer: str) -> bool | None:
 
 def in_another_writing(answer: str) -> str:
     r"""\boxed{answer}, without the dollars that may stand around it."""
-    return rf"\boxed{{{_undelimited(answer)}}}"
+    return rf"\boxed{{{undelimited(answer)}}}"
 
 
 def another_answer(answer: str) -> str:
     """A text that differs in its mathematics: 12 -> 22, 9 -> 8, x -> x+1."""
-    text = _undelimited(answer)
+    text = undelimited(answer)
     changed = re.sub(r"\d", lambda digit: str(int(digit[0]) + 1 if int(digit[0]) < 9 else 8), text, count=1)
     return rf"\boxed{{{changed if changed != text else f'{text}+1'}}}"
 
 
-def _undelimited(answer: str) -> str:
+def undelimited(answer: str) -> str:
+    """The inside of $...$, where all of the answer is one formula."""
     text = answer.strip()
     whole = len(text) > 2 and text[0] == text[-1] == "$" and text.count("$") == 2
     return text[1:-1].strip() if whole else text

@@ -4,7 +4,6 @@ LaTeX written by a model can keep SymPy busy for ever (9^{9^{9^9}}); there it co
 """
 
 from collections.abc import Sequence
-from types import TracebackType
 
 from nemo_jepo.rewards.process import WorkerFault, WorkerProcess
 from nemo_jepo.types import Prompt
@@ -17,15 +16,15 @@ def _folded(answer: str) -> str:
     return " ".join(answer.split()).casefold()
 
 
-class Verifier:
-    """Compares answers; the worker starts when first needed and again after it had to be ended.
+class Verifier(WorkerProcess):
+    """Compares answers, by its worker.
 
     Args:
         cpu_limit_s: seconds of CPU time that one pair may take.
     """
 
     def __init__(self, cpu_limit_s: float) -> None:
-        self._worker = WorkerProcess(WORKER, cpu_limit_s)
+        super().__init__(WORKER, cpu_limit_s)
 
     def verify(self, pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
         """Whether each own answer equals its reference answer.
@@ -44,24 +43,12 @@ class Verifier:
         """Whether the own answer equals the prompt's reference answer; False, and nobody asked, if none can tell."""
         return self._verify(own, prompt.answer) if prompt.verifiable else False
 
-    def close(self) -> None:
-        """Ends the worker. A later `verify` starts another."""
-        self._worker.close()
-
-    def __enter__(self) -> "Verifier":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def _verify(self, own: str, reference: str) -> bool | None:
         if not own.strip():
             return False
         if _folded(own) == _folded(reference):
             return True
         try:
-            return self._worker.ask([own, reference])
+            return self.ask([own, reference])
         except WorkerFault:
             return None

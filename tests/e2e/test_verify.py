@@ -11,7 +11,8 @@ import psutil
 import pytest
 
 from nemo_jepo.rewards.verify import Verifier
-from tests.support.answer_pairs import LATER_PAIRS, PAIRS
+from tests.support.answer_pairs import PAIRS
+from tests.support.later_answer_pairs import LATER_PAIRS
 
 pytestmark = pytest.mark.quick
 

@@ -5,6 +5,7 @@ Where no revision is known for certain, the address says main: pin another one b
 
 import random
 
+from nemo_jepo.rewards.verifiable import undelimited
 from nemo_jepo.tools.prepare.records import HUB, Example, Published, Row, text_of
 
 OPTIONS = "ABCD"
@@ -29,17 +30,11 @@ def aime(row: Row) -> Example | str:
 def olympiadbench(row: Row) -> Example | str:
     """OlympiadBench, text-only mathematics in English: the final answers, several of them side by side."""
     question = "\n".join(filter(None, (text_of(row, "context"), text_of(row, "question"))))
-    answers = [_without_dollars(answer) for answer in row["final_answer"] or [] if answer]
+    answers = [undelimited(answer) for answer in row["final_answer"] or [] if answer]
     if not text_of(row, "question") or not all(answers) or not answers:
         return "blank"
     solutions = [solution for solution in row["solution"] or [] if solution]
     return Example(question, ", ".join(answers), solutions[0] if solutions else None, text_of(row, "subfield"))
-
-
-def _without_dollars(answer: str) -> str:
-    """The inside of $...$, where all of the answer is one formula."""
-    text = answer.strip()
-    return text[1:-1].strip() if text[:1] == text[-1:] == "$" and text.count("$") == 2 else text
 
 
 def minerva(row: Row) -> Example | str:

@@ -6,8 +6,9 @@ import pytest
 
 from nemo_jepo.config.check import check
 from nemo_jepo.config.compose import compose, resolve
+from nemo_jepo.config.data import WORKED_TASKS
 from nemo_jepo.config.errors import ConfigError
-from nemo_jepo.config.schema import WORKED_TASKS, AnswerConfig, DataConfig
+from nemo_jepo.config.schema import AnswerConfig, DataConfig
 from nemo_jepo.data.dataset import load_prompts
 from nemo_jepo.data.reasoning_gym import MANY_ANSWERS, reasoning_gym_rows
 from nemo_jepo.data.worked import WRITERS
