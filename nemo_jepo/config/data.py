@@ -19,7 +19,7 @@ EXAMPLES = Rule(
 IS_MODEL = Rule(
     "a folder that exists, or owner/name[@revision] of the Hugging Face hub",
     is_model,
-    "Give one; a .gguf file goes through `nemo-jepo import` first",
+    "Give one (`make smollm2` writes a small one); a .gguf file goes through `nemo-jepo import` first",
 )
 TRIMMED = Rule(
     "a text that starts and ends with a visible character", lambda text: text != "" and text == text.strip(), "Trim it"

@@ -20,6 +20,7 @@ MAIN = {
     "mini_objectives": {"jepo", "jepo_single", "rloo", "jepo_rl", "vr_cli", "prob_pg", "sft", "sft_chain_of_thought"},
 }
 PAPER = ("paper_math", "paper_numina", "paper_numina_proof")
+SHAPE = {"model_type": "llama", "num_attention_heads": 4, "num_hidden_layers": 4, "intermediate_size": 320}
 SMALL = """
 config: jepo_tiny
 regime: verifiable
@@ -40,15 +41,26 @@ def small_file(folder: Path, text: str = SMALL) -> str:
 # ---- the sets of conf/experiment
 
 
+def needed(config, folder: Path) -> list[str]:
+    """Overrides that a recipe for a real model leaves to its user: the model's folder, and files of published data."""
+    if not config.startswith("smollm2"):
+        return []
+    (folder / "config.json").write_text(json.dumps(SHAPE))
+    (folder / "rows.jsonl").write_text('{"question": "1+1", "answer": "2"}\n')
+    rows = [] if config == "smollm2_chain_sum" else [f"data.train_path={folder}/rows.jsonl"]
+    return [f"pretrained_checkpoint.restore_from_path={folder}", *rows]
+
+
 @pytest.mark.parametrize("name", [name for name in experiments.names() if name not in PAPER])
 def test_every_run_of_a_set_passes_every_check(name, tmp_path):
     whole = only(load_experiment(name), [2], [])
-    runs = plan_runs(name, whole, [f"exp_manager.exp_dir={tmp_path}"])
+    given = needed(whole.config, tmp_path)
+    runs = plan_runs(name, whole, [f"exp_manager.exp_dir={tmp_path}", *given])
     assert len({run.folder for run in runs}) == len(runs)
     for seed in whole.seeds:
         of_seed = [run for run in runs if run.seed == seed]
         arms = [run for run in of_seed if run.arm != "warmup"]
-        warmups = [] if "warmup.max_steps=0" in whole.overrides else ["warmup"]
+        warmups = ["warmup"] * (compose.compose(whole.config, [*whole.overrides, *given]).warmup.max_steps > 0)
         assert [run.arm for run in of_seed] == [*warmups, *whole.arms]
         assert {(run.config.data.seed, run.config.model.seed) for run in of_seed} == {(seed, seed)}
         assert len({str(run.config) for run in arms}) == len(arms), "two arms are the same"
