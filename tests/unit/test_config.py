@@ -21,6 +21,7 @@ def needed(tmp_path):
     """Overrides that a recipe leaves to its user: a data file, a model folder."""
     (tmp_path / "rows.jsonl").write_text('{"question": "1+1", "answer": "2"}\n')
     (tmp_path / "config.json").write_text(json.dumps(SHAPE))
+    model = f"pretrained_checkpoint.restore_from_path={tmp_path}"
     return {
         "demo": [],
         "mini": [],
@@ -30,11 +31,11 @@ def needed(tmp_path):
         "jepo_tiny": [],
         "gsm8k_small": [f"data.train_path={tmp_path}/rows.jsonl"],
         "proofnet_small": [f"data.train_path={tmp_path}/rows.jsonl"],
-        "jepo": [f"data.train_path={tmp_path}/rows.jsonl", f"pretrained_checkpoint.restore_from_path={tmp_path}"],
-        "smollm2": [f"data.train_path={tmp_path}/rows.jsonl", f"pretrained_checkpoint.restore_from_path={tmp_path}"],
-        "smollm2_chain_sum": [f"pretrained_checkpoint.restore_from_path={tmp_path}"],
-        "smollm2_gsm8k": [f"data.train_path={tmp_path}/rows.jsonl", f"pretrained_checkpoint.restore_from_path={tmp_path}"],
-        "smollm2_proofnet": [f"data.train_path={tmp_path}/rows.jsonl", f"pretrained_checkpoint.restore_from_path={tmp_path}"],
+        "jepo": [f"data.train_path={tmp_path}/rows.jsonl", model],
+        "smollm2": [f"data.train_path={tmp_path}/rows.jsonl", model],
+        "smollm2_chain_sum": [model],
+        "smollm2_gsm8k": [f"data.train_path={tmp_path}/rows.jsonl", model],
+        "smollm2_proofnet": [f"data.train_path={tmp_path}/rows.jsonl", model],
         "jepo_8b": [f"data.train_path={tmp_path}/rows.jsonl"],
         "jepo_8b_fp8": [f"data.train_path={tmp_path}/rows.jsonl"],
         "jepo_numina": [f"data.train_path={tmp_path}/rows.jsonl"],
