@@ -109,13 +109,11 @@ def _bounds(rule: UpdateRule, scores: GroupScores, weights: SampleWeights) -> di
 
 
 def _format(rule: UpdateRule, scores: GroupScores, weights: SampleWeights) -> dict[str, Pair]:
-    """What the format loss has to work with: how many samples it closes and log pi(marker) there; or its raw std."""
-    if rule.format_loss == "paper":
-        return {"format_advantage_std": (weights.advantage_std[2].item(), 1.0)}
-    if rule.format_loss == "close" and scores.closed_mask is not None:
-        closed = {"closed_rate": mean(scores.closed_mask, scores.arrived_mask)}
-        return closed | {"marker_logprob": mean(scores.answer_logprob, scores.closed_mask)}
-    return {}
+    """The raw std of the format reward, and how likely a turn ends behind the reference answer."""
+    found = {} if rule.format_loss == "none" else {"format_advantage_std": (weights.advantage_std[2].item(), 1.0)}
+    if scores.ends_mask is not None and scores.end_logprob is not None:
+        found["end_logprob"] = mean(scores.end_logprob, scores.ends_mask)
+    return found
 
 
 def _rewards(rule: UpdateRule, scores: GroupScores, weights: SampleWeights) -> dict[str, Pair]:
@@ -196,7 +194,7 @@ def without_valid_sample(rule: UpdateRule, means: Mapping[str, float]) -> str:
         means: of the step, over all ranks.
     """
     acting = ["the KL"] if rule.kl_beta > 0 else []
-    if rule.format_weight > 0 and (means.get("format_advantage_std") or means.get("closed_rate")):
+    if rule.format_weight > 0 and means.get("format_advantage_std"):
         acting.insert(0, "the format loss")
     acts = f"nothing but {' and '.join(acting)} acts" if acting else "nothing acts"
     if means["marker_rate"] == 0:

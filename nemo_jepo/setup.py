@@ -175,7 +175,6 @@ def build(config: Config, folder: Path, layout: Layout, servers: OwnServers, spl
     validation = prompts_of("validation") if has_split(config.data, "validation") else ()
     stream = PromptStream(train or validation, loop.num_prompts_per_step, config.data.shuffle, config.data.seed)
     splicer = Splicer(tokenizer, config.answer)
-    require_room_for_marker(config, len(splicer.marker_line))
     hf_config = find_hf_config(config.model, restored, precision, tokenizer)
     if local != config:
         on_first_rank(lambda: with_folders(config, weights=True))
@@ -216,16 +215,6 @@ def build(config: Config, folder: Path, layout: Layout, servers: OwnServers, spl
         checkpoints=checkpoint_writer(loop, folder / "checkpoints", hf_config, tokenizer),
         servers=servers.addresses,
     )
-
-
-def require_room_for_marker(config: Config, marker_tokens: int) -> None:
-    """Raise ConfigError if a closed generation, the longest that may be scored without an answer, exceeds a row."""
-    longest = config.data.max_prompt_tokens + config.rollout.max_tokens + marker_tokens
-    room = config.model.tokens_per_micro_batch
-    if config.objective.format_loss == "close" and not config.objective.kind.supervised and longest > room:
-        key = "data.max_prompt_tokens + rollout.max_tokens + the marker's tokens"
-        rule = f"must fit in a row of model.tokens_per_micro_batch={room} with objective.format_loss=close"
-        raise ConfigError(key, longest, rule, "Raise that, or lower one of the two")
 
 
 def open_verifier(config: Config) -> Verifier | TaskScorer:

@@ -78,15 +78,13 @@ def splice(
     if t.objective.supervised:
         return t.splicer.supervised(prompts, t.config.objective.sft_target), None
     reference = t.splicer.splice_reference(prompts, rollouts)
-    if t.rule.format_loss == "close":
-        reference = t.splicer.close(reference, rollouts)
     if not t.objective.reads_verifier:
         return reference, None
     rewards = grade(t.verifier, t.splicer, t.layout, prompts, rollouts)
     table = torch.tensor([reward or 0.0 for reward in rewards]).view(len(prompts), -1)
     verifiable = uses_verifiable_reward(t.rule.name, table).tolist()
     own = t.splicer.splice_own(prompts, rollouts)
-    return [o if verifiable[r.group] and not r.closed else r for o, r in zip(own, reference, strict=True)], rewards
+    return [o if verifiable[r.group] else r for o, r in zip(own, reference, strict=True)], rewards
 
 
 def report_rollouts(

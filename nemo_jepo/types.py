@@ -85,8 +85,8 @@ class Spliced:
     """The answer is the sample's own (scored by a verifier), not the reference."""
     failed: bool = False
     """Counts nowhere."""
-    closed: bool = False
-    """The answer is the marker alone, behind a completion that ended by itself without one (objective.format_loss)."""
+    ends: bool = False
+    """The answer is the reference answer, and its last token ends the turn."""
     generation_logprobs: tuple[float, ...] = ()
     """[chain_length], or [chain_length + answer_length] with own_answer; empty when nothing was sampled (sft)."""
 

@@ -53,5 +53,5 @@ OBJECTIVES = {
 }
 """objective.name -> kind."""
 
-FORMAT_LOSSES = ("close", "paper", "none")
+FORMAT_LOSSES = ("marker_and_end", "paper", "none")
 """objective.format_loss; the functions stand in `nemo_jepo.objective.format`."""

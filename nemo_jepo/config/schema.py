@@ -178,11 +178,11 @@ class ObjectiveConfig:
     samples are valid and advantage.normalize=false."""
     length_normalization: str = setting("none", choices=("none", "tokens"))
     """none, or tokens: each sample's log-probs divided by their number (for sft: mean over target tokens)."""
-    format_loss: str = setting("close", choices=FORMAT_LOSSES)
-    """close: a generation that ended by itself without the marker is taught to write it there. paper: a generation
-    without it has a format reward of -10 (App. B.2), which also rewards short chains. none: neither."""
+    format_loss: str = setting("marker_and_end", choices=FORMAT_LOSSES)
+    """paper: a generation without the marker has a format reward of -10 (App. B.2). marker_and_end: that, and the
+    end-of-turn token behind the reference answer is taught, which nothing that is sampled shows. none: neither."""
     format_weight: float = setting(1.0, ge=0)
-    """Weight of the format loss, after scaling and clipping where it has an advantage."""
+    """Weight of the format loss; on its reward after scaling and clipping."""
     importance_sampling: str = setting("none", choices=("none", "token_truncated", "sequence_truncated"))
     """Corrects the policy-gradient term for a lagging sampler, by a truncated ratio of each token or each sequence."""
     importance_cap: float = setting(2.0, ge=0)

@@ -60,9 +60,6 @@ class Splicer:
         self._marker_sentence = answer.marker_sentence
         self._chain_example = self._encode(f"So {marker}")
         self._end_of_turn = (tokenizer.eos_token_id,) if answer.append_eos else ()
-        self._eos_token_id = tokenizer.eos_token_id
-        self.marker_line = tuple(self._encode(f"\n{answer.marker_sentence}"))
-        """The marker on a line of its own."""
         if self._marker.search(self._text(self._chain_example)) is None:
             raise ConfigError("answer.marker", marker, "the tokenizer cannot write it", "Choose another marker")
         if None in self._end_of_turn:
@@ -187,7 +184,8 @@ class Splicer:
             end = self.marker_end(rollout.token_ids)
             valid = end is not None and end.aligned and self._long_enough(rollout, end)
             answer = answers[rollout.group] if valid else ()
-            spliced.append(self._spliced(prompts[rollout.group], rollout, end, valid, answer))
+            joined = self._spliced(prompts[rollout.group], rollout, end, valid, answer)
+            spliced.append(dataclasses.replace(joined, ends=joined.valid and bool(self._end_of_turn)))
         return spliced
 
     def splice_own(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[Spliced]:
@@ -206,35 +204,6 @@ class Splicer:
                 joined = dataclasses.replace(joined, own_answer=True, generation_logprobs=rollout.generation_logprobs)
             spliced.append(joined)
         return spliced
-
-    def close(self, sequences: Sequence[Spliced], rollouts: Sequence[Rollout]) -> list[Spliced]:
-        """The sequences, with the marker behind each completion that ended by itself without one.
-
-            x + y_i without its end-of-turn id + m      m: `marker_line`
-
-        What was cut off has no end, and stays as it is. So does an empty completion: the marker alone is no chain to
-        teach. Read by objective.format_loss=close.
-
-        Args:
-            sequences: [N], of `splice_reference`.
-            rollouts: [N], in the same order.
-        """
-        return [self._closed(*pair) for pair in zip(sequences, rollouts, strict=True)]
-
-    def _closed(self, sequence: Spliced, rollout: Rollout) -> Spliced:
-        chain, end = rollout.token_ids[:-1], rollout.token_ids[-1:]
-        if sequence.has_marker or rollout.finish_reason != "stop" or end != (self._eos_token_id,) or not chain:
-            return sequence
-        if self.marker_end(chain + self.marker_line) != MarkerEnd(len(chain + self.marker_line), aligned=True):
-            return sequence  # this tokenizer writes the marker otherwise behind such an end
-        return dataclasses.replace(
-            sequence,
-            token_ids=sequence.token_ids[: sequence.prompt_length] + chain + self.marker_line,
-            chain_length=len(chain),
-            answer_length=len(self.marker_line),
-            closed=True,
-            generation_logprobs=rollout.generation_logprobs[:-1],
-        )
 
     def supervised(self, prompts: Sequence[Prompt], target: str) -> list[Spliced]:
         """One sequence per prompt with nothing sampled, by target (objective.sft_target).

@@ -1,19 +1,24 @@
-"""What teaches a policy to write the answer marker: the forms of objective.format_loss.
+"""What teaches a policy the form of a completion, chain, marker, answer, end of turn: objective.format_loss.
 
-    close   cross-entropy of the marker behind a completion that ended by itself without one
-    paper   a reward of -10 without the marker, as an advantage of every sampled token
-    none    nothing
+    marker_and_end   the paper's reward, and cross-entropy of the end-of-turn token behind the reference answer
+    paper            a reward of -10 without the marker, as an advantage of every sampled token
+    none             nothing
 
 P prompts, G samples per prompt. Each form gives two tables: the raw advantage of the sampled tokens, which is scaled
-and clipped like any other, and the weight of log pi(marker | x, y_i) within a prompt, before its mean over n samples.
+and clipped like any other, and the weight of log pi(e | x, c_i, a*), e the end of turn, within a prompt, before its
+mean over n samples.
 
-The paper's form rewards whatever reaches the marker, and the shortest chain reaches it most surely. Its std and its
-clip make it as strong as the reward whatever the penalty is. `close` puts no weight on a chain's tokens: at the end of
-a chain it raises the marker over the end-of-turn token. A small model says it earlier all the same, because what it
-learns there holds for other prefixes too (docs/results-real.md).
+Why the end is taught: generation stops at the marker, so nothing that is sampled shows where an answer ends, and a
+policy that learns not to end its turn before the marker unlearns to end it behind the answer too. The supervised term
+would hold on to it, but a small beta_sup does not, and a large one teaches right answers behind wrong chains. The
+end of turn is the same behind either (docs/results-real.md).
+
+Scaling makes the reward for the marker as strong as the likelihood's whatever the penalty is; format_weight weakens it.
+It rewards whatever reaches the marker, and the shortest chain does so most surely.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,11 +28,17 @@ from nemo_jepo.objective.estimators import leave_one_out_advantage
 PAPER_PENALTY = 10.0
 """p of App. B.2. It is divided out again where advantages are scaled by their std."""
 
-FormatTerms = tuple[Tensor, Tensor]
-"""(raw advantage of the sampled tokens, weight of the marker behind a closed sample), both [P, G] float64."""
+
+class FormatTerms(NamedTuple):
+    """What a form says of each sample, [P, G] float64."""
+
+    advantage: Tensor
+    """Raw, of the sampled tokens."""
+    end_weight: Tensor
+    """Of the end-of-turn token behind the reference answer."""
 
 
-def marker_reward(has_marker: Tensor, arrived_mask: Tensor, closed_mask: Tensor) -> FormatTerms:
+def marker_reward(has_marker: Tensor, arrived_mask: Tensor, ends_mask: Tensor) -> FormatTerms:
     """Leave-one-out advantage of the format reward: 0 with the answer marker, -p without.
 
     It falls on c_i where there is a marker and on all of y_i where there is none; no token after the marker can change
@@ -36,42 +47,41 @@ def marker_reward(has_marker: Tensor, arrived_mask: Tensor, closed_mask: Tensor)
     Args:
         has_marker: [P, G] bool; anything where not arrived.
         arrived_mask: [P, G] bool, False = failed.
-        closed_mask: not read.
+        ends_mask: not read.
     Returns:
-        The advantage, 0 where not arrived, alone, or where all of a prompt are alike; and no marker weight.
+        The advantage, 0 where not arrived, alone, or where all of a prompt are alike; and no weight.
     Raises:
         ValueError: shapes differ, or the mask is not bool.
     Source: arXiv 2503.19618, App. B.2.
     """
     reward = -PAPER_PENALTY * (~has_marker).double()
-    return leave_one_out_advantage(reward, arrived_mask), torch.zeros_like(reward)
+    return FormatTerms(leave_one_out_advantage(reward, arrived_mask), torch.zeros_like(reward))
 
 
-def close(has_marker: Tensor, arrived_mask: Tensor, closed_mask: Tensor) -> FormatTerms:
-    """The marker's log-prob at the end of each completion that ended by itself without it.
+def marker_and_end(has_marker: Tensor, arrived_mask: Tensor, ends_mask: Tensor) -> FormatTerms:
+    """`marker_reward`, and the log-prob of ending the turn behind the reference answer.
 
-        sum_i closed_i log pi(m | x, y_i),  y_i without its end-of-turn token, held fixed
+        sum_i ends_i log pi(e | x, c_i, a*),  c_i and a* held fixed
 
     Args:
-        has_marker: not read.
-        arrived_mask: [P, G] bool, False = failed.
-        closed_mask: [P, G] bool: scored as x + y_i + m.
+        has_marker, arrived_mask: as there.
+        ends_mask: [P, G] bool: scored as x + c_i + a* + e.
     Returns:
-        No advantage; and weight 1 where closed.
+        The advantage; and weight 1 where a turn ends.
     """
-    weight = (closed_mask & arrived_mask).double()
-    return torch.zeros_like(weight), weight
+    advantage, _ = marker_reward(has_marker, arrived_mask, ends_mask)
+    return FormatTerms(advantage, (ends_mask & arrived_mask).double())
 
 
-def nothing(has_marker: Tensor, arrived_mask: Tensor, closed_mask: Tensor) -> FormatTerms:
-    """Neither advantage nor weight: only the bound's own terms ask for the marker."""
+def nothing(has_marker: Tensor, arrived_mask: Tensor, ends_mask: Tensor) -> FormatTerms:
+    """Neither advantage nor weight: only the bound's own terms ask for marker and end."""
     zero = torch.zeros(arrived_mask.shape, dtype=torch.float64, device=arrived_mask.device)
-    return zero, zero
+    return FormatTerms(zero, zero)
 
 
 FORMAT_TERMS: dict[str, Callable[[Tensor, Tensor, Tensor], FormatTerms]] = {
-    "close": close,
+    "marker_and_end": marker_and_end,
     "paper": marker_reward,
     "none": nothing,
 }
-"""objective.format_loss -> (has_marker, arrived_mask, closed_mask) -> terms."""
+"""objective.format_loss -> (has_marker, arrived_mask, ends_mask) -> terms."""

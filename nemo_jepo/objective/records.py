@@ -71,8 +71,10 @@ class GroupScores:
     """float, for rloo and jepo_rl; NaN where it could not be had."""
     faulted_mask: Tensor | None = None
     """bool: the verifier came to no verdict on the own answer; only reported."""
-    closed_mask: Tensor | None = None
-    """bool: not valid, and scored with the marker behind it, whose log-prob stands in answer_logprob; None: none is."""
+    ends_mask: Tensor | None = None
+    """bool: valid, and the reference answer behind it ends the turn; None: none does."""
+    end_logprob: Tensor | None = None
+    """log pi of that end-of-turn token, nats; anything where there is none; only reported."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -90,6 +92,8 @@ class SampleWeights:
     """Of grad log pi on every policy-gradient token."""
     answer_weight: Tensor
     """Of grad log pi on every reference-answer token."""
+    end_weight: Tensor
+    """Of grad log pi on the end-of-turn token behind a reference answer, beside answer_weight."""
     kl_weight: Tensor
     """Of the chain's KL loss."""
     advantage: Tensor

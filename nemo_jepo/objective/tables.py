@@ -39,10 +39,11 @@ def group_scores(
     def table(values: Sequence[float], dtype: torch.dtype = torch.float64) -> Tensor:
         return torch.tensor(values, dtype=dtype).view(-1, group_size)
 
-    answer_logprob, log_ratio, k3 = [], [], []
+    answer_logprob, end_logprob, log_ratio, k3 = [], [], [], []
     for index, sequence in enumerate(sequences):
         policy = scores.policy_logprobs[index].double()
         answer_logprob.append(policy[sequence.chain_length :].sum().item())
+        end_logprob.append(policy[-1].item() if sequence.ends else 0.0)
         if reference is not None and not sequence.failed:
             chain = slice(0, sequence.chain_length)
             ratios = policy[chain] - reference.policy_logprobs[index].double()[chain]
@@ -70,5 +71,6 @@ def group_scores(
         chain_k3=None if reference is None else table(k3),
         verifiable_reward=None if rewards is None else table([math.nan if one is None else one for one in rewards]),
         faulted_mask=None if rewards is None else table(faulted, torch.bool),
-        closed_mask=table([sequence.closed and not sequence.failed for sequence in sequences], torch.bool),
+        ends_mask=table([sequence.ends for sequence in sequences], torch.bool),
+        end_logprob=table(end_logprob),
     )

@@ -24,7 +24,7 @@ from nemo_jepo.objective.estimators import (
     share,
     std_from_moments,
 )
-from nemo_jepo.objective.format import FORMAT_TERMS
+from nemo_jepo.objective.format import FORMAT_TERMS, FormatTerms
 from nemo_jepo.objective.kl import IMPORTANCE_RATIOS, KL_GRADIENTS
 from nemo_jepo.objective.records import GroupScores, SampleWeights, Scored, SequenceLogprobs, UpdateRule
 from nemo_jepo.objective.registry import LIKELIHOOD_TERMS, uses_verifiable_reward
@@ -44,10 +44,11 @@ def sample_weights(
     """Coefficients of every sample of this rank in the global batch's update.
 
         policy_weight_i = (A~_i * (1/n | 1) / P_mean  +  f A~fmt_i / (n P))  [/ policy tokens]
-        answer_weight_i = (beta_sup * w_i / P_mean    +  f closed_i / (n P)) [/ answer tokens]
+        answer_weight_i = beta_sup * w_i / P_mean                            [/ answer tokens]
+        end_weight_i    = f ends_i / (n P)
         kl_weight_i     = beta / (n P)
 
-    f = format_weight; A~fmt and closed are the terms of format_loss, one of them 0 (`nemo_jepo.objective.format`).
+    f = format_weight; A~fmt and ends are the terms of format_loss (`nemo_jepo.objective.format`).
     n = arrived samples of the prompt; P = prompts of the global batch with at least one arrived sample; P_mean = P with
     prompt_mean=all, and with valid the number of those with at least one valid sample. With length_normalization=tokens
     the brackets hold, and l_i is a mean over answer tokens throughout. Invalid samples have no part in A~_i and w_i
@@ -71,7 +72,7 @@ def sample_weights(
     _require_finite(scores.answer_logprob, likelihood_mask)
 
     raw, answer_share = _raw_terms(rule, scores, likelihood_mask, reward_mask, reduce_max)
-    raw_format, closing = _format_terms(rule, scores)
+    raw_format, ending = _format_terms(rule, scores)
     has_valid, has_arrived = (mask.any(-1, keepdim=True) for mask in (scores.valid_mask, scores.arrived_mask))
     local = [moments(raw, likelihood_mask), moments(raw, reward_mask), moments(raw_format, scores.arrived_mask)]
     total = reduce_sum(torch.cat([*local, torch.stack([has_valid.sum(), has_arrived.sum()]).double()]))
@@ -92,8 +93,8 @@ def sample_weights(
     kl_beta = 0.0 if rule.kl_estimator == "k1_reward" else rule.kl_beta
     return SampleWeights(
         policy_weight=(advantage * rl_share * per_mean + format_advantage * per_sample) / policy_tokens,
-        answer_weight=(rule.beta_sup * answer_share * per_mean + rule.format_weight * closing * per_sample)
-        / answer_tokens,
+        answer_weight=rule.beta_sup * answer_share * per_mean / answer_tokens,
+        end_weight=rule.format_weight * ending * per_sample,
         kl_weight=kl_beta * per_sample,
         advantage=advantage,
         advantage_std=std,
@@ -121,16 +122,17 @@ def supervised_weights(rule: UpdateRule, scores: GroupScores, reduce_sum: Reduce
     return SampleWeights(
         policy_weight=weight,
         answer_weight=weight,
+        end_weight=nothing,
         kl_weight=nothing,
         advantage=nothing,
         advantage_std=nothing.new_zeros(3),
     )
 
 
-def _format_terms(rule: UpdateRule, scores: GroupScores) -> tuple[Tensor, Tensor]:
-    """Raw format advantage, and weight of the marker behind closed samples; both [P, G] float64."""
-    closed = torch.zeros_like(scores.arrived_mask) if scores.closed_mask is None else scores.closed_mask
-    return FORMAT_TERMS[rule.format_loss](scores.has_marker, scores.arrived_mask, closed)
+def _format_terms(rule: UpdateRule, scores: GroupScores) -> FormatTerms:
+    """Raw format advantage, and where the end of turn is taught."""
+    ends = torch.zeros_like(scores.arrived_mask) if scores.ends_mask is None else scores.ends_mask
+    return FORMAT_TERMS[rule.format_loss](scores.has_marker, scores.arrived_mask, ends)
 
 
 def _verifiable_prompts(rule: UpdateRule, scores: GroupScores) -> Tensor:
@@ -221,7 +223,7 @@ def token_weights(rule: UpdateRule, scored: Scored, weights: SampleWeights) -> l
     Raises:
         ValueError: see `sequence_weights`.
     """
-    tables = (weights.policy_weight, weights.answer_weight, weights.kl_weight)
+    tables = (weights.policy_weight, weights.answer_weight, weights.kl_weight, weights.end_weight)
     samples = zip(*(table.flatten().tolist() for table in tables), strict=True)
     token_weights = []
     for index, (sequence, of_sample) in enumerate(zip(scored.sequences, samples, strict=True)):
@@ -241,20 +243,25 @@ def token_weights(rule: UpdateRule, scored: Scored, weights: SampleWeights) -> l
 
 
 def sequence_weights(
-    rule: UpdateRule, sequence: SequenceLogprobs, policy_weight: float, answer_weight: float, kl_weight: float
+    rule: UpdateRule,
+    sequence: SequenceLogprobs,
+    policy_weight: float,
+    answer_weight: float,
+    kl_weight: float,
+    end_weight: float = 0.0,
 ) -> Tensor:
     """Weight of each token's log-prob in the update.
 
         chain:             policy_weight * ratio_t - kl_weight * g_t
         own answer:        policy_weight * ratio_t
-        reference answer, or the marker behind a closed sample:  answer_weight
+        reference answer:  answer_weight; answer_weight + end_weight on its last token, which ends the turn
 
     ratio_t is the importance ratio and g_t the gradient of the KL loss in log pi(c_t).
 
     Args:
         rule: settings.
         sequence: lengths of one sample, and the log-probs that the rule reads.
-        policy_weight, answer_weight, kl_weight: this sample's entries of `SampleWeights`.
+        policy_weight, answer_weight, kl_weight, end_weight: this sample's entries of `SampleWeights`.
     Returns:
         [chain_length + answer_length] float32, detached; loss = -(weights * log-probs).sum().
     Raises:
@@ -263,6 +270,7 @@ def sequence_weights(
     chain, total = sequence.chain_length, sequence.chain_length + sequence.answer_length
     num_sampled = total if sequence.own_answer else chain
     weights = torch.full((total,), float(answer_weight), dtype=torch.float64)
+    weights[total - 1 :] += float(end_weight)
     weights[:num_sampled] = float(policy_weight)
     if rule.importance_sampling != "none":
         policy = _required("policy_logprobs", sequence.policy_logprobs, total)[:num_sampled]

@@ -1,4 +1,4 @@
-"""A batch with everything in it that a real one has: ragged lengths; invalid, misaligned, closed and failed samples."""
+"""A batch with everything in it that a real one has: ragged lengths; invalid, misaligned and failed samples."""
 
 import dataclasses
 import random
@@ -45,12 +45,12 @@ def sequences() -> list[Spliced]:
                     answer_length=answer,
                     valid=True,
                     has_marker=True,
+                    ends=sample > 0,
                     generation_logprobs=tuple(-rng.random() * 5 for _ in range(chain)),
                 )
             )
     batch[1] = _without_answer(batch[1], has_marker=False)
     batch[5] = _without_answer(batch[5], has_marker=True, misaligned=True)
-    batch[10] = dataclasses.replace(batch[10], valid=False, has_marker=False, closed=True)
     failed = batch[7]
     batch[7] = dataclasses.replace(
         _without_answer(failed, has_marker=False),
@@ -68,6 +68,7 @@ def _without_answer(sequence: Spliced, has_marker: bool, misaligned: bool = Fals
         token_ids=sequence.token_ids[: sequence.prompt_length + sequence.chain_length],
         answer_length=0,
         valid=False,
+        ends=False,
         has_marker=has_marker,
         misaligned=misaligned,
     )
@@ -79,7 +80,7 @@ def rule(**changes: Any) -> dict[str, Any]:
         "beta_sup": 1.0,
         "rl_reduction": "mean",
         "length_normalization": "none",
-        "format_loss": "close",
+        "format_loss": "marker_and_end",
         "format_weight": 1.0,
         "importance_sampling": "token_truncated",
         "importance_cap": 2.0,

@@ -152,7 +152,7 @@ def _sample(record: Mapping[str, Any]) -> Sample:
         raise ValueError("log-probs and lengths do not agree")
     if marker is not None and (len(marker) != 2 or not prompt <= marker[0] < marker[1] <= prompt + chain):
         raise ValueError("the marker is not in the chain of thought")
-    scored = [value for value in policy[chain:] if value is not None and record["valid"]]
+    scored = [value for value in policy[chain:] if value is not None]
     return {
         "prompt_id": int(record["prompt_id"]),
         "sample": int(record["sample"]),
@@ -182,7 +182,7 @@ def _status(record: Mapping[str, Any]) -> str:
     if record["valid"]:
         return "valid"
     if record["marker"] is None:
-        return "no marker, so it is put behind" if record["answer_length"] else "no marker"
+        return "no marker"
     return "marker ends inside a token" if record["misaligned"] else "chain too short"
 
 

@@ -93,6 +93,7 @@ def test_a_spliced_sequence_is_the_samplers_ids_and_then_reads_one_space_and_the
 
     end = marker_end_by_decoding_every_prefix(tokenizer, MARKER, generation)
     assert (spliced.valid, spliced.misaligned, spliced.has_marker) == (end.aligned, not end.aligned, True)
+    assert spliced.ends == spliced.valid
     assert spliced.length == spliced.prompt_length + spliced.chain_length + spliced.answer_length
     assert spliced.token_ids[: spliced.prompt_length] == prompt.token_ids
     chain = spliced.token_ids[spliced.prompt_length : spliced.prompt_length + spliced.chain_length]
@@ -171,7 +172,7 @@ def test_an_own_answer_keeps_every_sampled_token_and_log_prob(kind):
     splicer = Splicer(tokenizer, AnswerConfig())
     (spliced,) = splicer.splice_own([prompt], [rollout])
     assert spliced.token_ids == prompt.token_ids + chain + own
-    assert (spliced.valid, spliced.own_answer) == (True, True)
+    assert (spliced.valid, spliced.own_answer, spliced.ends) == (True, True, False)
     assert (spliced.chain_length, spliced.answer_length) == (len(chain), len(own))
     assert spliced.generation_logprobs == rollout.generation_logprobs
     assert splicer.own_answer_text(rollout) == "17."
@@ -189,47 +190,13 @@ def test_a_generation_without_marker_is_scored_whole_and_has_no_own_answer():
     assert splicer.own_answer_text(rollout) is None
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("marker", MARKERS)
-def test_a_generation_that_ended_by_itself_is_closed_with_the_marker_on_its_own_line(kind, marker):
-    """The ids without the end-of-turn one, then the marker, which ends with a token and reads as it should."""
-    tokenizer = small_tokenizer(kind)
-    splicer, prompt = Splicer(tokenizer, AnswerConfig(marker=marker)), prompt_of(tokenizer)
-    chain = encode(tokenizer, "2 * 3 = 6")
-    rollout = rollout_of((*chain, tokenizer.eos_token_id))
-    (closed,) = splicer.close(splicer.splice_reference([prompt], [rollout]), [rollout])
-    assert (closed.closed, closed.valid, closed.has_marker, closed.failed) == (True, False, False, False)
-    assert closed.token_ids == prompt.token_ids + chain + splicer.marker_line
-    assert (closed.chain_length, closed.answer_length) == (len(chain), len(splicer.marker_line))
-    assert closed.generation_logprobs == rollout.generation_logprobs[:-1]
-    text = decode(tokenizer, chain + splicer.marker_line)
-    assert text.split("\n")[-1].strip() == AnswerConfig(marker=marker).marker_sentence
-    assert splicer.marker_end(chain + splicer.marker_line) == MarkerEnd(len(chain + splicer.marker_line), aligned=True)
-
-
-def test_only_what_ended_by_itself_with_some_chain_and_no_marker_is_closed():
-    """Cut off; with the marker; empty; failed; and stopped by something else than the end of its turn."""
-    tokenizer = small_tokenizer("byte_level")
-    splicer, prompt, end = Splicer(tokenizer, AnswerConfig()), prompt_of(tokenizer), (tokenizer.eos_token_id,)
-    words, marked = encode(tokenizer, "so it is"), encode(tokenizer, "So the final answer is")
-    rollouts = [
-        rollout_of(words, "length"),
-        rollout_of(words + end, "length"),
-        rollout_of(marked + end),
-        rollout_of(end),
-        rollout_of(words + end, "failed"),
-        rollout_of(words),
-    ]
-    spliced = splicer.splice_reference([prompt], rollouts)
-    assert splicer.close(spliced, rollouts) == spliced
-
-
 def test_a_failed_rollout_is_its_prompt_alone_whatever_it_holds():
     tokenizer = small_tokenizer("byte_level")
     prompt, rollout = prompt_of(tokenizer), rollout_of(encode(tokenizer, "the final answer is 4"), "failed")
     splicer = Splicer(tokenizer, AnswerConfig())
     for (spliced,) in (splicer.splice_reference([prompt], [rollout]), splicer.splice_own([prompt], [rollout])):
         assert (spliced.failed, spliced.valid, spliced.has_marker, spliced.misaligned) == (True, False, False, False)
+        assert not spliced.ends
         assert spliced.token_ids == prompt.token_ids
         assert (spliced.chain_length, spliced.answer_length, spliced.generation_logprobs) == (0, 0, ())
 
@@ -246,7 +213,11 @@ def test_every_rollout_gets_the_answer_of_its_own_prompt():
         "onethe final answer is 1",
         "twothe final answer is 2",
     ]
-    assert [(s.group, s.sample) for s in spliced] == [(1, 2), (0, 2), (1, 2)]
+    assert [(s.group, s.sample, s.valid, s.ends) for s in spliced] == [
+        (1, 2, True, False),
+        (0, 2, True, False),
+        (1, 2, True, False),
+    ]
 
 
 @pytest.mark.parametrize("num_tokens, valid", [(2, True), (3, False)])

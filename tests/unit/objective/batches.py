@@ -39,7 +39,8 @@ def batch(seed: int = 0, num_prompts: int = 7, level: float = -20.0) -> GroupSco
         chain_log_ratio=uniform() - 0.4,
         verifiable_reward=(valid & (uniform() < 0.4)).double(),
         faulted_mask=torch.zeros_like(arrived),
-        closed_mask=arrived & ~has_marker & (uniform() < 0.5),
+        ends_mask=valid & (uniform() < 0.8),
+        end_logprob=-3 * uniform(),
     )
 
 

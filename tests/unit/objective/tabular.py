@@ -80,9 +80,8 @@ class Sample:
         chain: Sequence[int],
         answer: Sequence[int] | None,
         own: bool = False,
-        closed: bool = False,
     ):
-        self.chain, self.answer, self.own, self.closed = chain, answer, own, closed
+        self.chain, self.answer, self.own = chain, answer, own
         logprobs = [policy.chain_logprobs(chain)]
         if answer is not None:
             logprobs.append(policy.answer_logprobs(chain, answer))
@@ -100,12 +99,15 @@ class Sample:
 
 
 def scores_of(groups: Sequence[Sequence[Sample]], **overrides: Tensor) -> GroupScores:
-    """What the scoring pass would say of groups of enumerated samples; valid unless the answer is missing."""
+    """What the scoring pass would say of groups of enumerated samples; valid unless the answer is missing.
+
+    The last token of a reference answer stands for the end of turn.
+    """
 
     def table(read) -> Tensor:
         return torch.tensor([[read(sample) for sample in group] for group in groups])
 
-    valid = table(lambda s: s.answer is not None and not s.closed)
+    valid = table(lambda s: s.answer is not None)
     fields = {
         "answer_logprob": table(lambda s: float(s.answer_logprob)).double(),
         "valid_mask": valid,
@@ -114,7 +116,7 @@ def scores_of(groups: Sequence[Sequence[Sample]], **overrides: Tensor) -> GroupS
         "chain_length": table(lambda s: len(s.chain)),
         "answer_length": table(lambda s: s.answer_length),
         "chain_log_ratio": torch.zeros(valid.shape, dtype=torch.float64),
-        "closed_mask": table(lambda s: s.closed),
+        "ends_mask": table(lambda s: s.answer is not None and not s.own),
     }
     return GroupScores(**(fields | overrides))
 
@@ -135,7 +137,7 @@ def batch_update(
         verifiable_reward=torch.tensor([[float(s.own and s.answer == REFERENCE_ANSWER) for s in g] for g in groups]),
     )
     coefficients = sample_weights(rule, scores)
-    tables = (coefficients.policy_weight, coefficients.answer_weight, coefficients.kl_weight)
+    tables = (coefficients.policy_weight, coefficients.answer_weight, coefficients.kl_weight, coefficients.end_weight)
     update = torch.zeros(NUM_PARAMETERS, dtype=torch.float64)
     for i, (sample, logprobs) in enumerate(zip(samples, reference_logprobs, strict=True)):
         sequence = SequenceLogprobs(
@@ -182,11 +184,6 @@ def reference_answer_samples(policy: TabularPolicy) -> list[Sample]:
 def marked_samples(policy: TabularPolicy) -> list[Sample]:
     """Every chain; only those that reached the marker are followed by a*."""
     return [Sample(policy, chain, REFERENCE_ANSWER if MARKER in chain else None) for chain in CHAINS]
-
-
-def closed_samples(policy: TabularPolicy) -> list[Sample]:
-    """The same, and those without the marker are closed: the two answer tokens behind them stand for a marker."""
-    return [Sample(policy, chain, REFERENCE_ANSWER, closed=MARKER not in chain) for chain in CHAINS]
 
 
 def own_answer_samples(policy: TabularPolicy) -> list[Sample]:

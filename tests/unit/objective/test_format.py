@@ -10,14 +10,13 @@ from nemo_jepo.config.objectives import FORMAT_LOSSES
 from nemo_jepo.objective import sample_weights
 from nemo_jepo.objective.format import FORMAT_TERMS
 from nemo_jepo.setup import update_rule
-from tests.unit.objective.batches import OBJECTIVES, PAPER, batch
+from tests.unit.objective.batches import OBJECTIVES, PAPER, batch, weights_equal
 from tests.unit.objective.tabular import (
     CHAINS,
     MARKER,
     PLAIN,
     REFERENCE_ANSWER,
     TabularPolicy,
-    closed_samples,
     expected_update,
     marked_samples,
     own_answer_samples,
@@ -55,61 +54,52 @@ def test_tokens_after_the_marker_add_nothing_to_the_format_gradient(policy):
     torch.testing.assert_close(update, policy.gradient(-10.0 * missing), **CLOSE)
 
 
-def test_close_follows_the_exact_gradient_of_the_markers_log_prob_behind_chains_that_are_held_fixed(policy):
-    """grad of sum_c P(c) log pi(m|c) over chains without the marker, P held fixed: nothing reaches a chain's logits."""
-    chains = [chain for chain in CHAINS if MARKER not in chain]
+def test_the_end_of_turn_follows_its_exact_gradient_behind_chains_and_answers_that_are_held_fixed(policy):
+    """grad of sum_c P(c) log pi(e | c, a*) over chains with the marker, P held fixed; e is a*'s last token here."""
+    chains = [chain for chain in CHAINS if MARKER in chain]
     held = [policy.chain_logprobs(chain).sum().exp().detach() for chain in chains]
-    exact = sum(
-        p * policy.answer_logprobs(chain, REFERENCE_ANSWER).sum() for p, chain in zip(held, chains, strict=True)
-    )
-    rule = replace(PLAIN, name="vr_cli", format_loss="close", format_weight=0.25)
-    likelihood_only = expected_update(replace(rule, format_loss="none"), closed_samples(policy), 2)
-    update = expected_update(rule, closed_samples(policy), 2) - likelihood_only
+    exact = sum(p * policy.answer_logprobs(chain, REFERENCE_ANSWER)[-1] for p, chain in zip(held, chains, strict=True))
+    rule = replace(PLAIN, name="vr_cli", format_loss="marker_and_end", format_weight=0.25)
+    reward_alone = expected_update(replace(rule, format_loss="paper"), marked_samples(policy), 2)
+    update = expected_update(rule, marked_samples(policy), 2) - reward_alone
     torch.testing.assert_close(update, policy.gradient(0.25 * exact), **CLOSE)
     assert (update[:CHAIN_PARAMETERS] == 0).all() and update.abs().max() > 0.01
 
 
 @pytest.mark.parametrize("name", [name for name, kind in OBJECTIVES.items() if not kind.supervised])
 @pytest.mark.parametrize("prompt_mean", ["all", "valid"])
-def test_close_puts_its_weight_over_n_and_prompts_on_the_marker_and_none_on_the_chain(name, prompt_mean):
-    """1/(n P) with P of prompts that arrived, whatever the mean of the other terms is; all else is that of none."""
-    rule, scores = replace(PAPER, name=name, prompt_mean=prompt_mean, format_weight=0.5), batch()
-    found, without = (sample_weights(replace(rule, format_loss=form), scores) for form in ("close", "none"))
+@pytest.mark.parametrize("length_normalization", ["none", "tokens"])
+def test_the_end_of_turn_has_its_weight_over_n_and_prompts_and_all_else_is_the_papers(
+    name, prompt_mean, length_normalization
+):
+    """1/(n P) with P of prompts that arrived, whatever the mean of the other terms is: it is one token, and no l_i."""
+    changes = {"prompt_mean": prompt_mean, "length_normalization": length_normalization, "format_weight": 0.5}
+    rule, scores = replace(PAPER, name=name, **changes), batch()
+    found, paper = (sample_weights(replace(rule, format_loss=form), scores) for form in ("marker_and_end", "paper"))
     arrived = scores.arrived_mask.sum(-1, keepdim=True).clamp(min=1)
-    expected = 0.5 * scores.closed_mask.double() / arrived / scores.arrived_mask.any(-1).sum()
-    assert scores.closed_mask.any() and not (scores.closed_mask & scores.valid_mask).any()
-    torch.testing.assert_close(found.answer_weight - without.answer_weight, expected)
-    assert torch.equal(found.policy_weight, without.policy_weight) and torch.equal(found.kl_weight, without.kl_weight)
-    assert (found.policy_weight[scores.closed_mask] == 0).all()
+    expected = 0.5 * scores.ends_mask.double() / arrived / scores.arrived_mask.any(-1).sum()
+    assert scores.ends_mask.any() and (scores.valid_mask & ~scores.ends_mask).any()
+    torch.testing.assert_close(found.end_weight, expected)
+    weights_equal(replace(found, end_weight=paper.end_weight), paper)
+    assert (paper.end_weight == 0).all()
 
 
-def test_a_closed_sample_moves_no_bound():
-    """What stands in its answer_logprob is the marker's: no advantage, no answer weight and no std reads it."""
-    scores, rule = batch(), replace(PAPER, format_loss="close")
-    moved = replace(scores, answer_logprob=scores.answer_logprob - 7.0 * scores.closed_mask)
-    for before, after in zip(*(vars_of(sample_weights(rule, given)) for given in (scores, moved)), strict=True):
-        assert torch.equal(before, after)
-
-
-def vars_of(weights) -> list[torch.Tensor]:
-    return [weights.policy_weight, weights.answer_weight, weights.kl_weight, weights.advantage, weights.advantage_std]
-
-
-def test_a_closed_sample_that_did_not_arrive_and_a_table_without_closed_ones_have_no_weight():
+def test_an_end_of_turn_that_did_not_arrive_and_a_table_without_any_have_no_weight():
     scores = batch()
-    lost = replace(scores, closed_mask=torch.ones_like(scores.arrived_mask))
-    rule = replace(PLAIN, name="vr_cli", format_loss="close")
-    assert (sample_weights(rule, lost).answer_weight[~scores.arrived_mask] == 0).all()
-    assert (sample_weights(rule, replace(scores, closed_mask=None)).answer_weight == 0).all()
+    lost = replace(scores, ends_mask=torch.ones_like(scores.arrived_mask))
+    rule = replace(PLAIN, name="vr_cli", format_loss="marker_and_end")
+    assert (sample_weights(rule, lost).end_weight[~scores.arrived_mask] == 0).all()
+    assert (sample_weights(rule, replace(scores, ends_mask=None)).end_weight == 0).all()
 
 
 def test_paper_counts_only_arrived_samples():
     """Rewards 0, -10, 0 of three arrived: 0 - (-5), -10 - 0, 0 - (-5); the failed one is nobody's baseline."""
     has_marker = torch.tensor([[True, False, True, False]])
     arrived = torch.tensor([[True, True, True, False]])
-    advantage, marker_weight = FORMAT_TERMS["paper"](has_marker, arrived, torch.zeros_like(arrived))
-    torch.testing.assert_close(advantage, torch.tensor([[5.0, -10.0, 5.0, 0.0]], dtype=torch.float64))
-    assert (marker_weight == 0).all()
+    for form in ("paper", "marker_and_end"):
+        advantage, end_weight = FORMAT_TERMS[form](has_marker, arrived, torch.ones_like(arrived))
+        torch.testing.assert_close(advantage, torch.tensor([[5.0, -10.0, 5.0, 0.0]], dtype=torch.float64))
+        assert end_weight.tolist() == [[0.0] * 4 if form == "paper" else [1.0, 1.0, 1.0, 0.0]]
 
 
 def test_the_weight_of_the_papers_form_acts_behind_scale_and_clip():
@@ -123,15 +113,12 @@ def test_the_weight_of_the_papers_form_acts_behind_scale_and_clip():
 
 @pytest.mark.parametrize("form", FORMAT_LOSSES)
 def test_a_batch_in_which_all_or_no_sample_has_the_marker_has_no_format_signal(form):
-    """Equal rewards have no advantage. Without any marker `close` acts where completions ended, and only there."""
+    """Equal rewards have no advantage. Without a valid sample no turn ends behind a reference answer either."""
     for has_marker in (True, False):
         scores = batch()
-        scores.has_marker[:], scores.valid_mask[:], scores.closed_mask[:] = has_marker, False, False
+        scores.has_marker[:], scores.valid_mask[:], scores.ends_mask[:] = has_marker, False, False
         found = sample_weights(replace(PAPER, format_loss=form), scores)
-        assert (found.policy_weight == 0).all() and (found.answer_weight == 0).all()
-    scores.closed_mask[:] = scores.arrived_mask
-    acting = sample_weights(replace(PAPER, format_loss=form), scores).answer_weight
-    assert (acting != 0).any() == (form == "close")
+        assert not any((table != 0).any() for table in (found.policy_weight, found.answer_weight, found.end_weight))
 
 
 def test_objective_jepo_paper_is_appendix_b2():
@@ -142,4 +129,4 @@ def test_objective_jepo_paper_is_appendix_b2():
 
 def test_the_default_is_another_form_of_the_format_loss_and_nothing_else():
     config = resolve(compose("jepo_tiny", []))
-    assert update_rule(config.objective, config.advantage, config.kl) == replace(PAPER, format_loss="close")
+    assert update_rule(config.objective, config.advantage, config.kl) == replace(PAPER, format_loss="marker_and_end")

@@ -48,8 +48,9 @@ def on_ranks(rule: UpdateRule, scores: GroupScores, sizes: list[int]) -> SampleW
 @pytest.mark.parametrize("scope", ["batch", "group"])
 @pytest.mark.parametrize("sizes", [[3, 4], [1, 2, 4], [1] * 7])
 def test_a_batch_split_over_ranks_gets_the_weights_of_the_whole(name, scope, sizes):
-    other = {"kl_estimator": "k1_reward", "prompt_mean": "valid", "format_loss": "close"} if scope == "group" else {}
-    rule = replace(PAPER, name=name, std_scope=scope, **other)
+    rule = replace(PAPER, name=name, std_scope=scope)
+    if scope == "group":
+        rule = replace(rule, kl_estimator="k1_reward", prompt_mean="valid", format_loss="marker_and_end")
     weights_equal(on_ranks(rule, batch(), sizes), sample_weights(rule, batch()), tolerance=1e-12)
 
 

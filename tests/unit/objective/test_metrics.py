@@ -8,6 +8,8 @@ import torch
 
 from nemo_jepo.metrics import update_metrics, without_valid_sample
 from nemo_jepo.objective import GroupScores, SampleWeights, sample_weights
+from nemo_jepo.objective.tables import group_scores
+from nemo_jepo.types import Scores, Spliced
 from tests.unit.objective.tabular import PLAIN
 
 RULE = replace(PLAIN, normalize=True, kl_beta=1e-3)
@@ -26,7 +28,8 @@ def two_prompts() -> GroupScores:
         chain_k3=torch.tensor([[0.01, 0.02], [0.06, math.nan]], dtype=torch.float64),
         verifiable_reward=torch.tensor([[0.0, 0.0], [0.0, math.nan]]),
         faulted_mask=torch.zeros(2, 2, dtype=torch.bool),
-        closed_mask=torch.zeros(2, 2, dtype=torch.bool),
+        ends_mask=torch.tensor([[True, True], [False, False]]),
+        end_logprob=torch.tensor([[-0.25, -0.75], [math.nan, math.nan]]),
     )
 
 
@@ -57,27 +60,35 @@ def test_every_figure_of_a_small_batch():
         "verifiable_prompt_rate": 0.0,
         "kl": 0.3,
         "kl_k3": 0.03,
+        "end_logprob": -0.5,
     }
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         assert math.isclose(got[name], value, rel_tol=1e-9, abs_tol=1e-12), name
 
 
-def test_each_form_of_the_format_loss_reports_what_it_has_to_work_with():
-    """paper: rewards 0, -10 of one prompt with two arrived: advantages 10 and -10. close: 1 of 3 arrived is closed."""
+@pytest.mark.parametrize("form", ["marker_and_end", "paper"])
+def test_a_format_loss_reports_the_std_of_its_reward(form):
+    """Rewards 0 and -10 of one prompt with two arrived: advantages 10 and -10."""
     scores = two_prompts()
     scores.arrived_mask[1, 1] = scores.has_marker[1, 1] = True
-    paper = replace(RULE, format_loss="paper")
-    assert means(update_metrics(paper, scores, sample_weights(paper, scores)))["format_advantage_std"] == (
-        pytest.approx(math.sqrt((10**2 + 10**2) / 4))
-    )
-    close, scores = replace(RULE, format_loss="close"), two_prompts()
-    scores.answer_logprob[1, 0] = -2.5
-    closed = replace(scores, closed_mask=torch.tensor([[False, False], [True, False]]))
-    found = means(update_metrics(close, closed, sample_weights(close, closed)))
-    assert (found["closed_rate"], found["marker_logprob"]) == (pytest.approx(1 / 3), -2.5)
-    plain = means(update_metrics(RULE, two_prompts(), sample_weights(RULE, two_prompts())))
-    assert {name: found[name] for name in plain} == plain  # no bound, rate or length reads the closed sample
+    rule = replace(RULE, format_loss=form)
+    found = means(update_metrics(rule, scores, sample_weights(rule, scores)))["format_advantage_std"]
+    assert found == pytest.approx(math.sqrt((10**2 + 10**2) / 4))
+
+
+def test_the_end_of_turn_is_the_last_token_behind_a_reference_answer():
+    """Two samples of three and two answer tokens; the second answer ends no turn."""
+    common = {"group": 0, "token_ids": (0,) * 6, "prompt_length": 1, "valid": True, "has_marker": True}
+    sequences = [
+        Spliced(sample=0, chain_length=2, answer_length=3, ends=True, **common),
+        Spliced(sample=1, chain_length=3, answer_length=2, **common),
+    ]
+    logprobs = torch.tensor([-1.0, -2.0, -4.0, -8.0, -16.0])
+    scores = group_scores(sequences, Scores((logprobs, logprobs)), None, None, 2)
+    assert scores.answer_logprob.tolist() == [[-28.0, -24.0]]
+    assert scores.ends_mask.tolist() == [[True, False]] and scores.end_logprob[0, 0] == -16.0
+    assert update_metrics(RULE, scores, sample_weights(RULE, scores))["end_logprob"] == (-16.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -85,12 +96,11 @@ def test_each_form_of_the_format_loss_reports_what_it_has_to_work_with():
     [
         (
             {},
-            {"marker_rate": 0.0, "closed_rate": 0.0},
+            {"marker_rate": 0.0, "format_advantage_std": 0.0},
             "no completion has the answer marker, so nothing but the KL acts. Show",
         ),
         ({"kl_beta": 0.0}, {"marker_rate": 0.0}, "no completion has the answer marker, so nothing acts. Show"),
-        ({}, {"marker_rate": 0.0, "closed_rate": 0.1}, "so nothing but the format loss and the KL acts. Show"),
-        ({"format_weight": 0.0}, {"marker_rate": 0.0, "closed_rate": 0.1}, "so nothing but the KL acts. Show"),
+        ({"format_weight": 0.0}, {"marker_rate": 0.5, "format_advantage_std": 4.0}, "so nothing but the KL acts. Look"),
         (
             {},
             {"marker_rate": 0.5, "format_advantage_std": 4.0},

@@ -30,6 +30,10 @@ def test_policy_weight_falls_on_the_chain_and_answer_weight_on_the_answer():
     assert weights.dtype == torch.float32 and not weights.requires_grad
 
 
+def test_the_end_of_turn_has_its_weight_beside_the_answers():
+    assert sequence_weights(PLAIN, sequence(), 0.25, 0.125, 0.0, 0.5).tolist() == [0.25, 0.25, 0.25, 0.125, 0.625]
+
+
 def test_own_answers_carry_the_policy_weight_too():
     assert sequence_weights(PLAIN, sequence(own_answer=True), 0.25, 0.125, 0.0).tolist() == [0.25] * 5
 

@@ -25,13 +25,6 @@ def complaint(folder):
     return str(raised.value)
 
 
-def test_a_marker_that_the_format_loss_put_behind_a_sample_is_no_answer(folder):
-    """The second record is not valid; its last token becomes the marker that was put there."""
-    change_line(folder / "rollouts" / "step_000001.jsonl", 2, chain_length=2, answer_length=1)
-    _, closed = read_run(folder, "mine", 40).rollouts[0].samples
-    assert (closed["status"], closed["answer_logprob"]) == ("no marker, so it is put behind", None)
-
-
 def test_a_metric_of_an_older_run_has_its_name_of_today(folder, tmp_path):
     """A run that was resumed by a newer version is one curve; so is a set of runs in results.parquet."""
     older, newer = {"step": 1, "train_optim/loss": 0.5}, {"step": 2, "train_optim/surrogate_loss": 0.25}
