@@ -123,7 +123,8 @@ class AnswerConfig:
     min_cot_tokens: int = setting(0, ge=0)
     """A shorter chain of thought (marker not counted) is not valid."""
 
-    @property
-    def marker_sentence(self) -> str:
-        """The marker as the beginning of a sentence, as supervised targets and solved examples write it."""
-        return self.marker[0].upper() + self.marker[1:]
+    def up_to_answer(self, chain_of_thought: str | None) -> str:
+        """What supervised targets and solved examples write before an answer: the chain of thought, if there is one,
+        and the marker as the beginning of a sentence on a line of its own."""
+        marker = self.marker[0].upper() + self.marker[1:]
+        return f"{chain_of_thought}\n{marker}" if chain_of_thought else marker

@@ -30,8 +30,7 @@ def solved_examples(path: Path, answer: AnswerConfig) -> tuple[Example, ...]:
     for row in read_rows(path, KEYS):
         if not isinstance(row, Row):
             raise DataError(f"data.examples: {row}. A row has question, chain_of_thought and answer.")
-        lines = (row.chain_of_thought, f"{answer.marker_sentence} {row.answer}")
-        examples.append(Example(row.question, "\n".join(line for line in lines if line)))
+        examples.append(Example(row.question, f"{answer.up_to_answer(row.chain_of_thought)} {row.answer}"))
     if not examples:
         raise DataError(f"data.examples: {path} holds no example. Add one, or leave data.examples out.")
     return tuple(examples)

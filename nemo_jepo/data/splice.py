@@ -57,7 +57,7 @@ class Splicer:
         self._marker = re.compile(re.escape(marker), re.IGNORECASE)
         self._marker_suffix = re.compile(suffixes, re.IGNORECASE)
         self._token_texts: dict[int, str] = {}
-        self._marker_sentence = answer.marker_sentence
+        self._answer = answer
         self._chain_example = self._encode(f"So {marker}")
         self._end_of_turn = (tokenizer.eos_token_id,) if answer.append_eos else ()
         if self._marker.search(self._text(self._chain_example)) is None:
@@ -234,8 +234,8 @@ class Splicer:
     def _supervised_chain(self, prompt: Prompt, target: str) -> tuple[int, ...]:
         if target == "answer":
             return ()
-        lines = [prompt.chain_of_thought if target == "chain_of_thought" else None, self._marker_sentence]
-        return tuple(self._encode("\n".join(line for line in lines if line)))
+        golden = prompt.chain_of_thought if target == "chain_of_thought" else None
+        return tuple(self._encode(self._answer.up_to_answer(golden)))
 
     def _spliced(
         self, prompt: Prompt, rollout: Rollout, end: MarkerEnd | None, valid: bool, answer: tuple[int, ...]
