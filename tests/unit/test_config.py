@@ -34,6 +34,7 @@ def needed(tmp_path):
         "jepo": [f"data.train_path={tmp_path}/rows.jsonl", model],
         "smollm2": [f"data.train_path={tmp_path}/rows.jsonl", model],
         "smollm2_chain_sum": [model],
+        "smollm2_letter_counting": [model],
         "smollm2_gsm8k": [f"data.train_path={tmp_path}/rows.jsonl", model],
         "smollm2_proofnet": [f"data.train_path={tmp_path}/rows.jsonl", model],
         "jepo_8b": [f"data.train_path={tmp_path}/rows.jsonl"],

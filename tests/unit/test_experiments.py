@@ -47,7 +47,8 @@ def needed(config, folder: Path) -> list[str]:
         return []
     (folder / "config.json").write_text(json.dumps(SHAPE))
     (folder / "rows.jsonl").write_text('{"question": "1+1", "answer": "2"}\n')
-    rows = [] if config == "smollm2_chain_sum" else [f"data.train_path={folder}/rows.jsonl"]
+    generated = config in ("smollm2_chain_sum", "smollm2_letter_counting")
+    rows = [] if generated else [f"data.train_path={folder}/rows.jsonl"]
     return [f"pretrained_checkpoint.restore_from_path={folder}", *rows]
 
 
