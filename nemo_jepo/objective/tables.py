@@ -43,7 +43,7 @@ def group_scores(
     for index, sequence in enumerate(sequences):
         policy = scores.policy_logprobs[index].double()
         answer_logprob.append(policy[sequence.chain_length :].sum().item())
-        end_logprob.append(policy[-1].item() if sequence.ends else 0.0)
+        end_logprob.append(policy[-1:].sum().item())
         if reference is not None and not sequence.failed:
             chain = slice(0, sequence.chain_length)
             ratios = policy[chain] - reference.policy_logprobs[index].double()[chain]
