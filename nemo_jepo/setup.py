@@ -109,11 +109,11 @@ def find_tokenizer(
     Args:
         path: a Hugging Face folder or a checkpoint.
         folder: where a trained one goes, and is found by the next start.
-        data, marker: what it is trained on.
+        data: how prompts are written, and with the marker what it is trained on.
         vocab_size: of a trained one.
     """
     if path is not None:
-        return load_tokenizer(path)
+        return load_tokenizer(path, data.use_chat_template)
     if torch.distributed.get_rank() == 0 and not folder.exists():
         train_tokenizer([marker.capitalize(), *training_texts(data)], vocab_size, folder)
     torch.distributed.barrier()
@@ -140,6 +140,9 @@ def find_hf_config(
     if restored is None:
         hf_config.eos_token_id, hf_config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
         hf_config.bos_token_id = tokenizer.bos_token_id
+    ends = hf_config.eos_token_id if isinstance(hf_config.eos_token_id, list) else [hf_config.eos_token_id]
+    if tokenizer.eos_token_id not in ends:  # servers would not stop there
+        hf_config.eos_token_id = [tokenizer.eos_token_id, *(end for end in ends if end is not None)]
     return hf_config
 
 

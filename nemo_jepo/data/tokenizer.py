@@ -1,5 +1,6 @@
 """The tokenizer: read from a folder, or trained on a small data set."""
 
+import logging
 import os
 import shutil
 from collections.abc import Iterable
@@ -16,11 +17,18 @@ if TYPE_CHECKING:
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 PAD, END_OF_TEXT = "<|pad|>", "<|endoftext|>"
+ANSWER = "an answer"
+"""Of an assistant, to see what a chat template puts behind it."""
+
+log = logging.getLogger(__name__)
 
 
-def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
+def load_tokenizer(path: str | Path, use_chat_template: bool = False) -> "PreTrainedTokenizerBase":
     """The Hugging Face tokenizer of a folder: no download, no code from the folder.
 
+    Args:
+        use_chat_template: the end-of-text token is the one that ends an assistant's turn in the chat template, whatever
+            the folder calls it: answers would be taught to end with a token that no chat holds otherwise.
     Raises:
         ConfigError: the folder holds no tokenizer, or one without an end-of-text token.
     """
@@ -31,10 +39,25 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
         rule = f"holds no tokenizer ({', '.join(TOKENIZER_FILES)})"
         raise ConfigError("tokenizer.path", str(path), rule, "Give a folder with tokenizer.json")
     tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    if use_chat_template and (end := _end_of_turn(tokenizer)) not in (None, tokenizer.eos_token):
+        told = "An answer ends with %r, as turns do in the chat template; %s calls %r the end of a text"
+        log.warning(told, end, path, tokenizer.eos_token)
+        tokenizer.eos_token = end
     if tokenizer.eos_token_id is None:
         rule = "has no end-of-text token, so an answer could not end"
         raise ConfigError("tokenizer.path", str(path), rule, "Add eos_token to its tokenizer_config.json")
     return tokenizer
+
+
+def _end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    """The control token behind an assistant's turn in the chat template; None where there is no template or no such
+    token."""
+    if tokenizer.chat_template is None:
+        return None
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": ANSWER}]
+    behind = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(ANSWER)[2].lstrip()
+    control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return max((token for token in control if behind.startswith(token)), key=len, default=None)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -> "PreTrainedTokenizerBase":

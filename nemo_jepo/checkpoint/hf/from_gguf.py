@@ -187,4 +187,9 @@ def tokenizer_of(file: Path, reader: "GGUFReader") -> "PreTrainedTokenizerBase":
         raise refuse(file, f"transformers cannot make its tokenizer ({error})") from error
     if (split := SPLITS[kind]) is not None:
         tokenizer.backend_tokenizer.pre_tokenizer = split
+    # transformers reads these itself from 5.18 on; before it takes the first token of a turn for the last.
+    tokens = contents(reader, "tokenizer.ggml.tokens")
+    for key, name in TOKENS.items():
+        if (number := contents(reader, f"tokenizer.ggml.{key}_token_id")) is not None:
+            setattr(tokenizer, name.removesuffix("_id"), tokens[number])
     return tokenizer

@@ -89,7 +89,7 @@ def find_tokenizer(config: Config) -> "PreTrainedTokenizerBase":
     """As a run finds it; one that the run would train is trained into a temporary folder."""
     path = config.tokenizer.path or config.pretrained_checkpoint.restore_from_path
     if path is not None:
-        return load_tokenizer(path)
+        return load_tokenizer(path, config.data.use_chat_template)
     texts = [config.answer.marker.capitalize(), *training_texts(config.data)]
     with tempfile.TemporaryDirectory() as folder:
         return train_tokenizer(texts, config.tokenizer.train_vocab_size, Path(folder) / "tokenizer")

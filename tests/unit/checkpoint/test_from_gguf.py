@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nemo_jepo.checkpoint.hf.from_gguf import write_hf_folder
+from nemo_jepo.checkpoint.hf.from_gguf import open_gguf, tokenizer_of, write_hf_folder
 from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.data.tokenizer import load_tokenizer
 from tests.support.gguf_files import CHAT_TEMPLATE, write_gguf
 from tests.support.hf_models import on_disk, random_model
 from tests.support.serving import tiny_model
-from tests.support.small_tokenizers import small_tokenizer
+from tests.support.small_tokenizers import BUILDERS, small_tokenizer
 
 IDS = torch.arange(3, 43).view(2, 20)
 
@@ -54,6 +54,17 @@ def test_the_tokenizer_comes_with_its_chat_template_and_its_end(tmp_path):
         assert found.encode(text) == expected.encode(text)
     assert (found.eos_token_id, found.chat_template) == (expected.eos_token_id, CHAT_TEMPLATE)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "model.gguf"]
+
+
+def test_the_file_says_which_tokens_begin_and_end_whatever_transformers_makes_of_it(tmp_path, monkeypatch):
+    """transformers 5.16 and 5.17 take the first token of SmolLM2's turns for the last."""
+    misread, right = BUILDERS["byte_level"](), small_tokenizer("byte_level").eos_token
+    misread.eos_token = misread.bos_token = "a"
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *arguments, **options: misread)
+    write_gguf(random_model("llama tied"), tmp_path / "model.gguf")
+    file = tmp_path / "model.gguf"
+    found = tokenizer_of(file, open_gguf(file))
+    assert (found.eos_token, found.bos_token) == (right, "a")  # the file names an end and no beginning
 
 
 def test_smollm_cuts_a_text_at_every_digit(tmp_path):

@@ -51,3 +51,31 @@ def test_a_tokenizer_without_end_of_text_is_refused(tmp_path):
     endless.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="has no end-of-text token"):
         load_tokenizer(tmp_path)
+
+
+CHAT = "{% for turn in messages %}<|start|>{{ turn['content'] }}BEHIND{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("behind", "use_chat_template", "end"),
+    [
+        ("<|end_of_turn|>\n", True, "<|end_of_turn|>"),
+        (" <|end_of_turn|><|start|>", True, "<|end_of_turn|>"),
+        ("<|end_of_turn|>\n", False, "<|endoftext|>"),  # no prompt is written by the template
+        ("<|endoftext|>\n", True, "<|endoftext|>"),
+        ("\n\n", True, "<|endoftext|>"),  # the template ends its turns with text
+        (". <|end_of_turn|>", True, "<|endoftext|>"),
+    ],
+)
+def test_an_answer_ends_as_turns_do_in_the_chat_template(behind, use_chat_template, end, tmp_path):
+    """Models are published whose tokenizer calls another token the end: base models, and files misread on the way."""
+    chat = BUILDERS["byte_level"]()
+    chat.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|end_of_turn|>", "<|end"]})
+    chat.chat_template = CHAT.replace("BEHIND", behind)
+    chat.save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path, use_chat_template).eos_token == end
+
+
+def test_a_folder_without_a_chat_template_keeps_its_end(tmp_path):
+    BUILDERS["byte_level"]().save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path, use_chat_template=True).eos_token == "<|endoftext|>"
