@@ -19,6 +19,7 @@ LABELS = {
     "bound": "bound (nats an answer)",
     "proxy_nll": "held-out proxy NLL (nats an answer)",
     "cot_tokens_mean": "chain of thought (tokens)",
+    "train_rollouts/reasoning_tokens_mean": "before the marker, in training (tokens)",
     "step": "updates",
     "epoch": "epochs",
     "n": "n (generations a prompt)",
@@ -66,13 +67,15 @@ def plots_of(results: Sequence[Comparison]) -> list[Plot]:
     pace, equal = ("epoch", "at equal epochs") if "epoch" in metrics else ("step", "at equal updates")
     main = [comparison for comparison in results if comparison.ablated is None]
     mixed = [comparison for comparison in main if any(set(PARTS) <= set(arm) for arm in comparison.arms.values())]
+    chains = ("cot_tokens_mean", "train_rollouts/reasoning_tokens_mean")
+    chain = max(chains, key=lambda metric: any(_has_course(comparison, metric) for comparison in main))
     plots = [
         Plot("reward_against_kl", "Reward against KL", main, "kl", reward, "path"),
         Plot("accuracy", "Held-out accuracy over training", main, "step", reward),
         *(Plot(part, f"Held-out accuracy {what}", mixed, "step", part) for part, what in PARTS.items()),
         Plot("bound_against_reward", "Bound against reward", main, reward, "bound", "path"),
         Plot("proxy_nll", f"Held-out proxy NLL {equal}", main, pace, "proxy_nll"),
-        Plot("chain_of_thought", "Length of the chain of thought", main, "step", "cot_tokens_mean"),
+        Plot("chain_of_thought", "Length of the chain of thought", main, "step", chain),
     ]
     for key in dict.fromkeys(comparison.ablated for comparison in results if comparison.ablated):
         ablation = [comparison for comparison in results if comparison.ablated == key]
@@ -82,10 +85,17 @@ def plots_of(results: Sequence[Comparison]) -> list[Plot]:
     return [plot for plot in plots if any(panel_lines(plot, comparison) for comparison in plot.comparisons)]
 
 
+def _has_course(comparison: Comparison, metric: str) -> bool:
+    """Whether an arm logged it at two steps: some sets are evaluated after the last update alone."""
+    return any(len(band.steps) > 1 for arm in comparison.arms for band in comparison.bands(arm, metric) or [])
+
+
 def panel_lines(plot: Plot, comparison: Comparison) -> list[Line]:
-    """The lines of one regime, without arms that never logged what the plot shows."""
+    """The lines of one regime, without arms that never logged what the plot shows; none where all are points."""
     if plot.kind == "ablation":
         return _ablation_line(plot, comparison)
+    if not _has_course(comparison, plot.y):
+        return []
     lines = []
     for arm in comparison.arms:
         found = comparison.bands(arm, *([plot.y] if plot.x == "step" else [plot.x, plot.y]))

@@ -62,7 +62,7 @@ def _table(comparison: Comparison) -> Table | None:
     same = {other for metric, others in REPEATS.items() for other in others if cells.get(other) == cells.get(metric)}
     columns = {metric: column for metric, column in cells.items() if metric not in same}
     rows = list(zip([START, *comparison.arms], map(list, zip(*columns.values(), strict=True)), strict=True))
-    if None in rows[0][1]:
+    if None in rows[0][1] or not any(rows[0][1]):
         del rows[0]
     seeds = " to ".join(str(count) for count in sorted({len(band.seeds) for band in bands}))
     title = f"{comparison.experiment} ({comparison.regime}, {seeds} seed{'s' * (seeds != '1')})"

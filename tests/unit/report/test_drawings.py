@@ -71,6 +71,22 @@ def test_every_regime_is_a_panel_with_a_line_a_band_and_a_name_for_every_arm(res
         assert axes.get_xlabel() == "updates" and "accuracy" in axes.get_ylabel()
 
 
+def test_a_set_that_is_evaluated_once_shows_its_chains_in_training(results):
+    """A line needs two points: such a set has none over held-out problems."""
+    training = [
+        ("main", regime, arm, seed, step, "train_rollouts/reasoning_tokens_mean", value(regime, arm, seed, step, "kl"))
+        for (_, regime, arm, seed, step, name, _) in rows(metrics=["kl"])
+    ]
+    once = [row for row in rows() if row[4] == STEPS[-1]] + training
+    assert [plot.name for plot in plots_of(results(once))] == ["chain_of_thought"]
+    _, drawn = figure(results(once), "chain_of_thought")
+    assert "in training" in drawn.axes[0].get_ylabel()
+    line = named_lines(drawn.axes[0])["jepo"]
+    assert line.get_ydata() == pytest.approx([value("verifiable", "jepo", 2, step, "kl") for step in STEPS])
+    _, both = figure(results(rows() + training), "chain_of_thought")
+    assert both.axes[0].get_ylabel() == "chain of thought (tokens)"
+
+
 @pytest.mark.parametrize(
     ("name", "x", "y"), [("reward_against_kl", "kl", "accuracy"), ("bound_against_reward", "accuracy", "bound")]
 )

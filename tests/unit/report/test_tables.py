@@ -56,6 +56,11 @@ def test_arms_that_begin_apart_have_no_common_start(tmp_path):
     assert [arm for arm, _ in table_of(tmp_path, apart)[0].rows] == ["jepo", "rloo"]
 
 
+def test_a_set_that_begins_without_an_evaluation_has_no_row_of_its_start(tmp_path):
+    (table,) = table_of(tmp_path, [row for row in rows() if row[4]])
+    assert [arm for arm, _ in table.rows] == ["jepo", "rloo"]
+
+
 def test_what_an_arm_never_logged_is_an_empty_cell(tmp_path):
     (table,) = table_of(tmp_path, [*rows(), *(row for row in rows("kl") if row[2] == "jepo")])
     assert dict(table.rows)["rloo"] == ["0.500 (0.500 to 0.500)", ""]
