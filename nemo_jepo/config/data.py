@@ -67,7 +67,7 @@ class DataConfig:
     prompt_template: str = setting("{question}\n", ASKS_THE_QUESTION)
     """The plain prompt, in which {question} is replaced. With use_chat_template: the user's turn."""
     use_chat_template: bool = False
-    """Wrap the prompt by the tokenizer's own chat template, and add its generation prompt. Answers end as its turns do."""
+    """Write prompts by the tokenizer's own chat template, up to its generation prompt. Answers end as its turns do."""
     system_prompt: str | None = None
     """System turn of the chat template."""
     examples: str | None = setting(None, EXAMPLES)

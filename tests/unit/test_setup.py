@@ -7,7 +7,6 @@ from nemo_jepo.setup import find_hf_config
 from tests.support.hf_models import random_model
 from tests.support.small_tokenizers import small_tokenizer
 
-
 END = small_tokenizer("byte_level").eos_token_id
 
 
