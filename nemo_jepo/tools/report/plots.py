@@ -27,6 +27,8 @@ LABELS = {
 """What an axis says; another name stands for itself."""
 REWARDS = ("oracle_accuracy", "accuracy")
 """What the plots call reward: the first of these that was measured."""
+CHAINS = ("cot_tokens_mean", "train_rollouts/reasoning_tokens_mean")
+"""What the length of chains is plotted by: the first of these that has a course. Some sets are evaluated once."""
 PARTS = {
     "oracle_accuracy_verifiable": "where a program can grade the answers",
     "oracle_accuracy_unverifiable": "where no program can grade the answers",
@@ -67,8 +69,7 @@ def plots_of(results: Sequence[Comparison]) -> list[Plot]:
     pace, equal = ("epoch", "at equal epochs") if "epoch" in metrics else ("step", "at equal updates")
     main = [comparison for comparison in results if comparison.ablated is None]
     mixed = [comparison for comparison in main if any(set(PARTS) <= set(arm) for arm in comparison.arms.values())]
-    chains = ("cot_tokens_mean", "train_rollouts/reasoning_tokens_mean")
-    chain = max(chains, key=lambda metric: any(_has_course(comparison, metric) for comparison in main))
+    chain = next((name for name in CHAINS if any(_has_course(comparison, name) for comparison in main)), CHAINS[0])
     plots = [
         Plot("reward_against_kl", "Reward against KL", main, "kl", reward, "path"),
         Plot("accuracy", "Held-out accuracy over training", main, "step", reward),
@@ -86,7 +87,7 @@ def plots_of(results: Sequence[Comparison]) -> list[Plot]:
 
 
 def _has_course(comparison: Comparison, metric: str) -> bool:
-    """Whether an arm logged it at two steps: some sets are evaluated after the last update alone."""
+    """Whether an arm logged it at two steps or more."""
     return any(len(band.steps) > 1 for arm in comparison.arms for band in comparison.bands(arm, metric) or [])
 
 
