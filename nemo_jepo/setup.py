@@ -186,7 +186,7 @@ def build(config: Config, folder: Path, layout: Layout, servers: OwnServers, spl
     servers.start(config, layout, hf_config, tokenizer)
     actor = MegatronJEPOActor(hf_config, config.model, precision, layout)
     load_initial_weights(actor, restored, config.model.seed)
-    if config.kl.beta > 0 and not objective.supervised:
+    if config.keeps_reference_policy:
         actor.keep_reference_policy()
 
     # What samples

@@ -9,6 +9,7 @@ import json
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -39,7 +40,7 @@ from nemo_jepo.rollout.build import OwnServers
 from nemo_jepo.rollout.sampler import SamplersLost, SamplingStopped
 from nemo_jepo.setup import Trainer, build, resume, save
 from nemo_jepo.tracking import SilentTracker, Tracker
-from nemo_jepo.types import Prompt, Rollout, Spliced
+from nemo_jepo.types import Prompt, Rollout, SplicedBatch
 from nemo_jepo.utils.exit_codes import DONE, FAILED, INTERRUPTED
 from nemo_jepo.utils.files import write_atomically
 from nemo_jepo.weight_sync import sync_weights
@@ -48,8 +49,7 @@ from nemo_jepo.weight_sync import sync_weights
 def run_step(t: Trainer, prompts: Sequence[Prompt], step: int, tracker: SilentTracker) -> dict[str, float]:
     """One optimizer step over this replica's prompts. This function is the whole algorithm."""
     rollouts = sample(t, prompts, step, tracker)
-    sequences, rewards = splice(t, prompts, rollouts)
-    scored = score(t.actor, sequences, rewards, len(sequences) // len(prompts), tracker.timer, for_update=True)
+    scored = score(t.actor, splice(t, prompts, rollouts), tracker.timer, for_update=True)
     fp8_error = guard_fp8(t.actor, scored, step, tracker.say) if rollouts else {}
     weights = sample_weights(t.rule, scored.groups, t.layout.sum_over_data_parallel, t.layout.max_over_data_parallel)
     weight_of_tokens = token_weights(t.rule, scored, weights)
@@ -71,20 +71,24 @@ def sample(t: Trainer, prompts: Sequence[Prompt], step: int, tracker: SilentTrac
         return t.rollouts.take(prompts, step)
 
 
-def splice(
-    t: Trainer, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]
-) -> tuple[list[Spliced], list[float | None] | None]:
-    """c_i + a* for every rollout, or c_i + a_i where a verifier rewards it; and its rewards, where it is asked."""
+def splice(t: Trainer, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> SplicedBatch:
+    """c_i + a* for every rollout, or c_i + a_i where a verifier rewards it; a* without a chain where it is read."""
     if t.objective.supervised:
-        return t.splicer.supervised(prompts, t.config.objective.sft_target), None
-    reference = t.splicer.splice_reference(prompts, rollouts)
+        return SplicedBatch(sequences=t.splicer.supervised(prompts, t.config.objective.sft_target), group_size=1)
+    batch = SplicedBatch(
+        sequences=t.splicer.splice_reference(prompts, rollouts),
+        group_size=len(rollouts) // len(prompts),
+        no_chain=t.splicer.supervised(prompts, "marked_answer") if t.rule.no_chain != "none" else None,
+        by_token=t.objective.reads_tokens,
+    )
     if not t.objective.reads_verifier:
-        return reference, None
+        return batch
     rewards = grade(t.verifier, t.splicer, t.layout, prompts, rollouts)
     table = torch.tensor([reward or 0.0 for reward in rewards]).view(len(prompts), -1)
     verifiable = uses_verifiable_reward(t.rule.name, table).tolist()
     own = t.splicer.splice_own(prompts, rollouts)
-    return [o if verifiable[r.group] else r for o, r in zip(own, reference, strict=True)], rewards
+    sequences = [o if verifiable[r.group] else r for o, r in zip(own, batch.sequences, strict=True)]
+    return replace(batch, sequences=sequences, rewards=rewards)
 
 
 def report_rollouts(

@@ -14,7 +14,14 @@ from omegaconf import MISSING
 from nemo_jepo.config.data import IS_MODEL, AnswerConfig, ArithmeticConfig, DataConfig, TokenizerConfig
 from nemo_jepo.config.judge import JudgeConfig, model_verifier_config
 from nemo_jepo.config.model import ModelConfig, OptimConfig, SchedConfig
-from nemo_jepo.config.objectives import FORMAT_LOSSES, OBJECTIVES, ObjectiveKind
+from nemo_jepo.config.objectives import (
+    FORMAT_LOSSES,
+    LOSS_NORMALIZATIONS,
+    NO_CHAIN_POLICIES,
+    OBJECTIVES,
+    REWARD_NORMALIZATIONS,
+    ObjectiveKind,
+)
 from nemo_jepo.config.rules import Rule, setting
 from nemo_jepo.config.samplers import SAMPLERS, SamplerKind
 
@@ -176,8 +183,15 @@ class ObjectiveConfig:
     rl_reduction: str = setting("mean", choices=("mean", "sum"))
     """mean: 1/n over a prompt's samples, as App. B.2 and Eq. 5; sum: no 1/n, as Eq. 7. To the letter where all
     samples are valid and advantage.normalize=false."""
-    length_normalization: str = setting("none", choices=("none", "tokens"))
-    """none, or tokens: each sample's log-probs divided by their number (for sft: mean over target tokens)."""
+    reward_normalization: str = setting("none", choices=REWARD_NORMALIZATIONS)
+    """What l_i, the reference answer's log-prob, is divided by before anything is made of it. none: it is a sum, as in
+    every bound of the paper; answer_tokens: their number, which makes it another objective (App. B.2 warns of it)."""
+    loss_normalization: str = setting("none", choices=LOSS_NORMALIZATIONS)
+    """What each sample's log-probs are divided by in the update. none: nothing; chain: the chain's by their number, the
+    answer's by theirs; sequence: all by their number; batch: by the batch's mean number, so that tokens weigh alike."""
+    no_chain: str = setting("none", choices=NO_CHAIN_POLICIES)
+    """The reference answer behind the bare marker, scored beside the samples (one segment more a prompt). none: never;
+    current: by the policy; initial: what the objective reads of it is the frozen initial policy's. chain_gain shows."""
     format_loss: str = setting("marker_and_end", choices=FORMAT_LOSSES)
     """paper: a generation without the marker has a format reward of -10 (App. B.2). marker_and_end: that, and the
     end-of-turn token behind the reference answer is taught, which nothing that is sampled shows. none: neither."""
@@ -310,6 +324,13 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
+
+    @property
+    def keeps_reference_policy(self) -> bool:
+        """Whether the initial weights stay: for the KL, or because the objective reads scores of theirs."""
+        objective = self.objective
+        reads_initial = objective.no_chain == "initial" or objective.kind.scored_by_initial
+        return not objective.kind.supervised and (self.kl.beta > 0 or reads_initial)
 
     @property
     def run_folder(self) -> Path:

@@ -13,7 +13,7 @@ def warmup_config(config: Config) -> Config:
         config,
         warmup=dataclasses.replace(warmup, max_steps=0),
         objective=dataclasses.replace(
-            config.objective, name="sft", sft_target=warmup.sft_target, length_normalization="tokens"
+            config.objective, name="sft", sft_target=warmup.sft_target, loss_normalization="batch", no_chain="none"
         ),
         kl=dataclasses.replace(config.kl, beta=0.0),
         model=dataclasses.replace(
