@@ -278,7 +278,7 @@ def token_weights(rule: UpdateRule, scored: Scored, weights: SampleWeights) -> l
     samples = zip(*(table.flatten().tolist() for table in tables), strict=True)
     slopes = None if weights.answer_slope is None else weights.answer_slope.flatten(0, 1)
     token_weights = []
-    for index, (sequence, of_sample) in enumerate(zip(scored.sequences, samples, strict=True)):
+    for index, (sequence, (policy, answer, kl, end)) in enumerate(zip(scored.sequences, samples, strict=True)):
         if sequence.failed:
             token_weights.append(torch.zeros(0))
             continue
@@ -291,7 +291,7 @@ def token_weights(rule: UpdateRule, scored: Scored, weights: SampleWeights) -> l
             generation_logprobs=torch.tensor(sequence.generation_logprobs),
         )
         slope = None if slopes is None else slopes[index, : sequence.answer_length]
-        token_weights.append(sequence_weights(rule, logprobs, *of_sample, slope))
+        token_weights.append(sequence_weights(rule, logprobs, policy, answer, kl, end, slope))
     untrained = scored.batch.no_chain or ()
     return token_weights + [torch.zeros(sequence.chain_length + sequence.answer_length) for sequence in untrained]
 
