@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nemo_jepo.actor.parallel import Layout, init_distributed, init_model_parallel
-from nemo_jepo.actor.scoring import score
+from nemo_jepo.actor.scoring import assembled, score
 from nemo_jepo.checkpoint.format import latest_checkpoint
 from nemo_jepo.config.schema import Config
 from nemo_jepo.config.warmup import started_from
@@ -35,7 +35,6 @@ from nemo_jepo.held_out import (
 )
 from nemo_jepo.metrics import chain_gain, mean, merge, rollout_metrics, rollout_records
 from nemo_jepo.objective.records import GroupScores, Scored
-from nemo_jepo.objective.tables import group_scores
 from nemo_jepo.rewards.judge_prompt import Case
 from nemo_jepo.rewards.judged import Judges, cases_to_judge, combined_accuracies, judge_metrics
 from nemo_jepo.rewards.task import TaskScorer
@@ -121,7 +120,8 @@ def evaluate(
         sequences = t.splicer.splice_reference(mine, batch)
         behind_none = [no_chain[sequence.group] for sequence in sequences[::size]]
         parts.append(score(t.actor, SplicedBatch(sequences=sequences, group_size=size, no_chain=behind_none)))
-    scored = joined(parts)
+    everything = [(part, group) for part in parts for group in range(len(part.groups.valid_mask))]
+    scored = assembled(everything, like=parts[0].batch)
     assert scored.groups.no_chain_logprobs is not None
     no_chain_logprob = scored.groups.no_chain_logprobs.sum(-1)
     gain = chain_gain(scored.groups, no_chain_logprob)
@@ -155,33 +155,6 @@ def num_batches(config: Config, num_prompts: int) -> int:
     if not config.rollout.kind.can_run_ahead:
         return 1
     return max(1, math.ceil(num_prompts / config.trainer.jepo.num_prompts_per_step))
-
-
-def joined(parts: Sequence[Scored]) -> Scored:
-    """Batches of this rank that were scored apart, as one; without rows, which count sequences batch by batch."""
-
-    def side_by_side(scores: Sequence[Scores | None]) -> Scores | None:
-        if any(one is None for one in scores):
-            return None
-        known = [one for one in scores if one is not None]
-        policy_logprobs = in_order([one.policy_logprobs for one in known])
-        return Scores(policy_logprobs, in_order([one.entropies for one in known if one.entropies]))
-
-    def in_order(values: Sequence[Sequence[T]]) -> tuple[T, ...]:
-        """The sequences' of all parts, then those without a chain."""
-        counts = [len(part.sequences) for part in parts]
-        sampled = [value for part, count in zip(values, counts, strict=False) for value in part[:count]]
-        return (*sampled, *[value for part, count in zip(values, counts, strict=False) for value in part[count:]])
-
-    batch = SplicedBatch(
-        sequences=[sequence for part in parts for sequence in part.sequences],
-        group_size=parts[0].batch.group_size,
-        no_chain=[sequence for part in parts for sequence in part.batch.no_chain or ()],
-    )
-    policy, reference = side_by_side([part.policy for part in parts]), side_by_side([part.reference for part in parts])
-    assert policy is not None
-    groups = group_scores(batch, policy, reference)
-    return Scored(batch=batch, rows=(), policy=policy, reference=reference, groups=groups)
 
 
 def medians(t: Trainer, groups: GroupScores, gain: Tensor, place: slice, num_prompts: int) -> dict[str, float]:

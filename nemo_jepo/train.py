@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -35,7 +36,8 @@ from nemo_jepo.metrics import (
 )
 from nemo_jepo.objective.records import SampleWeights, Scored
 from nemo_jepo.objective.registry import uses_verifiable_reward
-from nemo_jepo.objective.update import sample_weights, token_weights
+from nemo_jepo.objective.update import reward_spread, sample_weights, token_weights
+from nemo_jepo.refill import Refill, Sampled
 from nemo_jepo.rollout.build import OwnServers
 from nemo_jepo.rollout.sampler import SamplersLost, SamplingStopped
 from nemo_jepo.setup import Trainer, build, resume, save
@@ -46,10 +48,13 @@ from nemo_jepo.utils.files import write_atomically
 from nemo_jepo.weight_sync import sync_weights
 
 
-def run_step(t: Trainer, prompts: Sequence[Prompt], step: int, tracker: SilentTracker) -> dict[str, float]:
-    """One optimizer step over this replica's prompts. This function is the whole algorithm."""
-    rollouts = sample(t, prompts, step, tracker)
-    scored = score(t.actor, splice(t, prompts, rollouts), tracker.timer, for_update=True)
+def run_step(t: Trainer, step: int, tracker: SilentTracker) -> dict[str, float]:
+    """One optimizer step over the next batch of prompts. This function is the whole algorithm."""
+    prompts = t.upcoming()
+    rollouts = sample(t, prompts, tracker)
+    scored = score(t.actor, splice(t, prompts, rollouts), tracker.timer, for_update=t.refill is None)
+    if t.refill is not None:  # prompts whose samples are alike give way to others
+        prompts, rollouts, scored = refill(t, t.refill, Sampled(prompts, rollouts, scored), step, tracker)
     fp8_error = guard_fp8(t.actor, scored, step, tracker.say) if rollouts else {}
     weights = sample_weights(t.rule, scored.groups, t.layout.sum_over_data_parallel, t.layout.max_over_data_parallel)
     weight_of_tokens = token_weights(t.rule, scored, weights)
@@ -61,14 +66,15 @@ def run_step(t: Trainer, prompts: Sequence[Prompt], step: int, tracker: SilentTr
     return metrics | with_prefix("train_rollouts", fp8_error) | report_update(optim, step, tracker)
 
 
-def sample(t: Trainer, prompts: Sequence[Prompt], step: int, tracker: SilentTracker) -> list[Rollout]:
-    """G chains of thought for every prompt, by a sampler with the weights of this step; [] where none are needed."""
+def sample(t: Trainer, prompts: Sequence[Prompt], tracker: SilentTracker, ahead: int = 0) -> list[Rollout]:
+    """G chains of thought for every prompt of the stream's next batch, or of one so many ahead; [] where none are
+    needed."""
     if t.objective.supervised:
         return []
     with tracker.timer("weight_sync"):
         sync_weights(t)
     with tracker.timer("generate"):
-        return t.rollouts.take(prompts, step)
+        return t.rollouts.take(prompts, t.stream.batches_seen + ahead, ahead)
 
 
 def splice(t: Trainer, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> SplicedBatch:
@@ -91,6 +97,17 @@ def splice(t: Trainer, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -
     return replace(batch, sequences=sequences, rewards=rewards)
 
 
+def refill(t: Trainer, rule: Refill, first: Sampled, step: int, tracker: SilentTracker) -> Sampled:
+    """The first batch without the prompts whose samples are alike, and prompts of later batches in their place."""
+
+    def draw(ahead: int) -> Sampled:
+        prompts = t.upcoming(ahead)
+        rollouts = sample(t, prompts, tracker, ahead)
+        return Sampled(prompts, rollouts, score(t.actor, splice(t, prompts, rollouts), tracker.timer))
+
+    return rule.fill(first, draw, partial(reward_spread, t.rule), t.actor, t.layout, step)
+
+
 def report_rollouts(
     t: Trainer,
     prompts: Sequence[Prompt],
@@ -108,6 +125,8 @@ def report_rollouts(
         tracker.log_rollouts(step + 1, rollout_records(prompts, shown, scored.policy, tables, *readers))
     tracker.count_tokens(phase_tokens(scored.sequences, rollouts, t.layout.data_parallel_size))
     metrics = step_metrics(t.rule, scored, weights, rollouts, step, t.rollouts.counts)
+    if t.refill is not None:
+        metrics |= t.refill.metrics()
     means = merge(metrics, t.layout.sum_over_data_parallel)
     if means.get("valid_rate") == 0:
         tracker.say(f"step {step + 1}: {without_valid_sample(t.rule, means)}")
@@ -157,8 +176,9 @@ def fit(t: Trainer, folder: Path, tracker: SilentTracker, interrupted: Callable[
             forget_unreported(t, folder)
         while not has_ended(t, step):
             with tracker.timer("step_time"):
-                metrics = run_step(t, t.upcoming(), step, tracker)
-            t.stream.next_batch()  # these prompts are trained on
+                metrics = run_step(t, step, tracker)
+            for _ in range(1 if t.refill is None else t.refill.num_batches):
+                t.stream.next_batch()  # these prompts are trained on
             step += 1
             if has_ended(t, step) or (loop.val_check_interval and step % loop.val_check_interval == 0):
                 metrics |= validate(t, step, tracker, interrupted)

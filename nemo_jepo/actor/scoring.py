@@ -64,6 +64,41 @@ def score(
     return Scored(batch=batch, rows=rows, policy=policy, graph=graph, reference=reference, groups=groups)
 
 
+def assembled(picks: Sequence[tuple[Scored, int]], like: SplicedBatch) -> Scored:
+    """Groups of batches that were scored apart as one batch, numbered anew; without rows.
+
+    Args:
+        picks: (where, which group), in the new order.
+        like: what the batches have in common: group size, and what is read of them.
+    """
+    size = like.group_size
+    samples = [(part, group * size + sample) for part, group in picks for sample in range(size)]
+    behind_none = [(part, len(part.sequences) + group) for part, group in picks if like.no_chain is not None]
+
+    def side_by_side(scores_of: Callable[[Scored], Scores | None]) -> Scores | None:
+        found = [(scores_of(part), index) for part, index in (*samples, *behind_none)]
+        scored = [(scores, index) for scores, index in found if scores is not None]
+        if len(scored) < len(found):
+            return None
+        entropies = tuple(scores.entropies[index] for scores, index in scored if scores.entropies)
+        return Scores(tuple(scores.policy_logprobs[index] for scores, index in scored), entropies)
+
+    places = [place for place in range(len(picks)) for _ in range(size)]
+    no_chain = [part.batch.no_chain[group] for part, group in picks if part.batch.no_chain is not None]
+    rewards = [part.batch.rewards[index] for part, index in samples if part.batch.rewards is not None]
+    batch = SplicedBatch(
+        sequences=[replace(part.sequences[i], group=place) for (part, i), place in zip(samples, places, strict=True)],
+        group_size=size,
+        rewards=None if like.rewards is None else rewards,
+        no_chain=None if like.no_chain is None else [replace(one, group=place) for place, one in enumerate(no_chain)],
+        by_token=like.by_token,
+    )
+    policy, reference = side_by_side(lambda part: part.policy), side_by_side(lambda part: part.reference)
+    assert policy is not None
+    groups = group_scores(batch, policy, reference)
+    return Scored(batch=batch, rows=(), policy=policy, reference=reference, groups=groups)
+
+
 def rescore_in_bf16(actor: MegatronJEPOActor, scored: Scored, rows: Sequence[PackedRow]) -> GroupScores:
     """The tables again, from a second pass over some of the rows with FP8 left out; all ranks call.
 

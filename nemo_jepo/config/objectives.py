@@ -64,6 +64,7 @@ OBJECTIVES = {
         reads_no_chain=True,
         scored_by_initial=True,
     ),
+    "sft_sampled_chain": ObjectiveKind(),
     "sft": ObjectiveKind(reward="none", answer_term=False),
 }
 """objective.name -> kind."""

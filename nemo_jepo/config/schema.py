@@ -227,6 +227,22 @@ class AdvantageConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class RefillConfig:
+    """Dynamic sampling: prompts whose samples are alike leave the batch, newly sampled ones take their place."""
+
+    max_batches: int = setting(1, ge=1)
+    """Most batches of prompts that one update draws; 1: prompts are never dropped."""
+    ratio: float = setting(0.5, ge=0)
+    """A prompt stays whose reward's std over its samples is at least so much of the mean std; 0: not 0."""
+    exponential_mean: float = setting(0.99, ge=0, le=1)
+    """What one step keeps of that mean; 0: the last step's alone."""
+    statistics_from: int = setting(6, ge=1)
+    """The first step that counts in it."""
+    first_step: int = setting(11, ge=1)
+    """The first step that drops prompts."""
+
+
+@dataclass(kw_only=True, slots=True)
 class KLConfig:
     """The pull towards the frozen initial policy, over the chain of thought."""
 
@@ -270,8 +286,9 @@ class WarmupConfig:
     """Largest learning rate, in the place of model.optim.lr."""
     sched: SchedConfig = field(default_factory=SchedConfig)
     """In the place of model.optim.sched."""
-    sft_target: str = setting("chain_of_thought", choices=SFT_TARGETS)
-    """As objective.sft_target."""
+    sft_target: str = setting("chain_of_thought", choices=(*SFT_TARGETS, "sampled_chain"))
+    """As objective.sft_target; or sampled_chain: the answer behind chains that the model samples, which are no target
+    themselves (objective=sft_sampled_chain)."""
     save_interval: int = setting(0, ge=0)
     """Steps between checkpoints; 0 writes none before the last, except when the run is interrupted."""
 
@@ -320,6 +337,7 @@ class Config:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    refill: RefillConfig = field(default_factory=RefillConfig)
     kl: KLConfig = field(default_factory=KLConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)

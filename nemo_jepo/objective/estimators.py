@@ -192,6 +192,21 @@ def leave_one_out_advantage(reward: Tensor, valid_mask: Tensor) -> Tensor:
     return in_dtype_of(torch.where(valid_mask, advantage, 0.0), reward)
 
 
+def no_advantage(reward: Tensor, valid_mask: Tensor) -> Tensor:
+    """Chains are neither reinforced nor discouraged: what is left is fine-tuning on the answers behind them.
+
+        A_i = 0
+
+    Args:
+        reward: [P, G], of which only dtype and shape are read.
+        valid_mask: [P, G] bool.
+    Returns:
+        [P, G] zeros.
+    Source: arXiv 2602.03979, warm start.
+    """
+    return torch.zeros_like(reward)
+
+
 def moments(advantage: Tensor, mask: Tensor) -> Tensor:
     """Count, sum and sum of squares over the mask: [3] float64, to be added over data-parallel ranks.
 

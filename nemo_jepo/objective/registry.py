@@ -17,6 +17,7 @@ from nemo_jepo.objective.estimators import (
     leave_one_out_advantage,
     mean_weights,
     multi_sample_advantage,
+    no_advantage,
 )
 from nemo_jepo.objective.likelihood import (
     AnswerLikelihood,
@@ -60,6 +61,7 @@ LIKELIHOOD_TERMS = {
     "r3": LikelihoodTerms(reflective_logprob, leave_one_out_advantage, mean_weights),
     "nrt": LikelihoodTerms(uncertain_probability, leave_one_out_advantage, mean_weights),
     "vr_cli": LikelihoodTerms(perplexity_gain, leave_one_out_advantage, None),
+    "sft_sampled_chain": LikelihoodTerms(sum_logprob, no_advantage, mean_weights),
 }
 """objective.name -> terms, of every objective that reads the likelihood: not rloo, not sft."""
 

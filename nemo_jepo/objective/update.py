@@ -107,6 +107,26 @@ def sample_weights(
     )
 
 
+def reward_spread(rule: UpdateRule, scores: GroupScores) -> Tensor:
+    """How much the samples of each prompt differ in what they are worth: the std of the raw reward, unscaled.
+
+    Args:
+        rule: settings.
+        scores: this rank's groups.
+    Returns:
+        [P] in the reward's unit, population std over valid samples; 0 with fewer than two.
+    """
+    verifiable = _verifiable_prompts(rule, scores)
+    mask = scores.valid_mask
+    value = torch.zeros_like(scores.answer_logprob).double()
+    if OBJECTIVES[rule.name].reads_likelihood:
+        answer = _answer_likelihood(rule, scores, mask & ~verifiable)
+        value = LIKELIHOOD_TERMS[rule.name].reward(answer).value.double()
+    if scores.verifiable_reward is not None:
+        value = torch.where(verifiable, scores.verifiable_reward.double(), value)
+    return group_std(value, mask).squeeze(-1)
+
+
 def supervised_weights(rule: UpdateRule, scores: GroupScores, reduce_sum: Reduce = only_rank) -> SampleWeights:
     """Weights of -log pi(target), chain and answer. Reads masks and lengths alone.
 
@@ -183,8 +203,6 @@ def _likelihood_terms(
     A slope that is the same for all tokens of an answer is in its weight; one of each token stays beside it.
     """
     terms, answer = LIKELIHOOD_TERMS[rule.name], _answer_likelihood(rule, scores, mask)
-    tokens = answer.token_count if rule.reward_normalization == "answer_tokens" else torch.ones_like(answer.token_count)
-    answer = replace(answer, logprob=answer.logprob / tokens)
     if terms.common_scale and rule.normalize:
         largest = reduce_max(answer.logprob.masked_fill(~mask, -torch.inf).amax())
         answer = replace(answer, logprob=masked(answer.logprob - largest, mask))
@@ -193,7 +211,9 @@ def _likelihood_terms(
     raw = terms.advantage(value, mask)
     if terms.answer_weight is None:
         return raw, torch.zeros_like(raw), None
-    weight = terms.answer_weight(value, mask) / tokens
+    weight = terms.answer_weight(value, mask)
+    if rule.reward_normalization == "answer_tokens":
+        weight = weight / answer.token_count
     return (raw, weight * masked(slope, mask), None) if slope.ndim == 2 else (raw, weight, slope)
 
 
@@ -213,6 +233,8 @@ def _answer_likelihood(rule: UpdateRule, scores: GroupScores, mask: Tensor) -> A
         token_logprobs=tokens if kind.reads_tokens else None,
         no_chain_logprobs=no_chain if kind.reads_no_chain else None,
     )
+    if rule.reward_normalization == "answer_tokens":
+        return replace(answer, logprob=answer.logprob / answer.token_count)
     return replace(answer, logprob=answer.tokens.sum(-1)) if by_initial else answer
 
 

@@ -93,6 +93,14 @@ def test_jepo_single_without_the_supervised_term_follows_the_reinforce_part_alon
     torch.testing.assert_close(expected_update(rule, reference_answer_samples(policy), 2), exact, **CLOSE)
 
 
+def test_sft_on_sampled_chains_follows_the_answers_log_prob_behind_chains_that_are_held_fixed(policy):
+    """E_c[grad l], c ~ pi held fixed; the chains themselves are neither reinforced nor discouraged."""
+    samples = reference_answer_samples(policy)
+    exact = sum(s.probability * s.gradients[len(s.chain) :].sum(0) for s in samples)
+    found = expected_update(replace(PLAIN, name="sft_sampled_chain"), samples, 2)
+    torch.testing.assert_close(found, exact, **CLOSE)
+
+
 def test_rloo_follows_the_exact_gradient_of_the_accuracy(policy):
     """The verifier says 1 for a* alone, so the expected reward is pi(a*|x); a is sampled and carries the gradient."""
     exact = policy.gradient(exact_probability(policy))

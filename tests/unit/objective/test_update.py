@@ -49,7 +49,7 @@ def test_the_rl_weight_is_averaged_over_samples_and_over_prompts(name, prompt_me
     rule = replace(PAPER, name=name, prompt_mean=prompt_mean, format_loss="none")
     coefficients, num_arrived = sample_weights(rule, batch()), batch().arrived_mask.sum(-1, keepdim=True).clamp(min=1)
     torch.testing.assert_close(coefficients.policy_weight, coefficients.advantage / num_arrived / count)
-    assert coefficients.policy_weight.abs().max() > 1e-3
+    assert (coefficients.policy_weight.abs().max() > 1e-3) == (name != "sft_sampled_chain")
 
 
 @pytest.mark.parametrize("name", [name for name, kind in OBJECTIVES.items() if not kind.supervised])
