@@ -78,12 +78,17 @@ class Refill:
         spread = self._read(first, spread_of, layout, step)
         if not self.drops(step):
             return first
-        kept = [(first, group) for group in self._kept(spread)]
-        while layout.any_over_world(len(kept) < size) and self.num_batches < self.settings.max_batches:
+        more, kept, room = first, [], size * layout.data_parallel_size
+        while True:
+            fresh = self._kept(spread)
+            mine, taken = _places(len(fresh), room, layout)
+            kept += [(more, group) for group in fresh[:mine]]
+            room -= taken
+            if not room or self.num_batches == self.settings.max_batches:
+                break
             more = draw(self.num_batches)
-            kept += [(more, group) for group in self._kept(spread_of(more.scored.groups))]
+            spread = spread_of(more.scored.groups)
             self.num_batches += 1
-        kept = kept[:size]
         self.num_drawn = size * self.num_batches
         self.num_dropped = self.num_drawn - len(kept)
         return _assembled(kept, first, actor)
@@ -117,6 +122,19 @@ class Refill:
     def _kept(self, spread: Tensor) -> list[int]:
         """The groups that stay."""
         return ((spread > 0) & (spread >= self.settings.ratio * self.mean_spread)).nonzero().flatten().tolist()
+
+
+def _places(num_fresh: int, room: int, layout: Layout) -> tuple[int, int]:
+    """How many of a batch's prompts that stay find a place: of this replica, and of all. All ranks call.
+
+    They take the places in the order of the global batch, as in a run with one replica, so that no split of the batch
+    over replicas changes which prompts are trained on. Replicas may end up with different numbers.
+    """
+    fresh = torch.zeros(layout.data_parallel_size, dtype=torch.float64)
+    fresh[layout.data_parallel_rank] = num_fresh
+    fresh = layout.sum_over_data_parallel(fresh)
+    before = int(fresh[: layout.data_parallel_rank].sum())
+    return min(num_fresh, max(0, room - before)), min(room, int(fresh.sum()))
 
 
 def _assembled(picks: Sequence[tuple[Sampled, int]], first: Sampled, actor: MegatronJEPOActor) -> Sampled:

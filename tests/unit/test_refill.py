@@ -96,12 +96,18 @@ def test_a_step_goes_on_smaller_when_its_batches_are_used_up():
     assert found.scored.groups.answer_logprob.shape == (0, 2)
 
 
-def test_every_rank_draws_while_any_is_not_full():
-    """This rank is full; another is not, and says so in the vote."""
+def test_places_go_in_the_order_of_the_global_batch():
+    """The second of two replicas: of four places 1 + 1 go to the first batch; the other replica takes the last 2."""
     refill = Refill(replace(SETTINGS, statistics_from=99), mean_spread=1.0)
-    layout = OneRank(any_over_world=lambda flag: True)
-    assert ids(fill(refill, 5, [sampled(10 * k, [2.0, 2.0]) for k in range(3)], layout)) == [0, 1]
-    assert refill.num_batches == 3
+    of_first = iter([0.0, 1.0, 2.0])  # statistics, then what the other replica keeps of each batch
+    layout = OneRank(
+        data_parallel_rank=1,
+        data_parallel_size=2,
+        sum_over_data_parallel=lambda t: t + torch.tensor([next(of_first), 0.0], dtype=t.dtype),
+    )
+    batches = [sampled(0, [0.1, 2.0]), sampled(10, [2.0, 2.0])]
+    found = fill(refill, 5, batches, layout)  # room 4: 1 + 1, then 2 of the other's
+    assert ids(found) == [1] and refill.num_batches == 2
 
 
 def test_statistics_are_of_the_first_batch_and_come_before_dropping():
