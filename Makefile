@@ -102,7 +102,7 @@ lint: $(STAMP) ## style, layers, types, shell scripts, Dockerfiles, spelling
 check: lint test-all ## what CI runs before a merge
 
 docs: $(STAMP) ## the documentation as a site in site/; a broken link is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # --quiet would drop the warnings that --strict counts
 
 reference: $(STAMP) ## docs/reference/configuration.md, cli.md and verifier.md, from the schema and from what the programs say
 	$(BIN)/python -m nemo_jepo.config.reference > docs/reference/configuration.md

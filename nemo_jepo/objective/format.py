@@ -64,7 +64,8 @@ def marker_and_end(has_marker: Tensor, arrived_mask: Tensor, ends_mask: Tensor) 
         sum_i ends_i log pi(e | x, c_i, a*),  c_i and a* held fixed
 
     Args:
-        has_marker, arrived_mask: as there.
+        has_marker: as there.
+        arrived_mask: as there.
         ends_mask: [P, G] bool: scored as x + c_i + a* + e.
     Returns:
         The advantage; and weight 1 where a turn ends.

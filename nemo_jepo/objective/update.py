@@ -338,7 +338,10 @@ def sequence_weights(
     Args:
         rule: settings.
         sequence: lengths of one sample, and the log-probs that the rule reads.
-        policy_weight, answer_weight, kl_weight, end_weight: this sample's entries of `SampleWeights`.
+        policy_weight: this sample's entry of `SampleWeights`.
+        answer_weight: the same.
+        kl_weight: the same.
+        end_weight: the same.
         answer_slope: [answer_length], this sample's of the same; None: 1.
     Returns:
         [chain_length + answer_length] float32, detached; loss = -(weights * log-probs).sum().
