@@ -1,6 +1,7 @@
 """An aiohttp server on the loopback address in a thread of its own; what it answers may be changed while it runs."""
 
 import asyncio
+import socket
 import threading
 from typing import Self
 
@@ -22,9 +23,9 @@ class LoopbackServer:
         app.add_routes(self.routes())
         self._runner = web.AppRunner(app, shutdown_timeout=0.1, access_log=None)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
-        await site.start()
-        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        await web.SockSite(self._runner, self._listener).start()
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
 
     def __enter__(self) -> Self:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -36,6 +37,11 @@ class LoopbackServer:
         """Stop listening and drop every connection."""
 
         async def end() -> None:
+            # asyncio loses a connection that it accepts in the turn of its loop in which the server closes (gh-109564).
+            if self._listener.fileno() >= 0:  # it is open: the server did not die before
+                self._loop.remove_reader(self._listener)
+            for _ in range(5):
+                await asyncio.sleep(0)
             await self._runner.cleanup()
             handlers = asyncio.all_tasks() - {asyncio.current_task()}
             for handler in handlers:
