@@ -296,7 +296,9 @@ def run(config: Config, folder: Path, servers: OwnServers, splits: PromptSplits,
     if done >= steps and reported:
         return DONE
     t = build(config, folder, layout, servers, splits)
-    tracker = Tracker(folder, config.exp_manager, steps, done + 1) if layout.rank == 0 else SilentTracker()
+    loop = config.trainer.jepo
+    num_samples = loop.num_prompts_per_step * loop.num_generations_per_prompt
+    tracker = Tracker(folder, config.exp_manager, steps, num_samples, done + 1) if layout.rank == 0 else SilentTracker()
     with closing(t), tracker:
         tracker.save_config(to_yaml(t.config))
         return fit(t, folder, tracker, interrupt)

@@ -27,6 +27,7 @@ def needed(tmp_path):
         "mini": [],
         "mini_verifiable": [],
         "mini_semi": [],
+        "mini_collapse": [],
         "mini_unverifiable": [],
         "jepo_tiny": [],
         "gsm8k_small": [f"data.train_path={tmp_path}/rows.jsonl"],
