@@ -25,7 +25,8 @@ VALID = "train_rollouts/valid_rate"
 MIN_CHAINS = 32
 REMEDY = (
     "Let chains pay first: warm up on worked examples (warmup.max_steps, warmup.sft_target=chain_of_thought) or on "
-    "the model's own chains (warmup.sft_target=sampled_chain); docs/guides/chains-that-do-not-collapse.md has more"
+    "the model's own chains (warmup.sft_target=sampled_chain), or hold their length (answer.min_cot_tokens); "
+    "docs/guides/chains-that-do-not-collapse.md says which helps when"
 )
 
 
@@ -108,7 +109,7 @@ class ChainWatch:
             else:
                 return warnings
             self.useless_at = step
-            warnings.append(f"step {step}: {said} nats), so training shortens chains. {REMEDY}")
+            warnings.append(f"step {step}: {said} nats); where that stays so, training shortens chains. {REMEDY}")
         return warnings
 
     def _collapse(self, step: int, length: float) -> str:
