@@ -15,7 +15,7 @@ from nemo_jepo.tools.report.results import read_all, read_results
 from nemo_jepo.tools.report.tables import markdown, tables_of
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = {"tables.md": "index.md", "family/tables.md": "family.md"}
+PAGES = {"tables.md": "index.md"}
 """Tables -> the page whose command makes them."""
 TEXTS = {page: (DOCS / "results" / page).read_text() for page in PAGES.values()}
 SETS = sorted(file.parent.name for file in (DOCS / "results").glob("*/results.parquet"))
