@@ -45,7 +45,7 @@ from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.schema import ModelConfig, OptimConfig
 from nemo_jepo.data.packing import pack
 from nemo_jepo.objective.tables import group_scores
-from nemo_jepo.types import PackedRow, Spliced
+from nemo_jepo.types import PackedRow, Spliced, SplicedBatch
 
 Start = Callable[..., Any]
 """Calls a function with arguments in another process."""
@@ -221,6 +221,7 @@ def measure_updates(job: Job) -> dict[str, Any]:
     rows = pack(sequences, replace(actor.row_shape, share_prompts=False))
     first = actor.get_inference_log_probs(rows, len(sequences))  # kernels and libraries load here
     scoring = [seconds_of(partial(actor.get_inference_log_probs, rows, len(sequences))) for _ in range(3)]
+    batch = SplicedBatch(sequences=sequences, group_size=job.size.generations)
     losses = [actor.train_step(rows, weights)["surrogate_loss"]]  # optimizer states appear here
     reset_peak()
     updating = []
@@ -232,7 +233,7 @@ def measure_updates(job: Job) -> dict[str, Any]:
         "peak_bytes": peak_bytes(),
         "losses": losses,
         "token_logprobs": torch.cat(first.policy_logprobs).tolist(),
-        "answer_logprobs": group_scores(sequences, first, None, None, job.size.generations).answer_logprob.tolist(),
+        "answer_logprobs": group_scores(batch, first).answer_logprob.tolist(),
     }
 
 

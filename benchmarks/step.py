@@ -37,7 +37,7 @@ from nemo_jepo.objective.records import Scored
 from nemo_jepo.objective.tables import group_scores
 from nemo_jepo.objective.update import sample_weights, token_weights
 from nemo_jepo.setup import load_initial_weights, update_rule
-from nemo_jepo.types import PackedRow, Spliced
+from nemo_jepo.types import PackedRow, Spliced, SplicedBatch
 
 VOCAB = 2048
 SHAPE = {  # 5.0M parameters
@@ -173,9 +173,10 @@ def build_update(tokens_per_row: int) -> Callable[[Sequence[Spliced], Sequence[P
         reference = actor.get_init_policy_logprobs(rows, count)
         scores, graph = actor.get_log_probs_with_graph(rows, count, actor.keeps_graph(rows))
         group_size = count // (1 + sequences[-1].group)
-        groups = group_scores(sequences, scores, reference, None, group_size)
+        batch = SplicedBatch(sequences=sequences, group_size=group_size)
+        groups = group_scores(batch, scores, reference)
         coefficients = sample_weights(rule, groups, layout.sum_over_data_parallel, layout.max_over_data_parallel)
-        scored = Scored(sequences=sequences, rows=rows, policy=scores, reference=reference, groups=groups)
+        scored = Scored(batch=batch, rows=rows, policy=scores, reference=reference, groups=groups)
         actor.train_step(rows, token_weights(rule, scored, coefficients), graph)
 
     return update

@@ -8,7 +8,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nemo_jepo.actor.parallel import Layout, init_distributed, init_model_parallel
-from nemo_jepo.actor.scoring import score
+from nemo_jepo.actor.scoring import assembled, score
 from nemo_jepo.checkpoint.format import latest_checkpoint
 from nemo_jepo.config.schema import Config
 from nemo_jepo.config.warmup import started_from
@@ -29,14 +29,12 @@ from nemo_jepo.held_out import (
     Graded,
     accuracies_at_k,
     accuracy,
-    chain_gain,
     likelihoods,
     median_over_prompts,
     proxy_nll,
 )
-from nemo_jepo.metrics import mean, merge, rollout_metrics, rollout_records
+from nemo_jepo.metrics import chain_gain, mean, merge, rollout_metrics, rollout_records
 from nemo_jepo.objective.records import GroupScores, Scored
-from nemo_jepo.objective.tables import group_scores
 from nemo_jepo.rewards.judge_prompt import Case
 from nemo_jepo.rewards.judged import Judges, cases_to_judge, combined_accuracies, judge_metrics
 from nemo_jepo.rewards.task import TaskScorer
@@ -44,7 +42,7 @@ from nemo_jepo.rewards.verify import Verifier
 from nemo_jepo.rollout.build import OwnServers
 from nemo_jepo.rollout.sampler import GenerationRequest, never
 from nemo_jepo.setup import Trainer, build, task_scorer
-from nemo_jepo.types import Pair, Prompt, Rollout, Scores, Spliced
+from nemo_jepo.types import Pair, Prompt, Rollout, Scores, SplicedBatch
 from nemo_jepo.utils.exit_codes import DONE
 from nemo_jepo.weight_sync import sync_weights
 
@@ -62,7 +60,8 @@ def main(config: Config) -> int:
     newest = newest_of_run(folder) if config.exp_manager.resume_if_exists else None
     if newest is not None:
         config = started_from(config, newest)
-    config = replace(config, kl=replace(config.kl, beta=0.0))  # the reference policy would be the model itself
+    without = replace(config.objective, name="jepo", no_chain="none")
+    config = replace(config, objective=without, kl=replace(config.kl, beta=0.0))  # pi_ref would be the model itself
     splits = PromptSplits(trains=False)
     with OwnServers(folder) as servers, closing(build(config, folder, layout, servers, splits)) as t:
         metrics, _ = evaluate(t, t.validation)
@@ -118,9 +117,13 @@ def evaluate(
     no_chain = t.splicer.supervised(mine, "marked_answer")
     for batch in batches:
         rollouts += batch
-        sequences = with_no_chain(t.splicer.splice_reference(mine, batch), no_chain, size)
-        parts.append(score(t.actor, sequences, None, size + 1))
-    scored, no_chain_logprob = joined(parts, size)
+        sequences = t.splicer.splice_reference(mine, batch)
+        behind_none = [no_chain[sequence.group] for sequence in sequences[::size]]
+        parts.append(score(t.actor, SplicedBatch(sequences=sequences, group_size=size, no_chain=behind_none)))
+    everything = [(part, group) for part in parts for group in range(len(part.groups.valid_mask))]
+    scored = assembled(everything, like=parts[0].batch)
+    assert scored.groups.no_chain_logprobs is not None
+    no_chain_logprob = scored.groups.no_chain_logprobs.sum(-1)
     gain = chain_gain(scored.groups, no_chain_logprob)
     metrics = likelihoods(scored.groups) | rollout_metrics(scored.sequences, rollouts, scored.policy, t.actor.num_steps)
     metrics["no_chain_nll"] = mean(-no_chain_logprob, torch.ones_like(no_chain_logprob, dtype=torch.bool))
@@ -152,44 +155,6 @@ def num_batches(config: Config, num_prompts: int) -> int:
     if not config.rollout.kind.can_run_ahead:
         return 1
     return max(1, math.ceil(num_prompts / config.trainer.jepo.num_prompts_per_step))
-
-
-def with_no_chain(sampled: Sequence[Spliced], no_chain: Sequence[Spliced], group_size: int) -> list[Spliced]:
-    """Each prompt's sequences, and behind them its answer without a chain: one more that shares the prompt's row.
-
-    Args:
-        sampled: ordered by (group, sample), of some of the prompts.
-        no_chain: one of each prompt, indexed by `Spliced.group`.
-        group_size: G.
-    """
-    groups = [sampled[first : first + group_size] for first in range(0, len(sampled), group_size)]
-    return [sequence for group in groups for sequence in (*group, no_chain[group[0].group])]
-
-
-def joined(parts: Sequence[Scored], group_size: int) -> tuple[Scored, Tensor]:
-    """Batches of this rank that were scored apart, as one: the samples, and l0 of every prompt.
-
-    Args:
-        parts: of groups of group_size samples and one sequence without a chain.
-        group_size: G.
-    Returns:
-        (without rows, which count sequences batch by batch; [P] nats).
-    """
-
-    def of_samples(values: Iterable[T]) -> tuple[T, ...]:
-        return tuple(value for index, value in enumerate(values) if index % (group_size + 1) != group_size)
-
-    def side_by_side(scores: Sequence[Scores]) -> Scores:
-        policy_logprobs = of_samples(tensor for one in scores for tensor in one.policy_logprobs)
-        return Scores(policy_logprobs, of_samples(tensor for one in scores for tensor in one.entropies))
-
-    sequences = of_samples(sequence for part in parts for sequence in part.sequences)
-    policy = side_by_side([part.policy for part in parts])
-    references = [part.reference for part in parts if part.reference is not None]
-    reference = side_by_side(references) if references else None
-    groups = group_scores(sequences, policy, reference, None, group_size)
-    scored = Scored(sequences=sequences, rows=(), policy=policy, reference=reference, groups=groups)
-    return scored, torch.cat([part.groups.answer_logprob[:, group_size] for part in parts])
 
 
 def medians(t: Trainer, groups: GroupScores, gain: Tensor, place: slice, num_prompts: int) -> dict[str, float]:

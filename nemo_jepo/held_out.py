@@ -60,19 +60,6 @@ def likelihoods(groups: GroupScores) -> dict[str, Pair]:
     }
 
 
-def chain_gain(groups: GroupScores, no_chain_logprob: Tensor) -> Tensor:
-    """What a chain adds to the reference answer's log-prob.
-
-        l_i - l0
-
-    Args:
-        no_chain_logprob: [P] l0, nats.
-    Returns:
-        [P, G] nats, 0 where not valid.
-    """
-    return torch.where(groups.valid_mask, groups.answer_logprob - no_chain_logprob.unsqueeze(-1), 0.0)
-
-
 def median_over_prompts(
     values: Tensor, place: slice, num_prompts: int, reduce_sum: Callable[[Tensor], Tensor]
 ) -> float | None:

@@ -48,10 +48,23 @@ def mean(values: Tensor, mask: Tensor) -> Pair:
     return counted.sum().item(), float(mask.sum().item())
 
 
+def chain_gain(groups: GroupScores, no_chain_logprob: Tensor) -> Tensor:
+    """What a chain adds to the reference answer's log-prob.
+
+        l_i - l0
+
+    Args:
+        no_chain_logprob: [P] l0, nats.
+    Returns:
+        [P, G] nats, 0 where not valid.
+    """
+    return torch.where(groups.valid_mask, groups.answer_logprob - no_chain_logprob.unsqueeze(-1), 0.0)
+
+
 def update_metrics(rule: UpdateRule, scores: GroupScores, weights: SampleWeights) -> dict[str, Pair]:
     """Means over the samples or prompts where each metric exists.
 
-    Bounds are in nats of the whole answer whatever length_normalization says, over prompts scored by likelihood.
+    Bounds are in nats of the whole answer whatever reward_normalization says, over prompts scored by likelihood.
 
     Args:
         rule: settings.
@@ -83,6 +96,7 @@ def update_metrics(rule: UpdateRule, scores: GroupScores, weights: SampleWeights
         | advantages
         | _format(rule, scores, weights)
         | _bounds(rule, scores, weights)
+        | _chain_gain(scores)
         | _rewards(rule, scores, weights)
         | _kl(rule, scores)
     )
@@ -105,6 +119,18 @@ def _bounds(rule: UpdateRule, scores: GroupScores, weights: SampleWeights) -> di
         "bound_gap": ((multi - single).sum().item(), count),
         "effective_sample_size": (effective_sample_size(logprob, mask).sum().item(), count),
         "advantage_std": (weights.advantage_std[0].item(), 1.0),
+    }
+
+
+def _chain_gain(scores: GroupScores) -> dict[str, Pair]:
+    """What chains add to the reference answer's log-prob, and that without one, where it was scored."""
+    if scores.no_chain_logprobs is None:
+        return {}
+    no_chain = scores.no_chain_logprobs.sum(-1)
+    has_valid = scores.valid_mask.any(-1)
+    return {
+        "chain_gain": mean(chain_gain(scores, no_chain), scores.valid_mask),
+        "no_chain_nll": mean(-no_chain, has_valid),
     }
 
 

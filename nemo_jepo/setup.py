@@ -34,6 +34,7 @@ from nemo_jepo.data.splice import Splicer
 from nemo_jepo.data.stream import PromptStream
 from nemo_jepo.data.tokenizer import load_tokenizer, train_tokenizer
 from nemo_jepo.objective.records import UpdateRule
+from nemo_jepo.refill import Refill
 from nemo_jepo.rewards.task import TaskScorer
 from nemo_jepo.rewards.verify import Verifier
 from nemo_jepo.rollout.build import OwnServers, open_sampler, training_request
@@ -59,12 +60,14 @@ class Trainer:
     verifier: Verifier | TaskScorer
     """Its process starts when first asked, on replica heads."""
     checkpoints: CheckpointWriter
+    refill: Refill | None = None
+    """Drops prompts and draws others, where the run does so (refill.max_batches)."""
     servers: tuple[tuple[str, ...], str] | None = None
     """Addresses and key of the run's vLLM servers, for a judge that shares them."""
 
-    def upcoming(self, steps_ahead: int = 0) -> Sequence[Prompt]:
-        """This replica's prompts of the batch that so many steps are ahead."""
-        return prompts_of_replica(self.stream.upcoming(steps_ahead), self.layout)
+    def upcoming(self, ahead: int = 0) -> Sequence[Prompt]:
+        """This replica's prompts of the batch that is so many ahead."""
+        return prompts_of_replica(self.stream.upcoming(ahead), self.layout)
 
     def close(self) -> None:
         """End what runs beside this process: requests, connections."""
@@ -186,7 +189,7 @@ def build(config: Config, folder: Path, layout: Layout, servers: OwnServers, spl
     servers.start(config, layout, hf_config, tokenizer)
     actor = MegatronJEPOActor(hf_config, config.model, precision, layout)
     load_initial_weights(actor, restored, config.model.seed)
-    if config.kl.beta > 0 and not objective.supervised:
+    if config.keeps_reference_policy:
         actor.keep_reference_policy()
 
     # What samples
@@ -196,12 +199,12 @@ def build(config: Config, folder: Path, layout: Layout, servers: OwnServers, spl
     rollouts = RolloutQueue(
         sampler,
         layout,
-        request_for=lambda step: training_request(
-            config.rollout, loop.num_generations_per_prompt, seed=config.data.seed + 1 + step
+        request_for=lambda number: training_request(
+            config.rollout, loop.num_generations_per_prompt, seed=config.data.seed + 1 + number
         ),
-        upcoming=lambda steps_ahead: prompts_of_replica(stream.upcoming(steps_ahead), layout),
+        upcoming=lambda ahead: prompts_of_replica(stream.upcoming(ahead), layout),
         max_staleness=config.rollout.max_staleness,
-        max_steps=loop.max_steps,
+        num_batches=None if config.refill.max_batches > 1 else loop.max_steps,
     )
     return Trainer(
         config=config,
@@ -216,6 +219,7 @@ def build(config: Config, folder: Path, layout: Layout, servers: OwnServers, spl
         rollouts=rollouts,
         verifier=open_verifier(config),
         checkpoints=checkpoint_writer(loop, folder / "checkpoints", hf_config, tokenizer),
+        refill=Refill(config.refill) if config.refill.max_batches > 1 and not objective.supervised else None,
         servers=servers.addresses,
     )
 
@@ -252,6 +256,8 @@ def save(t: Trainer, step: int, last: bool) -> None:
     def state() -> RunState:
         kind = optimizer_kind(t.config.model.optim, t.config.trainer.precision)
         loop = {"data": t.stream.state_dict(), "optimizer": kind, "scores_in_bf16": t.actor.scores_in_bf16}
+        if t.refill is not None:
+            loop["refill"] = t.refill.state_dict()
         return RunState(t.actor.sharded_state_dict(), loop)
 
     t.checkpoints.save(step, state, last)
@@ -274,4 +280,6 @@ def resume(t: Trainer, folder: Path) -> int:
     t.actor.load_state_dict(state.sharded)
     t.actor.scores_in_bf16 = state.loop.get("scores_in_bf16", False)  # an older checkpoint does not say
     t.stream.load_state_dict(state.loop["data"])
+    if t.refill is not None and "refill" in state.loop:
+        t.refill.load_state_dict(state.loop["refill"])
     return t.actor.num_steps

@@ -107,16 +107,19 @@ class Tracker(SilentTracker):
         run_folder: made if missing.
         settings: which loggers.
         max_steps: length of the progress bar.
+        num_samples: of one step.
         first_step: where a resumed run goes on; TensorBoard drops what an earlier start wrote from there on.
     """
 
-    def __init__(self, run_folder: Path, settings: ExpManagerConfig, max_steps: int, first_step: int = 0) -> None:
+    def __init__(
+        self, run_folder: Path, settings: ExpManagerConfig, max_steps: int, num_samples: int, first_step: int = 0
+    ) -> None:
         super().__init__()
         run_folder.mkdir(parents=True, exist_ok=True)
         self._folder = run_folder
         self._settings = settings
         self._max_steps = max_steps
-        self._chains = ChainWatch()
+        self._chains = ChainWatch(num_samples)
         self._loggers = list(_loggers(run_folder, settings, first_step))
         self._bar = tqdm(total=max_steps, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
         self.say(f"run folder {run_folder}, {max_steps} steps")

@@ -9,6 +9,8 @@ import json
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -34,22 +36,25 @@ from nemo_jepo.metrics import (
 )
 from nemo_jepo.objective.records import SampleWeights, Scored
 from nemo_jepo.objective.registry import uses_verifiable_reward
-from nemo_jepo.objective.update import sample_weights, token_weights
+from nemo_jepo.objective.update import reward_spread, sample_weights, token_weights
+from nemo_jepo.refill import Refill, Sampled
 from nemo_jepo.rollout.build import OwnServers
 from nemo_jepo.rollout.sampler import SamplersLost, SamplingStopped
 from nemo_jepo.setup import Trainer, build, resume, save
 from nemo_jepo.tracking import SilentTracker, Tracker
-from nemo_jepo.types import Prompt, Rollout, Spliced
+from nemo_jepo.types import Prompt, Rollout, SplicedBatch
 from nemo_jepo.utils.exit_codes import DONE, FAILED, INTERRUPTED
 from nemo_jepo.utils.files import write_atomically
 from nemo_jepo.weight_sync import sync_weights
 
 
-def run_step(t: Trainer, prompts: Sequence[Prompt], step: int, tracker: SilentTracker) -> dict[str, float]:
-    """One optimizer step over this replica's prompts. This function is the whole algorithm."""
-    rollouts = sample(t, prompts, step, tracker)
-    sequences, rewards = splice(t, prompts, rollouts)
-    scored = score(t.actor, sequences, rewards, len(sequences) // len(prompts), tracker.timer, for_update=True)
+def run_step(t: Trainer, step: int, tracker: SilentTracker) -> dict[str, float]:
+    """One optimizer step over the next batch of prompts. This function is the whole algorithm."""
+    prompts = t.upcoming()
+    rollouts = sample(t, prompts, tracker)
+    scored = score(t.actor, splice(t, prompts, rollouts), tracker.timer, for_update=t.refill is None)
+    if t.refill is not None:  # prompts whose samples are alike give way to others
+        prompts, rollouts, scored = refill(t, t.refill, Sampled(prompts, rollouts, scored), step, tracker)
     fp8_error = guard_fp8(t.actor, scored, step, tracker.say) if rollouts else {}
     weights = sample_weights(t.rule, scored.groups, t.layout.sum_over_data_parallel, t.layout.max_over_data_parallel)
     weight_of_tokens = token_weights(t.rule, scored, weights)
@@ -61,30 +66,46 @@ def run_step(t: Trainer, prompts: Sequence[Prompt], step: int, tracker: SilentTr
     return metrics | with_prefix("train_rollouts", fp8_error) | report_update(optim, step, tracker)
 
 
-def sample(t: Trainer, prompts: Sequence[Prompt], step: int, tracker: SilentTracker) -> list[Rollout]:
-    """G chains of thought for every prompt, by a sampler with the weights of this step; [] where none are needed."""
+def sample(t: Trainer, prompts: Sequence[Prompt], tracker: SilentTracker, ahead: int = 0) -> list[Rollout]:
+    """G chains of thought for every prompt of the stream's next batch, or of one so many ahead; [] where none are
+    needed."""
     if t.objective.supervised:
         return []
     with tracker.timer("weight_sync"):
         sync_weights(t)
     with tracker.timer("generate"):
-        return t.rollouts.take(prompts, step)
+        return t.rollouts.take(prompts, t.stream.batches_seen + ahead, ahead)
 
 
-def splice(
-    t: Trainer, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]
-) -> tuple[list[Spliced], list[float | None] | None]:
-    """c_i + a* for every rollout, or c_i + a_i where a verifier rewards it; and its rewards, where it is asked."""
+def splice(t: Trainer, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> SplicedBatch:
+    """c_i + a* for every rollout, or c_i + a_i where a verifier rewards it; a* without a chain where it is read."""
     if t.objective.supervised:
-        return t.splicer.supervised(prompts, t.config.objective.sft_target), None
-    reference = t.splicer.splice_reference(prompts, rollouts)
+        return SplicedBatch(sequences=t.splicer.supervised(prompts, t.config.objective.sft_target), group_size=1)
+    batch = SplicedBatch(
+        sequences=t.splicer.splice_reference(prompts, rollouts),
+        group_size=len(rollouts) // len(prompts),
+        no_chain=t.splicer.supervised(prompts, "marked_answer") if t.rule.no_chain != "none" else None,
+        by_token=t.objective.reads_tokens,
+    )
     if not t.objective.reads_verifier:
-        return reference, None
+        return batch
     rewards = grade(t.verifier, t.splicer, t.layout, prompts, rollouts)
     table = torch.tensor([reward or 0.0 for reward in rewards]).view(len(prompts), -1)
     verifiable = uses_verifiable_reward(t.rule.name, table).tolist()
     own = t.splicer.splice_own(prompts, rollouts)
-    return [o if verifiable[r.group] else r for o, r in zip(own, reference, strict=True)], rewards
+    sequences = [o if verifiable[r.group] else r for o, r in zip(own, batch.sequences, strict=True)]
+    return replace(batch, sequences=sequences, rewards=rewards)
+
+
+def refill(t: Trainer, rule: Refill, first: Sampled, step: int, tracker: SilentTracker) -> Sampled:
+    """The first batch without the prompts whose samples are alike, and prompts of later batches in their place."""
+
+    def draw(ahead: int) -> Sampled:
+        prompts = t.upcoming(ahead)
+        rollouts = sample(t, prompts, tracker, ahead)
+        return Sampled(prompts, rollouts, score(t.actor, splice(t, prompts, rollouts), tracker.timer))
+
+    return rule.fill(first, draw, partial(reward_spread, t.rule), t.actor, t.layout, step)
 
 
 def report_rollouts(
@@ -104,6 +125,8 @@ def report_rollouts(
         tracker.log_rollouts(step + 1, rollout_records(prompts, shown, scored.policy, tables, *readers))
     tracker.count_tokens(phase_tokens(scored.sequences, rollouts, t.layout.data_parallel_size))
     metrics = step_metrics(t.rule, scored, weights, rollouts, step, t.rollouts.counts)
+    if t.refill is not None:
+        metrics |= t.refill.metrics()
     means = merge(metrics, t.layout.sum_over_data_parallel)
     if means.get("valid_rate") == 0:
         tracker.say(f"step {step + 1}: {without_valid_sample(t.rule, means)}")
@@ -153,8 +176,9 @@ def fit(t: Trainer, folder: Path, tracker: SilentTracker, interrupted: Callable[
             forget_unreported(t, folder)
         while not has_ended(t, step):
             with tracker.timer("step_time"):
-                metrics = run_step(t, t.upcoming(), step, tracker)
-            t.stream.next_batch()  # these prompts are trained on
+                metrics = run_step(t, step, tracker)
+            for _ in range(1 if t.refill is None else t.refill.num_batches):
+                t.stream.next_batch()  # these prompts are trained on
             step += 1
             if has_ended(t, step) or (loop.val_check_interval and step % loop.val_check_interval == 0):
                 metrics |= validate(t, step, tracker, interrupted)
@@ -272,7 +296,9 @@ def run(config: Config, folder: Path, servers: OwnServers, splits: PromptSplits,
     if done >= steps and reported:
         return DONE
     t = build(config, folder, layout, servers, splits)
-    tracker = Tracker(folder, config.exp_manager, steps, done + 1) if layout.rank == 0 else SilentTracker()
+    loop = config.trainer.jepo
+    num_samples = loop.num_prompts_per_step * loop.num_generations_per_prompt
+    tracker = Tracker(folder, config.exp_manager, steps, num_samples, done + 1) if layout.rank == 0 else SilentTracker()
     with closing(t), tracker:
         tracker.save_config(to_yaml(t.config))
         return fit(t, folder, tracker, interrupt)

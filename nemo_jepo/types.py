@@ -1,11 +1,12 @@
 """The frozen records that pass through one step.
 
-    dataset row -> Prompt -> Rollout -> Spliced -> PackedRow -> scores -> token weights
+    dataset row -> Prompt -> Rollout -> Spliced -> SplicedBatch -> PackedRow -> scores -> token weights
 
 Shape letters: P prompts, G rollouts per prompt, N = P * G sequences, T tokens, S scored tokens.
 Token ids are the sampler's own from the moment they are drawn: nothing here holds text that is tokenized again.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -99,6 +100,27 @@ class Spliced:
     def length(self) -> int:
         """Tokens in the sequence."""
         return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplicedBatch:
+    """What a replica scores in one pass, and what is known of it beforehand."""
+
+    sequences: Sequence[Spliced]
+    """N, ordered by (group, sample)."""
+    group_size: int
+    """G."""
+    rewards: Sequence[float | None] | None = None
+    """Verifiable reward of each sequence, None inside where it could not be had; None where nobody asks."""
+    no_chain: Sequence[Spliced] | None = None
+    """P, of each group its reference answer behind the bare marker; None where nobody reads it."""
+    by_token: bool = False
+    """Somebody reads the answers token by token."""
+
+    @property
+    def to_score(self) -> list[Spliced]:
+        """All of them, in the order in which they are counted: the sequences, then those without a chain."""
+        return [*self.sequences, *(self.no_chain or ())]
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from nemo_jepo.actor.weights.stream import weight_stream
 from nemo_jepo.rollout.queue import RolloutQueue
 from nemo_jepo.rollout.sampler import GenerationRequest, SamplerMismatch
 from nemo_jepo.setup import Trainer
-from nemo_jepo.types import Prompt, Rollout, Spliced
+from nemo_jepo.types import Prompt, Rollout, Spliced, SplicedBatch
 
 PROBE_PROMPTS, PROBE_TOKENS = 4, 32
 PARITY_TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}
@@ -79,7 +79,7 @@ def parity(
     sequences = [whole_generation(prompts[rollout.group], rollout) for _, rollout in rollouts]
     if not sequences:
         return {}
-    scored = score(actor, sequences, None, 1, read_reference=False)
+    scored = score(actor, SplicedBatch(sequences=sequences, group_size=1), read_reference=False)
     differences: dict[str, list[torch.Tensor]] = {}
     for (name, rollout), logprobs in zip(rollouts, scored.policy.policy_logprobs, strict=True):
         differences.setdefault(name, []).append((torch.tensor(rollout.generation_logprobs) - logprobs).abs())

@@ -15,7 +15,7 @@ from nemo_jepo.config.schema import ModelConfig, OptimConfig
 from nemo_jepo.objective.records import UpdateRule
 from nemo_jepo.objective.update import sample_weights, token_weights
 from nemo_jepo.setup import load_initial_weights
-from nemo_jepo.types import Spliced
+from nemo_jepo.types import Spliced, SplicedBatch
 
 
 def spliced(work: workload.Workload) -> list[Spliced]:
@@ -56,7 +56,7 @@ def main(folder: Path) -> None:
     actor, sequences, rule = build_actor(work, folder), spliced(work), UpdateRule(**work.rule)
 
     def update() -> Metrics:
-        scored = score(actor, sequences, None, work.group_size, for_update=True)
+        scored = score(actor, SplicedBatch(sequences=sequences, group_size=work.group_size), for_update=True)
         layout = actor.layout
         weights = sample_weights(rule, scored.groups, layout.sum_over_data_parallel, layout.max_over_data_parallel)
         optim = actor.train_step(scored.rows, token_weights(rule, scored, weights), scored.graph)

@@ -110,7 +110,8 @@ def _compare(actor: MegatronJEPOActor, scored: Scored, turn: int) -> Reading | N
     exact = rescore_in_bf16(actor, scored, chosen).answer_logprob
     in_row = torch.zeros(len(scored.sequences), dtype=torch.bool)
     for row in chosen:
-        in_row[row.sequence_index[row.scored_mask]] = True
+        here = row.sequence_index[row.scored_mask]
+        in_row[here[here < len(in_row)]] = True  # not those without a chain, which are counted behind
     mask = groups.valid_mask & in_row.view_as(groups.valid_mask)
     sums = [squared_error(groups.answer_logprob, exact, mask), squared_spread(groups.answer_logprob, groups.valid_mask)]
     (error, samples), (spread, freedom) = actor.layout.sum_over_data_parallel(torch.stack(sums)).tolist()

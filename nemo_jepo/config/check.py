@@ -148,9 +148,15 @@ def _check_objective(objective: ObjectiveConfig, rollout: RolloutConfig, trainer
     if kind.reads_likelihood and not kind.answer_term and objective.beta_sup:
         rule = f"objective={name} has no supervised term"
         raise ConfigError("objective.beta_sup", objective.beta_sup, rule, "Use 0, or objective=jepo_single")
-    if kind.mean_over_tokens and objective.length_normalization == "tokens":
-        rule = f"the score of objective={name} is a mean over the answer's tokens already"
-        raise ConfigError("objective.length_normalization", "tokens", rule, "Use none")
+    if kind.reads_likelihood and not kind.sums_tokens and objective.reward_normalization != "none":
+        rule = f"the reward of objective={name} weighs the answer's tokens already"
+        raise ConfigError("objective.reward_normalization", objective.reward_normalization, rule, "Use none")
+    if kind.scored_by_initial and objective.no_chain != "initial":
+        rule = f"objective={name} compares with an answer without a chain under the policy that scores, the initial one"
+        raise ConfigError("objective.no_chain", objective.no_chain, rule, "Use initial")
+    if kind.reads_no_chain and objective.no_chain == "none":
+        rule = f"objective={name} reads the answer without a chain"
+        raise ConfigError("objective.no_chain", "none", rule, "Use current or initial")
     if objective.importance_sampling != "none" and objective.importance_cap < 1:
         rule = "would shrink on-policy tokens, whose ratio is 1"
         raise ConfigError("objective.importance_cap", objective.importance_cap, rule, "Use at least 1")

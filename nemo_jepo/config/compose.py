@@ -31,6 +31,7 @@ from yaml import YAMLError
 from nemo_jepo.config.check import check, check_fields
 from nemo_jepo.config.conf_files import conf_dir
 from nemo_jepo.config.errors import ConfigError, SettingsError
+from nemo_jepo.config.objectives import RENAMED_OBJECTIVES
 from nemo_jepo.config.schema import Config
 from nemo_jepo.config.usage import usage
 
@@ -149,8 +150,18 @@ def resolve(cfg: DictConfig) -> Config:
     """
     with _one_line_errors():
         config = cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), cfg)))
+    _read_renamed(config)
     check_fields(config)
     return config
+
+
+def _read_renamed(config: Config) -> None:
+    """Names of earlier versions become those of today, and rank 0 says so."""
+    old = config.objective.name
+    if old in RENAMED_OBJECTIVES:
+        config.objective.name = RENAMED_OBJECTIVES[old]
+        if os.environ.get("RANK", "0") == "0":
+            print(f"objective={old} is called {config.objective.name} now; the old name goes with the next version")
 
 
 def read_command_line(argv: Sequence[str], trains: bool = True) -> Config | None:

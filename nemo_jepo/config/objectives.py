@@ -20,10 +20,14 @@ class ObjectiveKind:
     """The whole gradient has a leave-one-out baseline: nothing is left of it with one generation a prompt."""
     answer_term: bool = True
     """beta_sup weighs a gradient through the answer's own tokens."""
-    mean_over_tokens: bool = False
-    """Its score is a mean over the answer's tokens already, so length_normalization=tokens would divide twice."""
-    no_chain_score: bool = False
-    """Reads the reference answer's log-prob without a chain: one more segment a prompt."""
+    sums_tokens: bool = True
+    """Its reward is made of l_i, the sum over the answer's tokens, which reward_normalization may turn into a mean."""
+    reads_tokens: bool = False
+    """Reads the log-prob of each of the answer's tokens."""
+    reads_no_chain: bool = False
+    """Reads the reference answer without a chain as well: one more segment a prompt."""
+    scored_by_initial: bool = False
+    """The frozen initial policy scores, not the one that is trained."""
 
     @property
     def supervised(self) -> bool:
@@ -46,12 +50,31 @@ OBJECTIVES = {
     "jepo_single": ObjectiveKind(),
     "rloo": ObjectiveKind(reward="verifier", needs_siblings=True, answer_term=False),
     "jepo_rl": ObjectiveKind(reward="verifier_or_likelihood", needs_siblings=True),
-    "vr_cli": ObjectiveKind(needs_siblings=True, answer_term=False),
-    "prob_pg": ObjectiveKind(),
-    "avg_logprob": ObjectiveKind(mean_over_tokens=True),
+    "verifree": ObjectiveKind(),
+    "avg_logprob": ObjectiveKind(sums_tokens=False),
+    "gm": ObjectiveKind(sums_tokens=False),
+    "rlpr": ObjectiveKind(sums_tokens=False, reads_tokens=True, reads_no_chain=True),
+    "r3": ObjectiveKind(sums_tokens=False, reads_tokens=True),
+    "nrt": ObjectiveKind(sums_tokens=False, reads_tokens=True, reads_no_chain=True),
+    "vr_cli": ObjectiveKind(
+        needs_siblings=True,
+        answer_term=False,
+        sums_tokens=False,
+        reads_tokens=True,
+        reads_no_chain=True,
+        scored_by_initial=True,
+    ),
+    "sft_sampled_chain": ObjectiveKind(),
     "sft": ObjectiveKind(reward="none", answer_term=False),
 }
 """objective.name -> kind."""
+
+RENAMED_OBJECTIVES = {"prob_pg": "verifree"}
+"""Names of earlier versions -> names of today; each is said once and read for one version more."""
+
+REWARD_NORMALIZATIONS = ("none", "answer_tokens")
+LOSS_NORMALIZATIONS = ("none", "chain", "sequence", "batch")
+NO_CHAIN_POLICIES = ("none", "current", "initial")
 
 FORMAT_LOSSES = ("marker_and_end", "paper", "none")
 """objective.format_loss; the functions stand in `nemo_jepo.objective.format`."""

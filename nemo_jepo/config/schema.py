@@ -14,7 +14,14 @@ from omegaconf import MISSING
 from nemo_jepo.config.data import IS_MODEL, AnswerConfig, ArithmeticConfig, DataConfig, TokenizerConfig
 from nemo_jepo.config.judge import JudgeConfig, model_verifier_config
 from nemo_jepo.config.model import ModelConfig, OptimConfig, SchedConfig
-from nemo_jepo.config.objectives import FORMAT_LOSSES, OBJECTIVES, ObjectiveKind
+from nemo_jepo.config.objectives import (
+    FORMAT_LOSSES,
+    LOSS_NORMALIZATIONS,
+    NO_CHAIN_POLICIES,
+    OBJECTIVES,
+    REWARD_NORMALIZATIONS,
+    ObjectiveKind,
+)
 from nemo_jepo.config.rules import Rule, setting
 from nemo_jepo.config.samplers import SAMPLERS, SamplerKind
 
@@ -176,8 +183,15 @@ class ObjectiveConfig:
     rl_reduction: str = setting("mean", choices=("mean", "sum"))
     """mean: 1/n over a prompt's samples, as App. B.2 and Eq. 5; sum: no 1/n, as Eq. 7. To the letter where all
     samples are valid and advantage.normalize=false."""
-    length_normalization: str = setting("none", choices=("none", "tokens"))
-    """none, or tokens: each sample's log-probs divided by their number (for sft: mean over target tokens)."""
+    reward_normalization: str = setting("none", choices=REWARD_NORMALIZATIONS)
+    """What l_i, the reference answer's log-prob, is divided by before anything is made of it. none: it is a sum, as in
+    every bound of the paper; answer_tokens: their number, which makes it another objective (App. B.2 warns of it)."""
+    loss_normalization: str = setting("none", choices=LOSS_NORMALIZATIONS)
+    """What each sample's log-probs are divided by in the update. none: nothing; chain: the chain's by their number, the
+    answer's by theirs; sequence: all by their number; batch: by the batch's mean number, so that tokens weigh alike."""
+    no_chain: str = setting("none", choices=NO_CHAIN_POLICIES)
+    """The reference answer behind the bare marker, scored beside the samples (one segment more a prompt). none: never;
+    current: by the policy; initial: what the objective reads of it is the frozen initial policy's. chain_gain shows."""
     format_loss: str = setting("marker_and_end", choices=FORMAT_LOSSES)
     """paper: a generation without the marker has a format reward of -10 (App. B.2). marker_and_end: that, and the
     end-of-turn token behind the reference answer is taught, which nothing that is sampled shows. none: neither."""
@@ -210,6 +224,22 @@ class AdvantageConfig:
     prompt_mean: str = setting("all", choices=("all", "valid"))
     """What the RL and the supervised term are averaged over. all: prompts that arrived, so that one without a valid
     sample adds 0; valid: prompts with a valid sample, so that a lone one takes the weight of the whole batch."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RefillConfig:
+    """Dynamic sampling: prompts whose samples are alike leave the batch, newly sampled ones take their place."""
+
+    max_batches: int = setting(1, ge=1)
+    """Most batches of prompts that one update draws; 1: prompts are never dropped."""
+    ratio: float = setting(0.5, ge=0)
+    """A prompt stays whose reward's std over its samples is at least so much of the mean std; 0: not 0."""
+    exponential_mean: float = setting(0.99, ge=0, le=1)
+    """What one step keeps of that mean; 0: the last step's alone."""
+    statistics_from: int = setting(6, ge=1)
+    """The first step that counts in it."""
+    first_step: int = setting(11, ge=1)
+    """The first step that drops prompts."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -256,8 +286,9 @@ class WarmupConfig:
     """Largest learning rate, in the place of model.optim.lr."""
     sched: SchedConfig = field(default_factory=SchedConfig)
     """In the place of model.optim.sched."""
-    sft_target: str = setting("chain_of_thought", choices=SFT_TARGETS)
-    """As objective.sft_target."""
+    sft_target: str = setting("chain_of_thought", choices=(*SFT_TARGETS, "sampled_chain"))
+    """As objective.sft_target; or sampled_chain: the answer behind chains that the model samples, which are no target
+    themselves (objective=sft_sampled_chain)."""
     save_interval: int = setting(0, ge=0)
     """Steps between checkpoints; 0 writes none before the last, except when the run is interrupted."""
 
@@ -306,10 +337,18 @@ class Config:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    refill: RefillConfig = field(default_factory=RefillConfig)
     kl: KLConfig = field(default_factory=KLConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
+
+    @property
+    def keeps_reference_policy(self) -> bool:
+        """Whether the initial weights stay: for the KL, or because the objective reads scores of theirs."""
+        objective = self.objective
+        reads_initial = objective.no_chain == "initial" or objective.kind.scored_by_initial
+        return not objective.kind.supervised and (self.kl.beta > 0 or reads_initial)
 
     @property
     def run_folder(self) -> Path:

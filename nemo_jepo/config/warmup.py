@@ -3,19 +3,22 @@
 import dataclasses
 from pathlib import Path
 
-from nemo_jepo.config.schema import Config, PretrainedConfig
+from nemo_jepo.config.schema import Config, ObjectiveConfig, PretrainedConfig
+
+SAMPLED_CHAIN = "sampled_chain"
+"""warmup.sft_target whose chains the model samples."""
 
 
 def warmup_config(config: Config) -> Config:
     """The supervised run before the main one: the same data, model and machines, its own length and learning rate."""
     warmup = config.warmup
+    sampled = warmup.sft_target == SAMPLED_CHAIN
     return dataclasses.replace(
         config,
         warmup=dataclasses.replace(warmup, max_steps=0),
-        objective=dataclasses.replace(
-            config.objective, name="sft", sft_target=warmup.sft_target, length_normalization="tokens"
-        ),
+        objective=_objective(config),
         kl=dataclasses.replace(config.kl, beta=0.0),
+        refill=dataclasses.replace(config.refill, max_batches=1),
         model=dataclasses.replace(
             config.model, optim=dataclasses.replace(config.model.optim, lr=warmup.lr, sched=warmup.sched)
         ),
@@ -26,7 +29,7 @@ def warmup_config(config: Config) -> Config:
                 max_steps=warmup.max_steps,
                 max_epochs=None,
                 num_prompts_per_step=warmup.num_prompts_per_step,
-                num_generations_per_prompt=1,
+                num_generations_per_prompt=config.trainer.jepo.num_generations_per_prompt if sampled else 1,
                 val_check_interval=0,
                 val_at_start=False,
                 save_interval=warmup.save_interval,
@@ -34,6 +37,17 @@ def warmup_config(config: Config) -> Config:
             ),
         ),
     )
+
+
+def _objective(config: Config) -> ObjectiveConfig:
+    """What a warm-up maximises: the mean log-prob of its targets' tokens."""
+    target = config.warmup.sft_target
+    plain = dataclasses.replace(config.objective, reward_normalization="none", no_chain="none")
+    if target == SAMPLED_CHAIN:
+        return dataclasses.replace(
+            plain, name="sft_sampled_chain", beta_sup=1.0, format_loss="none", loss_normalization="chain"
+        )
+    return dataclasses.replace(plain, name="sft", sft_target=target, loss_normalization="batch")
 
 
 def after_warmup(config: Config, checkpoint: Path) -> Config:

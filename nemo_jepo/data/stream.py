@@ -25,6 +25,8 @@ class PromptStream:
         self._seed = seed
         self.prompts_seen = 0
         """Prompts handed out since the beginning, over all epochs."""
+        self.batches_seen = 0
+        """Batches handed out since the beginning: the number of the next one, which names its random numbers."""
         self._order_of = lru_cache(maxsize=4)(self._permutation)
 
     @property
@@ -36,6 +38,7 @@ class PromptStream:
         """The next num_prompts_per_step prompts, which are handed out by this."""
         batch = self.upcoming()
         self.prompts_seen += len(batch)
+        self.batches_seen += 1
         return batch
 
     def upcoming(self, ahead: int = 0) -> tuple[Prompt, ...]:
@@ -64,7 +67,12 @@ class PromptStream:
 
     def state_dict(self) -> dict[str, int]:
         """The position, with what must be the same for it to mean the same."""
-        return {"prompts_seen": self.prompts_seen, "num_prompts": len(self._prompts), "seed": self._seed}
+        return {
+            "prompts_seen": self.prompts_seen,
+            "batches_seen": self.batches_seen,
+            "num_prompts": len(self._prompts),
+            "seed": self._seed,
+        }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue at a position saved by `state_dict`; num_prompts_per_step may differ.
@@ -78,3 +86,4 @@ class PromptStream:
                 saved = f"saved with {key}={state[key]}, resumed with {here[key]}"
                 raise ValueError(f"{saved}. Resume with the data set and the data.seed of the saved run.")
         self.prompts_seen = state["prompts_seen"]
+        self.batches_seen = state.get("batches_seen", self.prompts_seen // self._num_prompts_per_step)  # older: a step

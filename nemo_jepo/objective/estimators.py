@@ -145,59 +145,6 @@ def effective_sample_size(answer_logprob: Tensor, valid_mask: Tensor) -> Tensor:
     return in_dtype_of(size, answer_logprob)
 
 
-# ---- scores of a sample ----------------------------------------------------------------------------------------------
-
-
-def sum_logprob(answer_logprob: Tensor, answer_length: Tensor) -> tuple[Tensor, Tensor]:
-    """The score of a sample is the log-likelihood of the reference answer.
-
-        r_i = l_i        d r_i / d l_i = 1
-
-    Args:
-        answer_logprob: [P, G] float, nats, summed over the answer's tokens.
-        answer_length: [P, G], tokens; not read.
-    Returns:
-        (r, d r / d l), both [P, G].
-    Source: arXiv 2503.19618, Eqs. 5 and 7.
-    """
-    return answer_logprob, torch.ones_like(answer_logprob)
-
-
-def mean_logprob(answer_logprob: Tensor, answer_length: Tensor) -> tuple[Tensor, Tensor]:
-    """The score of a sample is the mean log-prob of the reference answer's tokens.
-
-        r_i = l_i / T_i        d r_i / d l_i = 1 / T_i
-
-    Args:
-        answer_logprob: [P, G] float, nats, summed over the answer's tokens.
-        answer_length: [P, G], tokens.
-    Returns:
-        (r in nats per token, d r / d l), both [P, G].
-    Source: arXiv 2602.03979 (average log-prob).
-    """
-    length = answer_length.clamp(min=1)
-    return answer_logprob / length, torch.ones_like(answer_logprob) / length
-
-
-def probability(answer_logprob: Tensor, answer_length: Tensor) -> tuple[Tensor, Tensor]:
-    """The score of a sample is the likelihood of the reference answer itself.
-
-        r_i = exp(l_i)        d r_i / d l_i = exp(l_i)
-
-    exp(l_i) underflows for long answers, so the caller subtracts a scale s that the global batch shares, for example
-    its largest l_i: the best sample then has r = 1, and dividing the advantage by its std cancels exp(-s).
-
-    Args:
-        answer_logprob: [P, G] float, nats, less the common scale.
-        answer_length: [P, G], tokens; not read.
-    Returns:
-        (r, d r / d l), both [P, G].
-    Source: arXiv 2503.19618, Eq. 10; arXiv 2505.21493 (VeriFree).
-    """
-    value = answer_logprob.exp()
-    return value, value
-
-
 # ---- advantages ------------------------------------------------------------------------------------------------------
 
 
@@ -243,6 +190,21 @@ def leave_one_out_advantage(reward: Tensor, valid_mask: Tensor) -> Tensor:
     centred = values - values.sum(-1, keepdim=True) * share(num_valid)
     advantage = centred * num_valid * share(num_valid - 1)
     return in_dtype_of(torch.where(valid_mask, advantage, 0.0), reward)
+
+
+def no_advantage(reward: Tensor, valid_mask: Tensor) -> Tensor:
+    """Chains are neither reinforced nor discouraged: what is left is fine-tuning on the answers behind them.
+
+        A_i = 0
+
+    Args:
+        reward: [P, G], of which only dtype and shape are read.
+        valid_mask: [P, G] bool.
+    Returns:
+        [P, G] zeros.
+    Source: arXiv 2602.03979, warm start.
+    """
+    return torch.zeros_like(reward)
 
 
 def moments(advantage: Tensor, mask: Tensor) -> Tensor:

@@ -8,9 +8,15 @@ from dataclasses import dataclass, fields
 
 from torch import Tensor
 
-from nemo_jepo.config.objectives import FORMAT_LOSSES, OBJECTIVES
+from nemo_jepo.config.objectives import (
+    FORMAT_LOSSES,
+    LOSS_NORMALIZATIONS,
+    NO_CHAIN_POLICIES,
+    OBJECTIVES,
+    REWARD_NORMALIZATIONS,
+)
 from nemo_jepo.objective.kl import IMPORTANCE_RATIOS, KL_GRADIENTS
-from nemo_jepo.types import PackedRow, Scores, Spliced
+from nemo_jepo.types import PackedRow, Scores, Spliced, SplicedBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +26,9 @@ class UpdateRule:
     name: str
     beta_sup: float
     rl_reduction: str
-    length_normalization: str
+    reward_normalization: str
+    loss_normalization: str
+    no_chain: str
     format_loss: str
     format_weight: float
     importance_sampling: str
@@ -36,7 +44,9 @@ class UpdateRule:
         for key, allowed in (
             ("name", list(OBJECTIVES)),
             ("rl_reduction", ["mean", "sum"]),
-            ("length_normalization", ["none", "tokens"]),
+            ("reward_normalization", list(REWARD_NORMALIZATIONS)),
+            ("loss_normalization", list(LOSS_NORMALIZATIONS)),
+            ("no_chain", list(NO_CHAIN_POLICIES)),
             ("format_loss", list(FORMAT_LOSSES)),
             ("importance_sampling", list(IMPORTANCE_RATIOS)),
             ("std_scope", ["batch", "group"]),
@@ -49,7 +59,7 @@ class UpdateRule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupScores:
-    """What the scoring pass says of this rank's groups; every tensor [P, G] on the host."""
+    """What the scoring pass says of this rank's groups; every tensor on the host, [P, G] unless stated."""
 
     answer_logprob: Tensor
     """l_i, nats, summed over the answer's tokens; anything where not valid."""
@@ -75,13 +85,29 @@ class GroupScores:
     """bool: valid, and the reference answer behind it ends the turn; None: none does."""
     end_logprob: Tensor | None = None
     """log pi of that end-of-turn token, nats; anything where there is none; only reported."""
+    token_logprobs: Tensor | None = None
+    """[P, G, T] l_it, nats, of T tokens of the longest answer; anything behind an answer's end. None: nobody asked."""
+    initial_token_logprobs: Tensor | None = None
+    """[P, G, T]: the same under the reference policy."""
+    no_chain_logprobs: Tensor | None = None
+    """[P, T] l0_t, nats: the reference answer behind the bare marker. None: nobody asked."""
+    initial_no_chain_logprobs: Tensor | None = None
+    """[P, T]: the same under the reference policy."""
 
     def __post_init__(self) -> None:
+        table = self.answer_logprob.shape
         for field in fields(self):
             tensor = getattr(self, field.name)
-            if tensor is not None and (tensor.ndim != 2 or tensor.shape != self.answer_logprob.shape):
+            if tensor is None:
+                continue
+            wanted = tuple(table)
+            if field.name in ("token_logprobs", "initial_token_logprobs"):
+                wanted = (*table, tensor.shape[-1])
+            elif field.name in ("no_chain_logprobs", "initial_no_chain_logprobs"):
+                wanted = (table[0], tensor.shape[-1])
+            if len(table) != 2 or tuple(tensor.shape) != wanted:
                 shapes = f"{list(tensor.shape)} beside answer_logprob {list(self.answer_logprob.shape)}"
-                raise ValueError(f"{field.name}: every tensor must be [P, G], got {shapes}")
+                raise ValueError(f"{field.name}: every tensor must be [P, G], with tokens [P, G, T], got {shapes}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +117,7 @@ class SampleWeights:
     policy_weight: Tensor
     """Of grad log pi on every policy-gradient token."""
     answer_weight: Tensor
-    """Of grad log pi on every reference-answer token."""
+    """Of grad log pi on every reference-answer token, times answer_slope where there is one."""
     end_weight: Tensor
     """Of grad log pi on the end-of-turn token behind a reference answer, beside answer_weight."""
     kl_weight: Tensor
@@ -100,23 +126,31 @@ class SampleWeights:
     """After scaling and clipping, without the format part."""
     advantage_std: Tensor
     """[3], over the global batch: of the likelihood, the verifiable and the format advantage before scaling."""
+    answer_slope: Tensor | None = None
+    """[P, G, T] of each answer token's own factor; None where all tokens of an answer weigh the same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
-    """A batch of this rank after the scoring pass; N sequences ordered by (group, sample)."""
+    """A batch of this rank after the scoring pass."""
 
-    sequences: Sequence[Spliced]
+    batch: SplicedBatch
     rows: Sequence[PackedRow]
-    """The sequences packed."""
+    """All of it, packed."""
     policy: Scores
-    """Log-probs under the current weights; empty tensors for targets that nobody sampled (sft)."""
+    """Log-probs under the current weights, in the order of `SplicedBatch.to_score`; empty tensors for targets that
+    nobody sampled (sft)."""
     graph: Sequence[Tensor] = ()
     """Log-probs of each row with their graph, for the one backward pass; () where the update makes a forward of its
     own."""
     reference: Scores | None
     """The same under the reference policy; None where beta = 0."""
     groups: GroupScores
+
+    @property
+    def sequences(self) -> Sequence[Spliced]:
+        """N, ordered by (group, sample)."""
+        return self.batch.sequences
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,7 @@
 clipping, denominators, format, KL) is in `nemo_jepo.objective.update`, and what kind each one is in
 `nemo_jepo.config.objectives`.
 
-P prompts, G samples per prompt, l_i = log pi(a*|x, c_i), T_i tokens of the answer.
+P prompts, G samples per prompt, T tokens of an answer.
 """
 
 from collections.abc import Callable
@@ -15,38 +15,53 @@ from nemo_jepo.config.objectives import OBJECTIVES
 from nemo_jepo.objective.estimators import (
     bound_weights,
     leave_one_out_advantage,
-    mean_logprob,
     mean_weights,
     multi_sample_advantage,
+    no_advantage,
+)
+from nemo_jepo.objective.likelihood import (
+    AnswerLikelihood,
+    Reward,
+    geometric_mean,
+    mean_logprob,
+    perplexity_gain,
     probability,
+    probability_gain,
+    reflective_logprob,
     sum_logprob,
+    uncertain_probability,
 )
 
 PerSample = Callable[[Tensor, Tensor], Tensor]
-"""(score r [P, G], valid_mask [P, G]) -> [P, G]."""
+"""(reward R [P, G], valid_mask [P, G]) -> [P, G]."""
 
 
 @dataclass(frozen=True, slots=True)
 class LikelihoodTerms:
     """One objective, on the prompts that the reference answer's likelihood scores."""
 
-    score: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-    """(l, T), both [P, G] -> (r, d r / d l): what a sample is worth."""
+    reward: Callable[[AnswerLikelihood], Reward]
+    """What a sample is worth, and its slope in the answer's token log-probs."""
     advantage: PerSample
     """Raw advantage of the chain of thought."""
     answer_weight: PerSample | None
-    """Weight of grad r_i within a prompt; beta_sup and the mean over prompts come later. None: no supervised term."""
+    """Weight of grad R_i within a prompt; beta_sup and the mean over prompts come later. None: no supervised term."""
     common_scale: bool = False
-    """r is proportional to exp(l): the batch's largest l is subtracted where the std divides the scale out again."""
+    """R is proportional to exp(l): the batch's largest l is subtracted where the std divides the scale out again."""
 
 
 LIKELIHOOD_TERMS = {
     "jepo": LikelihoodTerms(sum_logprob, multi_sample_advantage, bound_weights),
     "jepo_single": LikelihoodTerms(sum_logprob, leave_one_out_advantage, mean_weights),
     "jepo_rl": LikelihoodTerms(sum_logprob, multi_sample_advantage, bound_weights),
-    "vr_cli": LikelihoodTerms(sum_logprob, leave_one_out_advantage, None),
-    "prob_pg": LikelihoodTerms(probability, leave_one_out_advantage, mean_weights, common_scale=True),
+    "verifree": LikelihoodTerms(probability, leave_one_out_advantage, mean_weights, common_scale=True),
     "avg_logprob": LikelihoodTerms(mean_logprob, leave_one_out_advantage, mean_weights),
+    "gm": LikelihoodTerms(geometric_mean, leave_one_out_advantage, mean_weights),
+    "rlpr": LikelihoodTerms(probability_gain, leave_one_out_advantage, mean_weights),
+    "r3": LikelihoodTerms(reflective_logprob, leave_one_out_advantage, mean_weights),
+    "nrt": LikelihoodTerms(uncertain_probability, leave_one_out_advantage, mean_weights),
+    "vr_cli": LikelihoodTerms(perplexity_gain, leave_one_out_advantage, None),
+    "sft_sampled_chain": LikelihoodTerms(sum_logprob, no_advantage, mean_weights),
 }
 """objective.name -> terms, of every objective that reads the likelihood: not rloo, not sft."""
 

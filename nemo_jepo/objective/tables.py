@@ -1,6 +1,7 @@
 """Per-sequence scores as the objective's [P, G] tables.
 
-P prompts of this rank, G sequences per prompt, N = P * G sequences ordered by (group, sample).
+P prompts of this rank, G sequences per prompt, N = P * G sequences ordered by (group, sample), T tokens of the longest
+answer.
 """
 
 import math
@@ -11,16 +12,10 @@ from torch import Tensor
 
 from nemo_jepo.objective.kl import k1_estimate, k3_estimate
 from nemo_jepo.objective.records import GroupScores
-from nemo_jepo.types import Scores, Spliced
+from nemo_jepo.types import Scores, Spliced, SplicedBatch
 
 
-def group_scores(
-    sequences: Sequence[Spliced],
-    scores: Scores,
-    reference: Scores | None,
-    rewards: Sequence[float | None] | None,
-    group_size: int,
-) -> GroupScores:
+def group_scores(batch: SplicedBatch, scores: Scores, reference: Scores | None = None) -> GroupScores:
     """The objective's tables from what the scoring passes said.
 
     A fault of the verifier is never better than a wrong answer. Where own answers train (rloo; in jepo_rl, prompts with
@@ -29,15 +24,14 @@ def group_scores(
     scores it, and a faulted one counts like these.
 
     Args:
-        sequences: N, ordered by (group, sample).
+        batch: what was scored, in the order of its `to_score`.
         scores: under the current weights.
-        reference: under pi_ref; None when beta = 0.
-        rewards: verifiable reward of each sequence; None inside where it could not be had: a fault, or a failed sample.
-        group_size: G.
+        reference: under pi_ref; None where none is kept.
     """
+    sequences, rewards = batch.sequences, batch.rewards
 
     def table(values: Sequence[float], dtype: torch.dtype = torch.float64) -> Tensor:
-        return torch.tensor(values, dtype=dtype).view(-1, group_size)
+        return torch.tensor(values, dtype=dtype).view(-1, batch.group_size)
 
     answer_logprob, end_logprob, log_ratio, k3 = [], [], [], []
     for index, sequence in enumerate(sequences):
@@ -73,4 +67,33 @@ def group_scores(
         faulted_mask=None if rewards is None else table(faulted, torch.bool),
         ends_mask=table([sequence.ends for sequence in sequences], torch.bool),
         end_logprob=table(end_logprob),
+        token_logprobs=_answers_by_token(batch, scores),
+        initial_token_logprobs=_answers_by_token(batch, reference),
+        no_chain_logprobs=_answers_behind_none(batch, scores),
+        initial_no_chain_logprobs=_answers_behind_none(batch, reference),
     )
+
+
+def _answers_by_token(batch: SplicedBatch, scores: Scores | None) -> Tensor | None:
+    """[P, G, T] nats, 0 behind an answer's end; None where nobody reads it or it was not scored."""
+    if scores is None or not batch.by_token:
+        return None
+    tokens = _padded_answers(batch, batch.sequences, scores.policy_logprobs[: len(batch.sequences)])
+    return tokens.view(len(tokens) // batch.group_size, batch.group_size, tokens.shape[-1])
+
+
+def _answers_behind_none(batch: SplicedBatch, scores: Scores | None) -> Tensor | None:
+    """[P, T] nats, 0 behind an answer's end; None where nobody reads it or it was not scored."""
+    if scores is None or batch.no_chain is None:
+        return None
+    return _padded_answers(batch, batch.no_chain, scores.policy_logprobs[len(batch.sequences) :])
+
+
+def _padded_answers(batch: SplicedBatch, sequences: Sequence[Spliced], logprobs: Sequence[Tensor]) -> Tensor:
+    """[N, T] float64; T is the batch's, whose longest answer may have no valid sample."""
+    longest = max((sequence.answer_length for sequence in batch.to_score), default=0)
+    padded = torch.zeros(len(sequences), longest, dtype=torch.float64)
+    for row, sequence, values in zip(padded, sequences, logprobs, strict=True):
+        answer = values[sequence.chain_length :]
+        row[: len(answer)] = answer
+    return padded

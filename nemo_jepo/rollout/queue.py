@@ -1,6 +1,6 @@
 """Rollouts for every rank of a replica, from the one sampler that the replica's first rank holds.
 
-    take(step)    this step's rollouts; those of the next max_staleness steps are asked for as well
+    take          rollouts of a batch of the stream; those of the next max_staleness batches are asked for as well
     sample        held-out prompts, in batches, which a run that is told to stop does not wait for
     load_weights  the sampler's next weights
 
@@ -25,10 +25,10 @@ class RolloutQueue:
     Args:
         sampler: of this replica, on its first rank; None on the others, which are told what it drew.
         layout: of this rank.
-        request_for: step -> what that training step asks for.
-        upcoming: number of steps ahead -> this replica's prompts of that step.
+        request_for: number of a batch -> what is asked for it.
+        upcoming: number of batches ahead -> this replica's prompts of that batch.
         max_staleness: steps that a rollout may be behind the weights that train on it.
-        max_steps: no step from this one on is asked for.
+        num_batches: no batch from this number on is asked for ahead; None: nobody knows how many there will be.
     """
 
     def __init__(
@@ -38,34 +38,38 @@ class RolloutQueue:
         request_for: Callable[[int], GenerationRequest],
         upcoming: Callable[[int], Sequence[Prompt]],
         max_staleness: int,
-        max_steps: int,
+        num_batches: int | None,
     ) -> None:
         self._sampler = sampler
         self._layout = layout
         self._request_for = request_for
         self._upcoming = upcoming
         self._max_staleness = max_staleness
-        self._max_steps = max_steps
-        self._pending: dict[int, Future[list[Rollout]]] = {}  # by the step that trains on them
+        self._num_batches = num_batches
+        self._pending: dict[int, Future[list[Rollout]]] = {}  # by the number of their batch
         self.version = -1
         """Optimizer steps in the sampler's weights."""
         self.counts: dict[str, float] = {}
         """`Sampler.counts` of this replica when it was last asked for rollouts."""
 
-    def take(self, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
-        """The rollouts of one training step.
+    def take(self, prompts: Sequence[Prompt], number: int, ahead: int = 0) -> list[Rollout]:
+        """The rollouts of one batch.
 
         Args:
-            prompts: this replica's, of that step.
-            step: optimizer steps done.
+            prompts: this replica's, of that batch.
+            number: of the batch, counted over the run.
+            ahead: batches between the stream's next one and this.
         Raises:
             SamplersLost: on every rank, where any replica has no server left.
         """
-        for later in range(step, min(step + self._max_staleness + 1, self._max_steps)):
+        last = number + self._max_staleness
+        if self._num_batches is not None:
+            last = min(last, self._num_batches - 1)
+        for later in range(number, last + 1):
             if self._sampler is not None and later not in self._pending:
-                batch = prompts if later == step else self._upcoming(later - step)
+                batch = prompts if later == number else self._upcoming(ahead + later - number)
                 self._pending[later] = self._sampler.submit(batch, self._request_for(later))
-        return self._collect(self._pending.pop(step, None))
+        return self._collect(self._pending.pop(number, None))
 
     def sample(
         self,

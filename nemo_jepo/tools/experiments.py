@@ -212,7 +212,10 @@ def _runs_of_seed(name: str, experiment: Experiment, overrides: Sequence[str], s
         path = f"pretrained_checkpoint.restore_from_path={json.dumps(str(checkpoint))}"
         start = [path, "model.hf_config=null", "model.hf_config_path=null", "warmup.max_steps=0"]
     for arm, own in experiment.arms.items():
-        yield make_run(arm, f"{name}/{arm}/seed_{seed}", [*experiment.overrides, *own, *overrides, *seeds], start)
+        second = [override for override in own if override.startswith("warmup.")]  # from the set's own on
+        yield make_run(
+            arm, f"{name}/{arm}/seed_{seed}", [*experiment.overrides, *own, *overrides, *seeds], start + second
+        )
 
 
 def _make_run(

@@ -62,6 +62,34 @@ def sequences() -> list[Spliced]:
     return batch
 
 
+def with_no_chain(batch: list[Spliced]) -> tuple[list[Spliced], list[Spliced]]:
+    """The batch where a prompt's samples share its answer, and that answer behind a marker of two tokens."""
+    rng = random.Random(6)
+    shared, no_chain = [], []
+    for group in range(NUM_PROMPTS):
+        samples = batch[group * GROUP_SIZE : (group + 1) * GROUP_SIZE]
+        prompt = samples[0].token_ids[: samples[0].prompt_length]
+        answer = tuple(rng.randrange(VOCAB) for _ in range(rng.randint(1, 5)))
+        for sample in samples:
+            chain = sample.token_ids[: sample.prompt_length + sample.chain_length]
+            if sample.valid:
+                sample = dataclasses.replace(sample, token_ids=chain + answer, answer_length=len(answer))
+            shared.append(sample)
+        marker = (rng.randrange(VOCAB), rng.randrange(VOCAB))
+        behind_none = Spliced(
+            group=group,
+            sample=0,
+            token_ids=prompt + marker + answer,
+            prompt_length=len(prompt),
+            chain_length=2,
+            answer_length=len(answer),
+            valid=True,
+            has_marker=True,
+        )
+        no_chain.append(behind_none)
+    return shared, no_chain
+
+
 def _without_answer(sequence: Spliced, has_marker: bool, misaligned: bool = False) -> Spliced:
     return dataclasses.replace(
         sequence,
@@ -79,7 +107,9 @@ def rule(**changes: Any) -> dict[str, Any]:
         "name": "jepo",
         "beta_sup": 1.0,
         "rl_reduction": "mean",
-        "length_normalization": "none",
+        "reward_normalization": "none",
+        "loss_normalization": "none",
+        "no_chain": "none",
         "format_loss": "marker_and_end",
         "format_weight": 1.0,
         "importance_sampling": "token_truncated",

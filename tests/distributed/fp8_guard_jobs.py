@@ -13,6 +13,7 @@ from nemo_jepo.actor.weights.load import load_stage, open_source
 from nemo_jepo.config.schema import ModelConfig, OptimConfig
 from nemo_jepo.data.packing import pack
 from nemo_jepo.objective.tables import group_scores
+from nemo_jepo.types import SplicedBatch
 from tests.distributed import fp8_stand_in
 from tests.distributed.batch import GROUP_SIZE, sequences
 
@@ -43,11 +44,11 @@ def _guarded(job: dict[str, Any]) -> dict[str, Any]:
     actor = build(job, layout, **fp8, fp8_guard_ratio=0.0, fp8_guard_action="bf16")
     bf16_actor = build(job, layout)
     quiet = build(job, layout, **fp8, fp8_guard_ratio=1e9)
-    rows = pack(mine, actor.row_shape)
+    rows, batch = pack(mine, actor.row_shape), SplicedBatch(sequences=mine, group_size=GROUP_SIZE)
 
     def answer_logprobs(of: MegatronJEPOActor) -> list[float]:
         scores = of.get_inference_log_probs(rows, len(mine))
-        return group_scores(mine, scores, None, None, GROUP_SIZE).answer_logprob.flatten().tolist()
+        return group_scores(batch, scores).answer_logprob.flatten().tolist()
 
     def loss(of: MegatronJEPOActor) -> float:
         weights = [torch.ones(s.chain_length + s.answer_length) for s in mine]
@@ -66,7 +67,7 @@ def _guarded(job: dict[str, Any]) -> dict[str, Any]:
     found["rows"] = [row.sequence_index[row.scored_mask].unique().tolist() for row in rows]
     found["losses"] = [loss(actor), loss(bf16_actor)]
 
-    scored = score(actor, mine, None, GROUP_SIZE)
+    scored = score(actor, batch)
     said: dict[str, list[str]] = {"quiet": [], "bf16": []}
     found["quiet"] = [guard_fp8(quiet, scored, step, said["quiet"].append) for step in range(STEPS)]
     found["guarded"] = [guard_fp8(actor, scored, step, said["bf16"].append) for step in range(STEPS)]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.batch import GROUP_SIZE, NUM_PROMPTS, TINY, rule, sequences
+from tests.distributed.batch import GROUP_SIZE, NUM_PROMPTS, TINY, rule, sequences, with_no_chain
 from tests.distributed.update_jobs import update
 from tests.support.rank_pool import on_ranks
 
@@ -125,6 +125,28 @@ def test_a_layout_of_two_processes_gives_the_update_of_one(layout, shape):
 @pytest.mark.parametrize("layout", FOUR_PROCESSES)
 def test_a_layout_of_four_processes_gives_the_update_of_one(layout):
     assert_same_update(updated(4, shape="qwen3", **FOUR_PROCESSES[layout]), one_process("qwen3"))
+
+
+def by_token(**changes: Any) -> dict[str, Any]:
+    """A job whose objective reads answers token by token, and behind no chain as well: one segment more a prompt."""
+    shared, no_chain = with_no_chain(sequences())
+    return {"sequences": shared, "no_chain": no_chain, "rule": rule(name="nrt", no_chain="current")} | changes
+
+
+BY_TOKEN: dict[str, tuple[int, dict[str, Any]]] = {
+    "defaults": (1, {}),
+    "small rows": (1, ONE_PROCESS["small rows"]),
+    "prompts of their own, two passes": (1, ONE_PROCESS["prompts of their own, two passes"]),
+    **{name: (2, TWO_PROCESSES[name]) for name in ("TP2+SP", "PP2", "CP2", "DP2, 3 prompts and 1")},
+    "DP2, 4 prompts and none": (2, TWO_PROCESSES["DP2, 4 prompts and none"]),
+}
+
+
+@pytest.mark.parametrize("layout", BY_TOKEN)
+def test_an_objective_that_reads_tokens_and_no_chain_has_the_same_update_everywhere(layout):
+    world_size, changes = BY_TOKEN[layout]
+    plain = updated(1, shape="llama", **by_token(**PLAIN))
+    assert_same_update(updated(world_size, shape="llama", **by_token(**changes)), plain)
 
 
 @pytest.mark.parametrize("shape", EXPERT_SHAPES)

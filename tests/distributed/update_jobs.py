@@ -4,6 +4,7 @@ The step's learning rate is 1 and Adam's epsilon 1, so the first update of a wei
 after it show every gradient, also where the distributed optimizer keeps only a shard of it.
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 from unittest import mock
@@ -21,7 +22,7 @@ from nemo_jepo.data.packing import pack, padded_rows
 from nemo_jepo.objective.records import Scored, UpdateRule
 from nemo_jepo.objective.tables import group_scores
 from nemo_jepo.objective.update import sample_weights, token_weights
-from nemo_jepo.types import Spliced
+from nemo_jepo.types import Spliced, SplicedBatch
 
 
 def build(job: dict[str, Any], layout: parallel.Layout, model: ModelConfig, seed: int) -> MegatronJEPOActor:
@@ -32,11 +33,21 @@ def build(job: dict[str, Any], layout: parallel.Layout, model: ModelConfig, seed
     return actor
 
 
-def share(job: dict[str, Any], layout: parallel.Layout) -> list[Spliced]:
+def share(job: dict[str, Any], layout: parallel.Layout) -> SplicedBatch:
     """This replica's groups: job["split"] says how many prompts each data-parallel rank gets."""
     first = sum(job["split"][: layout.data_parallel_rank])
     count = job["split"][layout.data_parallel_rank]
-    return [s for s in job["sequences"] if first <= s.group < first + count]
+
+    def mine(sequences: Sequence[Spliced]) -> list[Spliced]:
+        return [s for s in sequences if first <= s.group < first + count]
+
+    by_token = "no_chain" in job
+    return SplicedBatch(
+        sequences=mine(job["sequences"]),
+        group_size=job["group_size"],
+        no_chain=mine(job["no_chain"]) if by_token else None,
+        by_token=by_token,
+    )
 
 
 def update(job: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -54,24 +65,25 @@ def _update(job: dict[str, Any]) -> dict[str, torch.Tensor]:
     actor = build(job, layout, model, seed=7)
     # Another model as reference policy: its log-probs differ, so the KL term is not zero.
     reference_actor = build(job, layout, model, seed=8)
-    sequences = share(job, layout)
+    batch = share(job, layout)
+    everything = batch.to_score
     if job.get("padded"):
-        rows = padded_rows(sequences, model.tokens_per_micro_batch)
+        rows = padded_rows(everything, model.tokens_per_micro_batch)
     else:
-        rows = pack(sequences, actor.row_shape)
+        rows = pack(everything, actor.row_shape)
     actor.start_training(OptimConfig(**job["optim"]), job["clip"], 10)
     before = {name: tensor.clone() for name, tensor in weight_stream(actor.chunks, actor.hf_config, layout)}
 
-    scores, graph = actor.get_log_probs_with_graph(rows, len(sequences), actor.keeps_graph(rows))
+    scores, graph = actor.get_log_probs_with_graph(rows, len(everything), actor.keeps_graph(rows))
     # What the layout is meant to try is tried.
     if rows:
         assert bool(graph) == (model.update_passes != "two" and model.pipeline_model_parallel_size == 1)
     if layout.world_size == 1 and not job.get("padded"):
         assert model.share_prompts == any(bool((row.prompt_segment >= 0).any()) for row in rows)
-    reference = reference_actor.get_inference_log_probs(rows, len(sequences))
-    groups = group_scores(sequences, scores, reference, None, job["group_size"])
+    reference = reference_actor.get_inference_log_probs(rows, len(everything))
+    groups = group_scores(batch, scores, reference)
     coefficients = sample_weights(rule, groups, layout.sum_over_data_parallel, layout.max_over_data_parallel)
-    scored = Scored(sequences=sequences, rows=rows, policy=scores, reference=reference, groups=groups)
+    scored = Scored(batch=batch, rows=rows, policy=scores, reference=reference, groups=groups)
     weights = token_weights(rule, scored, coefficients)
     metrics = actor.train_step(rows, weights, graph)
 

@@ -124,6 +124,18 @@ def test_a_run_told_to_stop_in_a_validation_saves_its_step_and_validates_it_at_t
     assert not (stopped / "run" / "unreported.json").exists()
 
 
+def test_a_run_that_replaces_prompts_and_is_killed_ends_as_if_never_interrupted(tmp_path):
+    """The position in the data, the numbers that name batches and the mean spread are those of the last checkpoint."""
+    settings = ["refill.max_batches=3", "refill.ratio=1.0", "refill.statistics_from=1", "refill.first_step=2"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run("train", whole, *settings)
+    assert max(line["train_rollouts/refill_rounds"] for line in metrics(whole)) > 0
+    assert stop_when(lambda: num_lines(killed) == 3, signal.SIGKILL, killed, *settings) == -signal.SIGKILL
+    run("train", killed, *settings)
+    assert metrics(killed) == metrics(whole)
+    assert bits(killed) == bits(whole)
+
+
 def test_kept_metrics_of_a_step_whose_checkpoint_was_never_written_are_dropped(tmp_path):
     """A run killed between the two: the step is made again, and a later start at that step reports it once."""
     run("train", tmp_path, "trainer.jepo.max_steps=2")

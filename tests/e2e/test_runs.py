@@ -17,7 +17,10 @@ def run_short(folder: Path, *overrides: str) -> list[dict]:
     return metrics(folder)
 
 
-@pytest.mark.parametrize("objective", ["jepo_single", "rloo", "jepo_rl", "vr_cli", "prob_pg", "avg_logprob"])
+OTHERS = ["jepo_single", "rloo", "jepo_rl", "verifree", "avg_logprob", "gm", "rlpr", "r3", "nrt", "vr_cli"]
+
+
+@pytest.mark.parametrize("objective", [*OTHERS, "sft_sampled_chain"])
 def test_every_objective_trains(objective, tmp_path):
     # "e" is the marker: a random model writes it by chance, and rloo has the paper's format loss to learn from where no
     # answer is right.
@@ -27,6 +30,22 @@ def test_every_objective_trains(objective, tmp_path):
     assert lines[0]["train_optim/grad_norm"] > 0
     assert ("train_rollouts/reward" in lines[0]) == (objective in ("rloo", "jepo_rl"))
     assert "val_rollouts/accuracy" in lines[1]
+
+
+REFILL = ["refill.max_batches=3", "refill.ratio=1.0", "refill.statistics_from=1", "refill.first_step=2"]
+
+
+def test_prompts_whose_samples_are_alike_are_replaced_by_the_same_ones_in_every_layout(tmp_path):
+    """Step 1 drops nothing. Later a step takes prompts of several batches, and two replicas those that one takes."""
+    more = [*REFILL, "trainer.jepo.max_steps=4"]
+    lines = run_short(tmp_path / "one", *more)
+    assert lines[0]["train_rollouts/filtered_rate"] == 0
+    assert any(line["train_rollouts/refill_rounds"] > 0 for line in lines[1:])
+    assert any(line["train_rollouts/filtered_rate"] > 0 for line in lines[1:])
+    run_ranks(2, command("train", tmp_path / "two", *SHORT, *more, "trainer.devices=2"))
+    for line, expected in zip(metrics(tmp_path / "two"), lines, strict=True):
+        for name in expected:
+            assert line[name] == pytest.approx(expected[name], rel=2e-3, abs=2e-5), name
 
 
 @pytest.mark.parametrize(("passes", "words"), [("auto", "one forward pass of"), ("two", "two forward passes of")])

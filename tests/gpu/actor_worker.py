@@ -24,7 +24,7 @@ from nemo_jepo.actor.scoring import score  # noqa: E402
 from nemo_jepo.actor.weights.load import load_stage, open_source  # noqa: E402
 from nemo_jepo.config.schema import ModelConfig, OptimConfig  # noqa: E402
 from nemo_jepo.data.packing import RowShape, pack, padded_rows  # noqa: E402
-from nemo_jepo.types import PackedRow  # noqa: E402
+from nemo_jepo.types import PackedRow, SplicedBatch  # noqa: E402
 
 SHAPE = {  # every side a multiple of 128, as block scaling wants it
     "model_type": "llama",
@@ -94,7 +94,7 @@ def precision() -> dict[str, Any]:
         if name != "bf16":
             assert_fp8_is_used(torch.nn.ModuleList(actor.chunks))
             said: list[str] = []
-            scored = score(actor, SEQUENCES, None, GENERATIONS)
+            scored = score(actor, SplicedBatch(sequences=SEQUENCES, group_size=GENERATIONS))
             found[name] |= {"guard": guard_fp8(actor, scored, 0, said.append), "said": said}
         found[name]["losses"] = [actor.train_step(ROWS, MEAN_NLL)["surrogate_loss"] for _ in range(UPDATES)]
     return found

@@ -47,7 +47,7 @@ def write_run(
 ) -> Path:
     """A run of some steps: the bound rises by 1 a step, validation at every second one."""
     loggers = ExpManagerConfig(exp_dir=str(folder.parent), name=folder.name, create_tensorboard_logger=False)
-    with Tracker(folder, loggers, num_steps) as tracker:
+    with Tracker(folder, loggers, num_steps, num_samples=2) as tracker:
         tracker.save_config(yaml.safe_dump(settings))
         for step in range(1, num_steps + 1):
             metrics = {"train_rollouts/bound": step - 4.0 + shift, "train_rollouts/kl": 0.1 * step}

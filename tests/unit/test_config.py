@@ -9,7 +9,7 @@ import yaml
 from nemo_jepo.config import compose
 from nemo_jepo.config.check import check
 from nemo_jepo.config.errors import ConfigError
-from nemo_jepo.config.objectives import OBJECTIVES
+from nemo_jepo.config.objectives import OBJECTIVES, RENAMED_OBJECTIVES
 
 CONF = Path(__file__).parents[2] / "conf"
 RECIPES = sorted(path.stem for path in CONF.glob("*.yaml"))
@@ -27,6 +27,7 @@ def needed(tmp_path):
         "mini": [],
         "mini_verifiable": [],
         "mini_semi": [],
+        "mini_collapse": [],
         "mini_unverifiable": [],
         "jepo_tiny": [],
         "gsm8k_small": [f"data.train_path={tmp_path}/rows.jsonl"],
@@ -78,7 +79,12 @@ def test_every_objective_is_a_choice_that_passes_every_check(name):
 def test_a_group_file_sets_the_name_it_has(group):
     for path in (CONF / group).glob("*.yaml"):
         name = getattr(load("demo", f"{group}={path.stem}"), group).name
-        assert path.stem in (name, f"{name}_paper")
+        assert RENAMED_OBJECTIVES.get(path.stem, path.stem) in (name, f"{name}_paper")
+
+
+def test_an_objective_of_an_earlier_name_is_read_and_said(capsys):
+    assert load("demo", "objective=prob_pg").objective.name == "verifree"
+    assert capsys.readouterr().out.startswith("objective=prob_pg is called verifree now; ")
 
 
 # ---- keys
@@ -133,7 +139,7 @@ def test_a_wrong_line_of_a_conf_file_is_named_with_its_file(tmp_path, text, line
     ("overrides", "beginning"),
     [
         (["model.seed=x"], "model.seed=x: Value 'x'"),
-        (["objective=ppo"], "objective=ppo (in demo.yaml): no such choice. Choose one of avg_logprob, jepo, "),
+        (["objective=ppo"], "objective=ppo (in demo.yaml): no such choice. Choose one of avg_logprob, gm, jepo, "),
         (["exp_manager.name=???"], "exp_manager.name: has no default. Add exp_manager.name="),
         (["model=1"], "model=1: "),
         (["model.seed"], "Error parsing override 'model.seed'"),

@@ -97,7 +97,8 @@ class Model:
     def marker_span(self, token_ids):
         return None
 
-    def score(self, actor, sequences, rewards, group_size):
+    def score(self, actor, batch):
+        sequences = batch.to_score
         self.events.append(f"scored {len(sequences)}")
 
         def scores(factor: float) -> Scores:
@@ -105,8 +106,8 @@ class Model:
             return Scores(per_token, tuple(-tensor for tensor in per_token))
 
         policy, reference = scores(0.3), scores(0.4)
-        groups = group_scores(sequences, policy, reference, rewards, group_size)
-        return Scored(sequences=sequences, rows=[], policy=policy, reference=reference, groups=groups)
+        groups = group_scores(batch, policy, reference)
+        return Scored(batch=batch, rows=[], policy=policy, reference=reference, groups=groups)
 
 
 def evaluated(monkeypatch, sampler: str, layout: OneRank, greedy: bool = True) -> tuple[Any, list[str]]:

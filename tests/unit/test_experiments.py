@@ -10,6 +10,7 @@ import pytest
 
 from nemo_jepo.config import compose
 from nemo_jepo.config.errors import ConfigError
+from nemo_jepo.objective.registry import LIKELIHOOD_TERMS
 from nemo_jepo.tools import experiments
 from nemo_jepo.tools.experiments import load_experiment, main, only, plan_runs, write_results
 
@@ -17,9 +18,10 @@ MAIN = {
     "mini_verifiable": {"jepo", "jepo_single", "rloo", "sft", "sft_chain_of_thought"},
     "mini_semi": {"jepo", "jepo_rl", "rloo"},
     "mini_unverifiable": {"jepo", "jepo_beta_sup_0", "sft"},
-    "mini_objectives": {"jepo", "jepo_single", "rloo", "jepo_rl", "vr_cli", "prob_pg", "sft", "sft_chain_of_thought"},
+    "mini_family_unverifiable": (LIKELIHOOD_TERMS.keys() - {"jepo_rl"}) | {"sft"},
+    "mini_family_verifiable": LIKELIHOOD_TERMS.keys() | {"rloo", "sft"},
 }
-PAPER = ("paper_math", "paper_numina", "paper_numina_proof")
+PAPER = ("paper_math", "paper_numina", "paper_numina_proof", "paper_family")
 SHAPE = {"model_type": "llama", "num_attention_heads": 4, "num_hidden_layers": 4, "intermediate_size": 320}
 SMALL = """
 config: jepo_tiny
@@ -85,7 +87,8 @@ def test_a_full_size_set_is_complete_but_for_model_and_data(name, tmp_path):
         assert run.command()[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
         assert run.config.model.hf_config["num_hidden_layers"] == 32
         loop = run.config.trainer.jepo
-        assert (loop.num_generations_per_prompt, loop.num_prompts_per_step, run.config.kl.beta) == (4, 64, 1e-3)
+        assert (loop.num_generations_per_prompt, loop.num_prompts_per_step) == (4, 64)
+        assert run.config.kl.beta == (0 if run.arm == "sft_sampled_chain" else 1e-3)
 
 
 def test_an_arm_differs_from_its_siblings_in_its_overrides_alone():
@@ -102,6 +105,24 @@ def test_overrides_of_the_command_line_reach_every_run():
     runs = plan_runs("smoke", load_experiment("smoke"), ["model.optim.lr=0.5", "warmup.max_steps=7"])
     assert {run.config.model.optim.lr for run in runs} == {0.5}
     assert all("step_000007" in " ".join(run.command()) for run in runs if run.arm != "warmup")
+
+
+def test_an_arm_may_have_a_warm_up_of_its_own_behind_that_of_the_set(tmp_path):
+    text = SMALL.replace("max_steps=2]", "max_steps=2, warmup.max_steps=7]")
+    file = small_file(tmp_path, text.replace("jepo: []", "jepo: [warmup.max_steps=3, warmup.sft_target=sampled_chain]"))
+    commands = {run.arm: run.command() for run in plan_runs(file, only(load_experiment(file), [3], []), [])}
+    values = {
+        arm: dict(it.split("=", 1) for it in command if it.startswith(("warmup.", "pretrained_checkpoint.")))
+        for arm, command in commands.items()
+    }  # of a key that is given twice, the last
+    assert {arm: found["warmup.max_steps"] for arm, found in values.items()} == {
+        "warmup": "7",
+        "jepo": "3",
+        "rloo": "0",
+    }
+    assert values["jepo"]["warmup.sft_target"] == "sampled_chain"
+    for arm in ("jepo", "rloo"):
+        assert "step_000007" in values[arm]["pretrained_checkpoint.restore_from_path"]
 
 
 # ---- mistakes

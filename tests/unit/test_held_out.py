@@ -10,13 +10,13 @@ from nemo_jepo.held_out import (
     Graded,
     accuracies_at_k,
     accuracy,
-    chain_gain,
     likelihoods,
     majority,
     median_over_prompts,
     pass_at,
     proxy_nll,
 )
+from nemo_jepo.metrics import chain_gain
 from nemo_jepo.objective.records import GroupScores
 
 NAN = math.nan

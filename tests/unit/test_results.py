@@ -1,4 +1,4 @@
-"""docs/results/index.md says what the results.parquet files hold: every difference, table, arm and seed."""
+"""The pages of docs/results say what the results.parquet files hold: every difference, table, arm and seed."""
 
 import re
 from collections import Counter
@@ -15,7 +15,9 @@ from nemo_jepo.tools.report.results import read_all, read_results
 from nemo_jepo.tools.report.tables import markdown, tables_of
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGE = (DOCS / "results" / "index.md").read_text()
+PAGES = {"tables.md": "index.md"}
+"""Tables -> the page whose command makes them."""
+TEXTS = {page: (DOCS / "results" / page).read_text() for page in PAGES.values()}
 SETS = sorted(file.parent.name for file in (DOCS / "results").glob("*/results.parquet"))
 ACCURACY, VERIFIABLE, UNVERIFIABLE = "oracle_accuracy", "oracle_accuracy_verifiable", "oracle_accuracy_unverifiable"
 
@@ -58,7 +60,7 @@ def shown(values: list[float]) -> str:
 def test_a_claim_of_the_page_is_what_was_measured(name, arm, other, metric, relation):
     found = differences(name, arm, other, metric)
     measured = f"`{arm}` - `{other}` | {shown(found)} |"
-    (row,) = [line for line in PAGE.splitlines() if measured in line]
+    (row,) = [line for text in TEXTS.values() for line in text.splitlines() if measured in line]
     assert f"`{name}`, " in row
     assert ("within noise" in row) == (relation == "within noise")
     assert {
@@ -74,7 +76,8 @@ def test_the_single_sample_bound_is_closing_in():
     gap = {step: one - other for step, one, other in zip(multi.steps, multi.mean, single.mean, strict=True)}
     assert gap[20] > gap[40] > gap[60] > 0
     assert (
-        f"it was {gap[20]:.2f} behind after 20, {gap[40]:.2f} after 40" in PAGE and f"is {gap[60]:.2f} behind" in PAGE
+        f"it was {gap[20]:.2f} behind after 20, {gap[40]:.2f} after 40" in TEXTS["index.md"]
+        and f"is {gap[60]:.2f} behind" in TEXTS["index.md"]
     )
 
 
@@ -84,7 +87,7 @@ def test_every_seed_has_problems_of_its_own_and_a_constant_answer_is_right_as_of
     rows = [row for seed in (1, 2, 3) for row in arithmetic_rows(config, "validation", seed)]
     assert len({row.question for row in rows}) == len(rows) == 3 * 256
     ((answer, count),) = Counter(row.answer for row in rows).most_common(1)
-    assert f"always answering {answer}, the most frequent digit, has {count / len(rows):.2f}" in PAGE
+    assert f"always answering {answer}, the most frequent digit, has {count / len(rows):.2f}" in TEXTS["index.md"]
     for name in ("mini_verifiable", "mini_unverifiable"):
         found = last(name, "sft", ACCURACY).values()
         assert abs(sum(found) / len(found) - count / len(rows)) < 0.04
@@ -107,13 +110,12 @@ def test_the_readme_has_the_means(line):
     assert [cell.strip() for cell in row.split("|")[2:-1] if cell.strip()] == cells
 
 
-def test_the_tables_are_those_of_the_results():
-    command = re.search(r"mini_\{([^}]+)\}/results.parquet", PAGE)
-    names = [f"mini_{name}" for name in command[1].split(",")] if command else []
-    assert sorted([*names, "mini_objectives"]) == SETS
-    for folder, shown_there in (("results", names), ("results/objectives", ["mini_objectives"])):
-        tables = tables_of(read_all([DOCS / "results" / name / "results.parquet" for name in shown_there]))
-        assert (DOCS / folder / "tables.md").read_text() == markdown(tables)
+@pytest.mark.parametrize("tables", PAGES)
+def test_the_tables_are_those_of_the_results(tables):
+    command = re.search(r"mini_\{([^}]+)\}/results.parquet", TEXTS[PAGES[tables]])
+    assert command
+    files = [DOCS / "results" / f"mini_{name}" / "results.parquet" for name in command[1].split(",")]
+    assert (DOCS / "results" / tables).read_text() == markdown(tables_of(read_all(files)))
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -123,13 +125,14 @@ def test_results_are_of_every_arm_and_seed_of_the_set_to_its_last_update(name):
     runs = {(row["arm"], row["seed"]) for row in rows}
     assert runs == {(arm, seed) for arm in experiment.arms for seed in experiment.seeds}
     one_seed = plan_runs(name, only(experiment, experiment.seeds[:1], []), [])
-    (steps,) = {run.config.trainer.jepo.max_steps for run in one_seed if run.arm != "warmup"}
-    assert {(row["arm"], row["seed"]) for row in rows if row["step"] == steps} == runs
+    steps = {run.arm: run.config.trainer.jepo.max_steps for run in one_seed}
+    assert {(row["arm"], row["seed"]) for row in rows if row["step"] == steps[row["arm"]]} == runs
     assert {row["regime"] for row in rows} == {experiment.regime}
 
 
 def test_every_set_that_was_run_is_in_the_command_and_every_picture_exists():
-    command = re.search(r"for set in ([^;]+);", PAGE)
-    assert command and sorted(f"mini_{name}" for name in command[1].split()) == SETS
-    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", PAGE)
-    assert pictures and all((DOCS / "results" / picture).is_file() for picture in pictures)
+    commands = [re.search(r"for set in ([^;]+);", text) for text in TEXTS.values()]
+    assert sorted(f"mini_{name}" for command in commands if command for name in command[1].split()) == SETS
+    for text in TEXTS.values():
+        pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
+        assert pictures and all((DOCS / "results" / picture).is_file() for picture in pictures)

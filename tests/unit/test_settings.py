@@ -157,10 +157,12 @@ def test_the_whole_line_of_a_broken_rule():
         ),
         (["objective=vr_cli", "objective.beta_sup=1"], 1, "objective.beta_sup=1.0: objective=vr_cli"),
         (
-            ["objective=avg_logprob", "objective.length_normalization=tokens"],
+            ["objective=avg_logprob", "objective.reward_normalization=answer_tokens"],
             1,
-            "objective.length_normalization='tokens': the score of objective=avg_logprob",
+            "objective.reward_normalization='answer_tokens': the reward of objective=avg_logprob",
         ),
+        (["objective=nrt", "objective.no_chain=none"], 1, "objective.no_chain='none': objective=nrt reads the answer"),
+        (["objective=vr_cli", "objective.no_chain=current"], 1, "objective.no_chain='current': objective=vr_cli"),
         (
             ["objective.importance_sampling=token_truncated", "objective.importance_cap=0.5"],
             1,

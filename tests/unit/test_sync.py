@@ -54,7 +54,7 @@ class KnownActor:
 
 def check(sampler: OneProbe, tolerance: float = PARITY_TOLERANCE["fp32"], **layout: Any) -> None:
     one_rank = OneRank(**layout)
-    rollouts = RolloutQueue(sampler, one_rank, None, None, max_staleness=0, max_steps=1)
+    rollouts = RolloutQueue(sampler, one_rank, None, None, max_staleness=0, num_batches=1)
     rollouts.version = 3
     check_parity(KnownActor(one_rank), rollouts, PROMPTS, PROBE_TOKENS, tolerance)
 

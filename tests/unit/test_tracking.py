@@ -24,7 +24,7 @@ def silent_settings(folder: Path) -> ExpManagerConfig:
 
 
 def tracker_in(folder: Path) -> Tracker:
-    return Tracker(folder / "run", silent_settings(folder), max_steps=10)
+    return Tracker(folder / "run", silent_settings(folder), max_steps=10, num_samples=8)
 
 
 def log_run(tracker: Tracker, steps: list[int]) -> None:
@@ -174,7 +174,7 @@ def test_tensorboard_serves_a_warm_up_a_run_and_its_resumption_in_one_folder(tmp
     settings = ExpManagerConfig(exp_dir=str(tmp_path), name="run")
     main = tmp_path / "run"
     for folder, steps in ((main / "warmup", [1]), (main, [1, 2]), (main, [2, 3])):
-        log_run(Tracker(folder, settings, max_steps=3, first_step=steps[0]), steps)
+        log_run(Tracker(folder, settings, max_steps=3, num_samples=8, first_step=steps[0]), steps)
     assert [line["step"] for line in metric_lines(tmp_path)] == [1, 2, 3]
     assert (main / "config.yaml").read_text() == "first_step: 2\n"
     events = EventAccumulator(str(main)).Reload()
@@ -227,7 +227,7 @@ def test_exp_manager_serves_wandb_for_a_warm_up_and_the_run_after_it(tmp_path, m
     main = tmp_path / "run"
     here = os.getcwd()
     for folder in (main / "warmup", main):
-        log_run(Tracker(folder, settings, max_steps=1, first_step=1), [1])
+        log_run(Tracker(folder, settings, max_steps=1, num_samples=8, first_step=1), [1])
         assert len(list(folder.glob("nemo/wandb/offline-run-*/run-*.wandb"))) == 1
     assert max(slept, default=0) < 5, "as long as exp_manager lets other ranks wait"
     assert os.getcwd() == here

@@ -18,6 +18,16 @@ def test_a_warm_up_is_supervised_and_has_its_own_length_and_learning_rate():
     assert warmup.warmup.max_steps == 0
 
 
+def test_answers_behind_sampled_chains_are_a_warm_up_that_samples_and_trains_no_chain():
+    warmup = warmup_config(settings("warmup.sft_target=sampled_chain", "objective=nrt"))
+    objective = warmup.objective
+    assert (objective.name, objective.format_loss, objective.beta_sup) == ("sft_sampled_chain", "none", 1.0)
+    assert (objective.no_chain, objective.kind.supervised, warmup.kl.beta) == ("none", False, 0.0)
+    run = settings("warmup.sft_target=sampled_chain")
+    assert warmup.trainer.jepo.num_generations_per_prompt == run.trainer.jepo.num_generations_per_prompt > 1
+    assert warmup_config(settings()).trainer.jepo.num_generations_per_prompt == 1
+
+
 def test_it_writes_no_checkpoints_on_its_way_unless_asked():
     assert warmup_config(settings()).trainer.jepo.save_interval == 0
     assert warmup_config(settings("warmup.save_interval=7")).trainer.jepo.save_interval == 7

@@ -181,7 +181,7 @@ def estimate(config: Config, cluster: Cluster, means: MeanLengths, software: Sof
     precision = config.trainer.precision
     sampler, sampler_phase = _sampler(config, shape, cluster, trainer.replicas)
     rows = trainer.rows(work)
-    keeps_reference = config.kl.beta > 0
+    keeps_reference = config.keeps_reference_policy
     batch_tokens = rows.count * rows.tokens
     memory = TrainerMemory(cluster.world_size, precision, rows.count, keeps_reference, batch_tokens)
     if not config.rollout.kind.has_servers:

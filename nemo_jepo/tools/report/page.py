@@ -7,6 +7,7 @@ script only ever makes text nodes of it (the policy's trusted types forbid it an
 import base64
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -125,7 +126,8 @@ def _shown(value: Any) -> str:
 
 def chain_warnings(run: Run) -> list[str]:
     """What the run said of its chains of thought: that they collapsed, or do not pay."""
-    watch = ChainWatch()
+    sizes = (f"trainer.jepo.num_{name}" for name in ("prompts_per_step", "generations_per_prompt"))
+    watch = ChainWatch(math.prod(int(run.settings.get(size, 0)) for size in sizes))
     return [
         warning
         for index, step in enumerate(run.steps)

@@ -19,6 +19,7 @@ LABELS = {
     "bound": "bound (nats an answer)",
     "proxy_nll": "held-out proxy NLL (nats an answer)",
     "cot_tokens_mean": "chain of thought (tokens)",
+    "chain_gain": "chain gain (nats an answer)",
     "train_rollouts/reasoning_tokens_mean": "before the marker, in training (tokens)",
     "step": "updates",
     "epoch": "epochs",
@@ -77,6 +78,7 @@ def plots_of(results: Sequence[Comparison]) -> list[Plot]:
         Plot("bound_against_reward", "Bound against reward", main, reward, "bound", "path"),
         Plot("proxy_nll", f"Held-out proxy NLL {equal}", main, pace, "proxy_nll"),
         Plot("chain_of_thought", "Length of the chain of thought", main, "step", chain),
+        Plot("chain_gain", "What a chain adds to the answer's log-prob", main, "step", "chain_gain"),
     ]
     for key in dict.fromkeys(comparison.ablated for comparison in results if comparison.ablated):
         ablation = [comparison for comparison in results if comparison.ablated == key]

@@ -178,6 +178,7 @@ def whole_updates(report: Report, size: Sizes) -> None:
     from nemo_jepo.data.packing import pack
     from nemo_jepo.objective.update import sample_weights, token_weights
     from nemo_jepo.setup import update_rule
+    from nemo_jepo.types import SplicedBatch
 
     config = Config()
     rule = update_rule(config.objective, config.advantage, config.kl)
@@ -197,7 +198,7 @@ def whole_updates(report: Report, size: Sizes) -> None:
         actor.keep_reference_policy()
 
         def update(actor: Any = actor) -> dict[str, float]:
-            scored = score(actor, sequences, None, size.generations, for_update=True)
+            scored = score(actor, SplicedBatch(sequences=sequences, group_size=size.generations), for_update=True)
             weights = token_weights(rule, scored, sample_weights(rule, scored.groups))
             return actor.train_step(scored.rows, weights, scored.graph)
 

@@ -26,6 +26,13 @@ def test_every_epoch_holds_every_prompt_once_whatever_the_batch_size(num_prompts
     for start in range(0, len(order), num_prompts):
         assert sorted(order[start : start + num_prompts]) == list(range(num_prompts))
     assert (stream.prompts_seen, stream.epoch) == (num_prompts * per_step, per_step)
+    assert stream.batches_seen == num_prompts
+
+
+def test_a_state_without_the_number_of_batches_has_as_many_as_its_prompts_make():
+    stream = PromptStream(PROMPTS, 4, shuffle=True, seed=3)
+    stream.load_state_dict({"prompts_seen": 12, "num_prompts": 10, "seed": 3})
+    assert stream.batches_seen == 3
 
 
 @given(steps_before=st.integers(0, 12), per_step=st.integers(1, 13), resumed_per_step=st.integers(1, 13))

@@ -22,7 +22,9 @@ PLAIN = UpdateRule(
     name="jepo",
     beta_sup=1.0,
     rl_reduction="mean",
-    length_normalization="none",
+    reward_normalization="none",
+    loss_normalization="none",
+    no_chain="none",
     format_loss="none",
     format_weight=1.0,
     importance_sampling="none",
@@ -91,14 +93,19 @@ class Sample:
         """[tokens, NUM_PARAMETERS]: grad of each token's log-prob."""
         num_sampled = len(tokens) if own else len(chain)
         self.probability = self.logprobs[:num_sampled].sum().exp()
-        self.answer_logprob = self.logprobs[len(chain) :].sum() if answer is not None else torch.tensor(torch.nan)
+        self.answer_logprobs = torch.full((2,), torch.nan, dtype=torch.float64)
+        if answer is not None:
+            self.answer_logprobs = self.logprobs[len(chain) :]
+        self.answer_logprob = self.answer_logprobs.sum()
+        self.no_chain_logprobs = policy.answer_logprobs((MARKER,)).detach()
+        """[2] nats of a* behind the bare marker."""
 
     @property
     def answer_length(self) -> int:
         return len(self.answer) if self.answer is not None else 0
 
 
-def scores_of(groups: Sequence[Sequence[Sample]], **overrides: Tensor) -> GroupScores:
+def scores_of(groups: Sequence[Sequence[Sample]], **overrides: Tensor | None) -> GroupScores:
     """What the scoring pass would say of groups of enumerated samples; valid unless the answer is missing.
 
     The last token of a reference answer stands for the end of turn.
@@ -117,6 +124,8 @@ def scores_of(groups: Sequence[Sequence[Sample]], **overrides: Tensor) -> GroupS
         "answer_length": table(lambda s: s.answer_length),
         "chain_log_ratio": torch.zeros(valid.shape, dtype=torch.float64),
         "ends_mask": table(lambda s: s.answer is not None and not s.own),
+        "token_logprobs": torch.stack([torch.stack([s.answer_logprobs for s in group]) for group in groups]),
+        "no_chain_logprobs": torch.stack([group[0].no_chain_logprobs for group in groups]),
     }
     return GroupScores(**(fields | overrides))
 
@@ -135,6 +144,8 @@ def batch_update(
         groups,
         chain_log_ratio=torch.tensor(log_ratio, dtype=torch.float64).view(len(groups), -1),
         verifiable_reward=torch.tensor([[float(s.own and s.answer == REFERENCE_ANSWER) for s in g] for g in groups]),
+        initial_token_logprobs=_answers(groups, reference),
+        initial_no_chain_logprobs=_answers_behind_none(groups, reference),
     )
     coefficients = sample_weights(rule, scores)
     tables = (coefficients.policy_weight, coefficients.answer_weight, coefficients.kl_weight, coefficients.end_weight)
@@ -148,8 +159,23 @@ def batch_update(
             reference_logprobs=logprobs,
         )
         entries = [float(table.flatten()[i]) for table in tables]
-        update += sequence_weights(rule, sequence, *entries).double() @ sample.gradients
+        slope = None
+        if coefficients.answer_slope is not None:
+            slope = coefficients.answer_slope.flatten(0, 1)[i, : sample.answer_length]
+        update += sequence_weights(rule, sequence, *entries, answer_slope=slope).double() @ sample.gradients
     return update
+
+
+def _answers(groups: Sequence[Sequence[Sample]], policy: TabularPolicy | None) -> Tensor | None:
+    """[P, G, 2] nats of a* behind each chain, by another policy."""
+    if policy is None:
+        return None
+    return torch.stack([torch.stack([policy.answer_logprobs(s.chain).detach() for s in group]) for group in groups])
+
+
+def _answers_behind_none(groups: Sequence[Sequence[Sample]], policy: TabularPolicy | None) -> Tensor | None:
+    """[P, 2] nats of a* behind the bare marker, by another policy."""
+    return None if policy is None else torch.stack([policy.answer_logprobs((MARKER,)).detach() for _ in groups])
 
 
 def _reference_logprobs(sample: Sample, reference: TabularPolicy | None) -> Tensor:

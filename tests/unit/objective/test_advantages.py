@@ -9,16 +9,13 @@ import torch
 from nemo_jepo.objective.estimators import (
     group_std,
     leave_one_out_advantage,
-    mean_logprob,
     mean_weights,
     moments,
     multi_sample_advantage,
     multi_sample_bound,
-    probability,
     scale_and_clip,
     single_sample_bound,
     std_from_moments,
-    sum_logprob,
 )
 
 FUNCTIONS = (multi_sample_advantage, leave_one_out_advantage)
@@ -50,23 +47,6 @@ def test_the_leave_one_out_advantage_is_the_reward_less_the_mean_of_the_others()
         expected = values[p, i].item() - statistics.fmean(others) if others else 0.0
         torch.testing.assert_close(advantage[p, i].item(), expected)
     assert (advantage[~mask] == 0).all()
-
-
-@pytest.mark.parametrize("score", [sum_logprob, mean_logprob, probability])
-def test_the_slope_of_a_score_is_its_derivative(score):
-    logprob, _ = random_group()
-    logprob.requires_grad_()
-    length = torch.randint(1, 9, logprob.shape)
-    value, slope = score(logprob, length)
-    (exact,) = torch.autograd.grad(value.sum(), logprob)
-    torch.testing.assert_close(slope.detach(), exact)
-
-
-def test_scores_are_the_likelihood_its_logarithm_and_the_mean_over_tokens():
-    logprob, length = torch.tensor([[-6.0, -1.0]]), torch.tensor([[3, 2]])
-    assert sum_logprob(logprob, length)[0].tolist() == [[-6.0, -1.0]]
-    assert mean_logprob(logprob, length)[0].tolist() == [[-2.0, -0.5]]
-    torch.testing.assert_close(probability(logprob, length)[0], torch.tensor([[math.exp(-6), math.exp(-1)]]))
 
 
 def test_mean_weights_are_the_gradient_of_the_single_sample_bound():

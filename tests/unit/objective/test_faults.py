@@ -9,7 +9,7 @@ from nemo_jepo.metrics import update_metrics
 from nemo_jepo.objective import sample_weights
 from nemo_jepo.objective.records import GroupScores
 from nemo_jepo.objective.tables import group_scores
-from nemo_jepo.types import Scores, Spliced
+from nemo_jepo.types import Scores, Spliced, SplicedBatch
 from tests.unit.objective.batches import PAPER
 from tests.unit.objective.tabular import PLAIN
 
@@ -20,7 +20,7 @@ RULES = {
     "the paper's": PAPER,
     "plain": replace(PLAIN, format_loss="paper", format_weight=0.7, kl_beta=0.1),
     "by group, a sum": replace(PAPER, std_scope="group", rl_reduction="sum"),
-    "per token": replace(PAPER, length_normalization="tokens"),
+    "per token": replace(PAPER, reward_normalization="answer_tokens", loss_normalization="chain"),
     "KL in the reward": replace(PLAIN, kl_beta=0.1, kl_estimator="k1_reward"),
     "over valid prompts": replace(PAPER, prompt_mean="valid"),
 }
@@ -54,7 +54,8 @@ def tables(
         return Scores(tuple(-step * (1 + one.group + one.sample + torch.arange(one.length - 1)) for one in sequences))
 
     of_samples = [rewards[one.group][one.sample] for one in sequences]
-    return group_scores(sequences, scores(0.3), scores(0.5), of_samples, len(samples[0]))
+    batch = SplicedBatch(sequences=sequences, group_size=len(samples[0]), rewards=of_samples)
+    return group_scores(batch, scores(0.3), scores(0.5))
 
 
 @pytest.mark.parametrize("name", ["rloo", "jepo_rl"])

@@ -38,7 +38,7 @@ def test_the_functions_are_those_of_the_setting():
 def test_paper_follows_the_exact_gradient_of_the_format_reward(policy):
     """grad of -p * P(no marker): acting on c_i when valid and on all of y_i when not loses nothing."""
     missing = torch.stack([policy.chain_logprobs(c).sum().exp() for c in CHAINS if MARKER not in c]).sum()
-    rule = replace(PLAIN, name="vr_cli", format_loss="paper")
+    rule = replace(PLAIN, name="jepo_single", beta_sup=0.0, format_loss="paper")
     likelihood_only = expected_update(replace(rule, format_loss="none"), marked_samples(policy), 2)
     update = expected_update(rule, marked_samples(policy), 2) - likelihood_only
     torch.testing.assert_close(update, policy.gradient(-10.0 * missing), **CLOSE)
@@ -59,7 +59,7 @@ def test_the_end_of_turn_follows_its_exact_gradient_behind_chains_and_answers_th
     chains = [chain for chain in CHAINS if MARKER in chain]
     held = [policy.chain_logprobs(chain).sum().exp().detach() for chain in chains]
     exact = sum(p * policy.answer_logprobs(chain, REFERENCE_ANSWER)[-1] for p, chain in zip(held, chains, strict=True))
-    rule = replace(PLAIN, name="vr_cli", format_loss="marker_and_end", format_weight=0.25)
+    rule = replace(PLAIN, name="jepo_single", beta_sup=0.0, format_loss="marker_and_end", format_weight=0.25)
     reward_alone = expected_update(replace(rule, format_loss="paper"), marked_samples(policy), 2)
     update = expected_update(rule, marked_samples(policy), 2) - reward_alone
     torch.testing.assert_close(update, policy.gradient(0.25 * exact), **CLOSE)
@@ -68,12 +68,12 @@ def test_the_end_of_turn_follows_its_exact_gradient_behind_chains_and_answers_th
 
 @pytest.mark.parametrize("name", [name for name, kind in OBJECTIVES.items() if not kind.supervised])
 @pytest.mark.parametrize("prompt_mean", ["all", "valid"])
-@pytest.mark.parametrize("length_normalization", ["none", "tokens"])
+@pytest.mark.parametrize("loss_normalization", ["none", "chain", "sequence", "batch"])
 def test_the_end_of_turn_has_its_weight_over_n_and_prompts_and_all_else_is_the_papers(
-    name, prompt_mean, length_normalization
+    name, prompt_mean, loss_normalization
 ):
     """1/(n P) with P of prompts that arrived, whatever the mean of the other terms is: it is one token, and no l_i."""
-    changes = {"prompt_mean": prompt_mean, "length_normalization": length_normalization, "format_weight": 0.5}
+    changes = {"prompt_mean": prompt_mean, "loss_normalization": loss_normalization, "format_weight": 0.5}
     rule, scores = replace(PAPER, name=name, **changes), batch()
     found, paper = (sample_weights(replace(rule, format_loss=form), scores) for form in ("marker_and_end", "paper"))
     arrived = scores.arrived_mask.sum(-1, keepdim=True).clamp(min=1)
@@ -87,7 +87,7 @@ def test_the_end_of_turn_has_its_weight_over_n_and_prompts_and_all_else_is_the_p
 def test_an_end_of_turn_that_did_not_arrive_and_a_table_without_any_have_no_weight():
     scores = batch()
     lost = replace(scores, ends_mask=torch.ones_like(scores.arrived_mask))
-    rule = replace(PLAIN, name="vr_cli", format_loss="marker_and_end")
+    rule = replace(PLAIN, name="jepo_single", beta_sup=0.0, format_loss="marker_and_end")
     assert (sample_weights(rule, lost).end_weight[~scores.arrived_mask] == 0).all()
     assert (sample_weights(rule, replace(scores, ends_mask=None)).end_weight == 0).all()
 

@@ -40,7 +40,8 @@ def on_ranks(rule: UpdateRule, scores: GroupScores, sizes: list[int]) -> SampleW
 
     with ThreadPoolExecutor(len(sizes)) as pool:
         parts = list(pool.map(run, range(len(sizes))))
-    joined = {f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(SampleWeights)}
+    of_ranks = {f.name: [getattr(part, f.name) for part in parts] for f in fields(SampleWeights)}
+    joined = {name: None if values[0] is None else torch.cat(values) for name, values in of_ranks.items()}
     return SampleWeights(**(joined | {"advantage_std": parts[0].advantage_std}))
 
 
@@ -67,13 +68,14 @@ def test_what_stands_at_an_invalid_position_changes_no_weight(name, junk):
     rule = replace(PAPER, name=name, kl_estimator="k1_reward")
     clean = batch()
     counts = {"answer_logprob": clean.valid_mask, "chain_log_ratio": clean.arrived_mask}
+    counts |= dict.fromkeys(("token_logprobs", "initial_token_logprobs"), clean.valid_mask.unsqueeze(-1))
     dirty = map_tensors(clean, lambda n, value: torch.where(counts[n], value, junk) if n in counts else value)
     weights_equal(sample_weights(rule, dirty), sample_weights(rule, clean))
 
 
-@pytest.mark.parametrize("name", ["jepo", "jepo_single", "vr_cli", "prob_pg", "jepo_rl"])
+@pytest.mark.parametrize("name", ["jepo", "jepo_single", "verifree", "jepo_rl"])
 def test_adding_a_constant_to_every_log_prob_changes_no_weight(name):
-    """prob_pg too: scaled by the largest likelihood of the batch, it reads only differences."""
+    """verifree too: scaled by the largest likelihood of the batch, it reads only differences."""
     rule = replace(PAPER, name=name)
     moved = sample_weights(rule, batch(level=-1e4))
     weights_equal(moved, sample_weights(rule, batch(level=-20.0)), tolerance=1e-8)
@@ -87,7 +89,7 @@ def test_a_failed_sample_counts_nowhere(name):
     failed = map_tensors(kept, lambda n, value: value.clone())
     for mask in (failed.arrived_mask, failed.valid_mask, failed.has_marker):
         mask[0, 3] = False
-    without = map_tensors(kept, lambda n, value: value[:, :3])
+    without = map_tensors(kept, lambda n, value: value if "no_chain" in n else value[:, :3])
     rule = replace(PAPER, name=name)
     expected, got = sample_weights(rule, without), sample_weights(rule, failed)
     for field in ("policy_weight", "answer_weight", "kl_weight"):

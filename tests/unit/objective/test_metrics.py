@@ -1,15 +1,16 @@
 """Reported figures of a batch that is small enough to work out by hand."""
 
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
 
 from nemo_jepo.metrics import update_metrics, without_valid_sample
-from nemo_jepo.objective import GroupScores, SampleWeights, sample_weights
+from nemo_jepo.objective import GroupScores, sample_weights
 from nemo_jepo.objective.tables import group_scores
-from nemo_jepo.types import Scores, Spliced
+from nemo_jepo.types import Scores, Spliced, SplicedBatch
+from tests.unit.objective.batches import batch, map_tensors
 from tests.unit.objective.tabular import PLAIN
 
 RULE = replace(PLAIN, normalize=True, kl_beta=1e-3)
@@ -85,10 +86,24 @@ def test_the_end_of_turn_is_the_last_token_behind_a_reference_answer():
         Spliced(sample=1, chain_length=3, answer_length=2, **common),
     ]
     logprobs = torch.tensor([-1.0, -2.0, -4.0, -8.0, -16.0])
-    scores = group_scores(sequences, Scores((logprobs, logprobs)), None, None, 2)
+    scores = group_scores(SplicedBatch(sequences=sequences, group_size=2), Scores((logprobs, logprobs)))
     assert scores.answer_logprob.tolist() == [[-28.0, -24.0]]
     assert scores.ends_mask.tolist() == [[True, False]] and scores.end_logprob[0, 0] == -16.0
     assert update_metrics(RULE, scores, sample_weights(RULE, scores))["end_logprob"] == (-16.0, 1.0)
+
+
+def test_the_chain_gain_is_reported_where_the_answer_was_scored_without_a_chain():
+    """l = -3 and -5 (and an invalid sample) behind chains, -1 - 3 behind none."""
+    scores = replace(
+        map_tensors(batch(), lambda n, value: value[:1]),
+        answer_logprob=torch.tensor([[-3.0, -5.0, -9.0, -9.0]]),
+        valid_mask=torch.tensor([[True, True, False, False]]),
+        no_chain_logprobs=torch.tensor([[-1.0, -3.0, 0.0]]),
+    )
+    found = update_metrics(RULE, scores, sample_weights(RULE, scores))
+    assert found["chain_gain"] == (0.0, 2.0) and found["no_chain_nll"] == (4.0, 1.0)
+    unscored = replace(scores, no_chain_logprobs=None)
+    assert not {"chain_gain", "no_chain_nll"} & set(update_metrics(RULE, unscored, sample_weights(RULE, unscored)))
 
 
 @pytest.mark.parametrize(
@@ -126,11 +141,8 @@ def test_figures_of_two_ranks_add_up_to_those_of_the_batch(name):
     parts = [
         update_metrics(
             rule,
-            GroupScores(**{f.name: getattr(scores, f.name)[p : p + 1] for f in fields(GroupScores)}),
-            SampleWeights(
-                **{f.name: getattr(coefficients, f.name)[p : p + 1] for f in fields(SampleWeights)}
-                | {"advantage_std": coefficients.advantage_std}
-            ),
+            map_tensors(scores, lambda name, value, p=p: value[p : p + 1]),
+            map_tensors(coefficients, lambda name, value, p=p: value if name == "advantage_std" else value[p : p + 1]),
         )
         for p in range(2)
     ]

@@ -9,7 +9,7 @@ import torch
 from nemo_jepo.objective import GroupScores, sample_weights, uses_verifiable_reward
 from nemo_jepo.objective.estimators import bound_weights, leave_one_out_advantage, multi_sample_advantage
 from nemo_jepo.objective.registry import LIKELIHOOD_TERMS
-from tests.unit.objective.batches import OBJECTIVES, PAPER, batch, map_tensors, weights_equal
+from tests.unit.objective.batches import ANSWERS, OBJECTIVES, PAPER, batch, map_tensors, weights_equal
 from tests.unit.objective.tabular import PLAIN
 
 
@@ -49,7 +49,7 @@ def test_the_rl_weight_is_averaged_over_samples_and_over_prompts(name, prompt_me
     rule = replace(PAPER, name=name, prompt_mean=prompt_mean, format_loss="none")
     coefficients, num_arrived = sample_weights(rule, batch()), batch().arrived_mask.sum(-1, keepdim=True).clamp(min=1)
     torch.testing.assert_close(coefficients.policy_weight, coefficients.advantage / num_arrived / count)
-    assert coefficients.policy_weight.abs().max() > 1e-3
+    assert (coefficients.policy_weight.abs().max() > 1e-3) == (name != "sft_sampled_chain")
 
 
 @pytest.mark.parametrize("name", [name for name, kind in OBJECTIVES.items() if not kind.supervised])
@@ -133,22 +133,58 @@ def test_verifiable_prompts_are_all_in_rloo_those_with_a_success_in_jepo_rl_and_
         assert uses_verifiable_reward(name, reward).tolist() == expected.get(name, [False] * 4)
 
 
-def test_length_normalization_divides_log_probs_by_their_number():
-    """Equal to plain coefficients of l_i / |a_i|, over |c_i| and |a_i| tokens."""
-    scores, rule = batch(), replace(PAPER, length_normalization="tokens")
+@pytest.mark.parametrize("name", ["jepo", "jepo_single"])
+def test_reward_normalization_makes_means_of_sums_and_touches_nothing_else(name):
+    """Equal to plain coefficients of l_i / |a_i|, whose gradient is that of l_i over |a_i|."""
+    scores, rule = batch(), replace(PAPER, name=name)
     per_token = replace(scores, answer_logprob=scores.answer_logprob / scores.answer_length)
-    plain, normalised = sample_weights(PAPER, per_token), sample_weights(rule, scores)
-    torch.testing.assert_close(normalised.policy_weight, plain.policy_weight / scores.chain_length)
+    plain = sample_weights(rule, per_token)
+    normalised = sample_weights(replace(rule, reward_normalization="answer_tokens"), scores)
+    torch.testing.assert_close(normalised.policy_weight, plain.policy_weight)
     torch.testing.assert_close(normalised.answer_weight, plain.answer_weight / scores.answer_length)
     torch.testing.assert_close(normalised.kl_weight, plain.kl_weight)
 
 
-def test_length_normalization_counts_own_answers_among_the_sampled_tokens():
-    scores = batch()
-    plain = sample_weights(replace(PAPER, name="rloo"), scores)
-    normalised = sample_weights(replace(PAPER, name="rloo", length_normalization="tokens"), scores)
-    tokens = scores.chain_length + scores.answer_length * scores.valid_mask
-    torch.testing.assert_close(normalised.policy_weight, plain.policy_weight / tokens)
+@pytest.mark.parametrize("name", ["jepo", "rloo"])
+@pytest.mark.parametrize("normalization", ["chain", "sequence", "batch"])
+def test_loss_normalization_divides_log_probs_by_their_number(name, normalization):
+    """chain: own answers, which rloo samples, count among the chain's tokens. The KL stays a sum."""
+    scores, rule = batch(), replace(PAPER, name=name)
+    plain, found = sample_weights(rule, scores), sample_weights(replace(rule, loss_normalization=normalization), scores)
+    both = scores.chain_length + scores.answer_length
+    sampled = scores.chain_length + scores.answer_length * (scores.valid_mask if name == "rloo" else 0)
+    mean = (both * scores.arrived_mask).sum() / scores.arrived_mask.sum()
+    policy, answer = {"chain": (sampled, scores.answer_length), "sequence": (both, both), "batch": (mean, mean)}[
+        normalization
+    ]
+    torch.testing.assert_close(found.policy_weight, plain.policy_weight / policy)
+    torch.testing.assert_close(found.answer_weight, plain.answer_weight / answer)
+    torch.testing.assert_close(found.kl_weight, plain.kl_weight)
+    torch.testing.assert_close(found.end_weight, plain.end_weight)
+
+
+@pytest.mark.parametrize("normalization", ["none", "chain", "sequence", "batch"])
+def test_supervised_targets_are_summed_or_averaged_as_loss_normalization_says(normalization):
+    """Two targets of 2 + 1 and 3 + 4 tokens."""
+    one = torch.ones(2, 1)
+    scores = GroupScores(
+        answer_logprob=torch.zeros(2, 1),
+        valid_mask=one.bool(),
+        arrived_mask=one.bool(),
+        has_marker=one.bool(),
+        chain_length=torch.tensor([[2], [3]]),
+        answer_length=torch.tensor([[1], [4]]),
+        chain_log_ratio=torch.zeros(2, 1),
+    )
+    found = sample_weights(replace(PLAIN, name="sft", loss_normalization=normalization), scores)
+    chain, answer = {
+        "none": ((1, 1), (1, 1)),
+        "chain": ((2, 3), (1, 4)),
+        "sequence": ((3, 7), (3, 7)),
+        "batch": ((5, 5), (5, 5)),
+    }[normalization]
+    torch.testing.assert_close(found.policy_weight, 0.5 / torch.tensor([chain], dtype=torch.float64).T)
+    torch.testing.assert_close(found.answer_weight, 0.5 / torch.tensor([answer], dtype=torch.float64).T)
 
 
 def test_rl_reduction_sum_drops_one_over_n_from_the_rl_term_alone():
@@ -157,7 +193,7 @@ def test_rl_reduction_sum_drops_one_over_n_from_the_rl_term_alone():
     num_arrived = batch().arrived_mask.sum(-1, keepdim=True)
     torch.testing.assert_close(total.policy_weight, mean.policy_weight * num_arrived)
     torch.testing.assert_close(total.answer_weight, mean.answer_weight)
-    format_only = replace(PAPER, name="vr_cli")
+    format_only = replace(PAPER, name="jepo_single", beta_sup=0.0)
     same = map_tensors(batch(), lambda n, value: torch.zeros_like(value) if n == "answer_logprob" else value)
     weights_equal(sample_weights(format_only, same), sample_weights(replace(format_only, rl_reduction="sum"), same))
 
@@ -183,10 +219,8 @@ def test_a_batch_in_which_nothing_arrived_has_no_update(name):
 
 @pytest.mark.parametrize("name", [name for name, kind in OBJECTIVES.items() if not kind.supervised])
 def test_samples_that_are_all_equal_get_no_weight(name):
-    equal = map_tensors(batch(), lambda n, v: torch.full_like(v, -1e4) if n == "answer_logprob" else v)
-    equal = replace(
-        equal, verifiable_reward=equal.valid_mask.double(), answer_length=torch.full_like(equal.answer_length, 7)
-    )
+    equal = map_tensors(batch(), lambda n, v: torch.full_like(v, -1e4) if n in ANSWERS else v)
+    equal = replace(equal, verifiable_reward=equal.valid_mask.double())
     assert sample_weights(replace(PAPER, name=name, format_loss="none"), equal).policy_weight.abs().max() < 1e-5
 
 
@@ -203,7 +237,8 @@ def test_one_dominant_sample_takes_both_weights():
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_valid_sample_without_a_finite_log_prob_is_refused(name, value):
     scores = batch()
-    scores.answer_logprob[0, 2] = value
+    for table in ANSWERS:
+        getattr(scores, table)[0, 2] = value
     scores.verifiable_reward[0] = 0.0
     with pytest.raises(ValueError, match="valid sample 2 of group 0"):
         sample_weights(replace(PAPER, name=name), scores)
@@ -218,7 +253,8 @@ def test_a_verifiable_objective_without_a_reward_is_refused(name):
 @pytest.mark.parametrize("field", [f.name for f in fields(GroupScores) if f.name != "chain_k3"])
 def test_tensors_of_different_shapes_are_refused(field):
     scores = batch()
-    for wrong in (getattr(scores, field)[:, :3], getattr(scores, field)[0]):
+    table = getattr(scores, field)
+    for wrong in (table[:3] if "no_chain" in field else table[:, :3], table[0]):
         with pytest.raises(ValueError, match="every tensor must be"):
             replace(scores, **{field: wrong})
 
@@ -228,7 +264,9 @@ def test_tensors_of_different_shapes_are_refused(field):
     [
         {"name": "jepoo"},
         {"rl_reduction": "max"},
-        {"length_normalization": "sqrt"},
+        {"reward_normalization": "sqrt"},
+        {"loss_normalization": "tokens"},
+        {"no_chain": "frozen"},
         {"format_loss": "penalty"},
         {"importance_sampling": "token"},
         {"std_scope": "rank"},

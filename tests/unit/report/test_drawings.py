@@ -71,6 +71,13 @@ def test_every_regime_is_a_panel_with_a_line_a_band_and_a_name_for_every_arm(res
         assert axes.get_xlabel() == "updates" and "accuracy" in axes.get_ylabel()
 
 
+def test_what_chains_add_is_drawn_where_it_was_measured(results):
+    assert "chain_gain" not in [plot.name for plot in plots_of(results(rows()))]
+    table = [(*row[:5], "val_rollouts/chain_gain", row[6]) for row in rows(metrics=["proxy_nll"])]
+    _, drawn = figure(results(table), "chain_gain")
+    assert list(named_lines(drawn.axes[0])) == list(ARMS) and "nats" in drawn.axes[0].get_ylabel()
+
+
 def test_a_set_that_is_evaluated_once_shows_its_chains_in_training(results):
     """A line needs two points: such a set has none over held-out problems."""
     training = [

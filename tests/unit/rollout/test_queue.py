@@ -49,9 +49,9 @@ class Recorder:
         return {"failed_samples": float(len(self.asked))}
 
 
-def queue(sampler: Recorder | None, max_staleness: int = 0, max_steps: int = 9, layout: OneRank | None = None):
+def queue(sampler: Recorder | None, max_staleness: int = 0, num_batches: int | None = 9, layout: OneRank | None = None):
     """Of a run that is at step 0: what is so many steps ahead is the batch of that step."""
-    return RolloutQueue(sampler, layout or OneRank(), request, batch, max_staleness, max_steps)
+    return RolloutQueue(sampler, layout or OneRank(), request, batch, max_staleness, num_batches)
 
 
 def test_each_step_gets_the_rollouts_of_its_own_prompts_and_seed():
@@ -63,12 +63,19 @@ def test_each_step_gets_the_rollouts_of_its_own_prompts_and_seed():
 
 def test_with_staleness_the_next_steps_are_asked_for_once_and_none_beyond_the_last():
     sampler = Recorder()
-    rollouts = queue(sampler, max_staleness=2, max_steps=3)
+    rollouts = queue(sampler, max_staleness=2, num_batches=3)
     rollouts.take(batch(0), 0)
     assert [seed for _, seed in sampler.asked] == [0, 1, 2]
     assert sampler.asked[2] == ([20, 21], 2)
     assert rollouts.take(batch(1), 1)[0].policy_version == 1
     assert len(sampler.asked) == 3
+
+
+def test_a_batch_that_is_ahead_of_the_stream_asks_for_those_behind_it():
+    """Number 4, two ahead of the stream's next one: the batch after it is three ahead."""
+    sampler = Recorder()
+    queue(sampler, max_staleness=1, num_batches=None).take(batch(2), 4, ahead=2)
+    assert sampler.asked == [([20, 21], 4), ([30, 31], 5)]
 
 
 def test_a_rank_without_a_sampler_is_told_what_the_first_rank_of_its_replica_drew():
