@@ -100,6 +100,9 @@ def _check_arithmetic(arithmetic: ArithmeticConfig) -> None:
     if both > 1:
         rule = "must be at most 1; the rest has no chain of thought"
         raise ConfigError("data.arithmetic.right_share + corrupted_share", both, rule, "Lower one of them")
+    if arithmetic.corrupted_steps > arithmetic.num_steps:
+        rule = f"a chain has {arithmetic.num_steps} steps (data.arithmetic.num_steps)"
+        raise ConfigError("data.arithmetic.corrupted_steps", arithmetic.corrupted_steps, rule, "Lower it")
 
 
 def _check_machines(trainer: TrainerConfig, model: ModelConfig, world_size: int) -> None:

@@ -39,7 +39,11 @@ class ArithmeticConfig:
     right_share: float = setting(0.4, ge=0, le=1)
     """Share of the warm-up corpus whose chain of thought is right."""
     corrupted_share: float = setting(0.4, ge=0, le=1)
-    """Share whose chain of thought has a wrong intermediate result; the answer stays the true one."""
+    """Share whose chain of thought has wrong intermediate results."""
+    corrupted_steps: int = setting(1, ge=1)
+    """Wrong intermediate results of such a chain; what comes after one follows from it."""
+    corrupted_answer: str = setting("right", choices=("right", "follows"))
+    """The answer behind such a chain: right all the same, or the one that follows from the chain's own steps."""
     answers: str = setting("short", choices=("short", "mixed", "derivation"))
     """How reference answers are written: short (a digit), mixed (some problems in words, answered by a phrase that no
     verifier reads) or derivation (sentences that no verifier reads)."""

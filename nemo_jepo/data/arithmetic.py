@@ -1,16 +1,19 @@
 """Generated chains such as 7+5*3-2=, evaluated left to right mod 10: a task that small models learn from scratch.
 
-The warm-up corpus is what makes it a test of JEPO. Its answers are always true, its chains of thought are right
-(`right_share`), wrong (`corrupted_share`) or absent. A model trained on it samples right and wrong chains, and has
-learned that the answer follows a right chain but not a wrong one:
+The warm-up corpus is what makes it a test of JEPO. Its chains of thought are right (`right_share`), wrong
+(`corrupted_share`) or absent. A model trained on it samples right and wrong chains, and has learned that the true
+answer follows a right chain but not a wrong one:
 
     log pi(a*|x, right chain)  >>  log pi(a*|x, wrong chain)
 
-That difference is all that JEPO is given to improve the chains with; no reward and no verifier.
+That difference is all that JEPO is given to improve the chains with; no reward and no verifier. The answers are always
+true, or with `corrupted_answer=follows` what the chain before them leads to. A model trained on these believes its
+chains, so that a wrong one costs likelihood where no chain would cost less.
 How problems and answers are written (`data.arithmetic.answers`) is in `nemo_jepo.data.arithmetic_text`.
 """
 
 import random
+from collections.abc import Mapping
 from typing import Literal
 
 from nemo_jepo.config.errors import ConfigError
@@ -79,33 +82,41 @@ def _rows(
     rows = []
     for line, (expression, kind, words) in enumerate(zip(expressions, kinds, in_words, strict=True), start=1):
         right = _results(expression)
-        shown = _corrupted(expression, rng) if kind == "corrupted" else right
+        shown = _corrupted(expression, config.corrupted_steps, rng) if kind == "corrupted" else right
         chain = None if kind == "absent" else arithmetic_text.chain(expression, shown, words)
-        answer = arithmetic_text.answer(expression, right, config.answers, words, style)
+        led_to = shown if config.corrupted_answer == "follows" else right  # shown is right in every other kind of row
+        answer = arithmetic_text.answer(expression, led_to, config.answers, words, style)
         question = arithmetic_text.question(expression, words)
         verifiable = not words and config.answers != "derivation"
         rows.append(Row("arithmetic", line, question, answer, chain, verifiable))
     return rows
 
 
-def _results(expression: Expression, wrong_step: int = -1, wrong_result: int = 0) -> list[int]:
-    """The result after every operation; that of wrong_step is replaced and carried on."""
+def _results(expression: Expression, slips: Mapping[int, int] | None = None) -> list[int]:
+    """The result after every operation; that of a step among the slips (step -> result) is replaced and carried on."""
     result, steps = expression
     results = []
     for index, (operator, operand) in enumerate(steps):
         result = {"+": result + operand, "-": result - operand, "*": result * operand}[operator] % MODULUS
-        result = wrong_result if index == wrong_step else result
+        result = (slips or {}).get(index, result)
         results.append(result)
     return results
 
 
-def _corrupted(expression: Expression, rng: random.Random) -> list[int]:
-    """Results with one random step wrong, later steps following from it, that end in a wrong answer.
+def _corrupted(expression: Expression, num_slips: int, rng: random.Random) -> list[int]:
+    """Results with num_slips random steps wrong, the others following from those before, that end in a wrong answer.
 
-    A slip that a later operation heals (such as *0) is drawn again: it would teach that wrong chains lead to a*.
+    Slips that a later operation heals (such as *0) are drawn again: they would teach that wrong chains lead to a*.
     """
     right = _results(expression)
     while True:
-        results = _results(expression, rng.randrange(len(right)), rng.randrange(MODULUS))
-        if results[-1] != right[-1]:
+        slips = {step: rng.randrange(MODULUS) for step in rng.sample(range(len(right)), num_slips)}
+        results = _results(expression, slips)
+        if results[-1] != right[-1] and all(_is_slip(expression, slips, step) for step in slips):
             return results
+
+
+def _is_slip(expression: Expression, slips: Mapping[int, int], step: int) -> bool:
+    """Whether the result at `step` is another than follows from the results before it."""
+    earlier = {index: result for index, result in slips.items() if index < step}
+    return _results(expression, earlier)[step] != slips[step]

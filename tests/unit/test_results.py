@@ -15,7 +15,7 @@ from nemo_jepo.tools.report.results import read_all, read_results
 from nemo_jepo.tools.report.tables import markdown, tables_of
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = {"tables.md": "index.md"}
+PAGES = {"tables.md": "index.md", "family/tables.md": "family.md"}
 """Tables -> the page whose command makes them."""
 TEXTS = {page: (DOCS / "results" / page).read_text() for page in PAGES.values()}
 SETS = sorted(file.parent.name for file in (DOCS / "results").glob("*/results.parquet"))
@@ -30,6 +30,17 @@ CLAIMS = [
     ("mini_semi", "jepo", "rloo", VERIFIABLE, "below"),
     ("mini_unverifiable", "jepo", "sft", "proxy_nll", "below"),
     ("mini_unverifiable", "jepo", "jepo_beta_sup_0", "proxy_nll", "below"),
+    *(("mini_family_verifiable", arm, "jepo", ACCURACY, "within noise") for arm in ("verifree", "nrt", "gm", "rloo")),
+    *(
+        ("mini_family_verifiable", arm, "jepo", ACCURACY, "below")
+        for arm in ("avg_logprob", "jepo_single", "rlpr", "sft_sampled_chain")
+    ),
+    ("mini_family_unverifiable", "nrt", "jepo", "proxy_nll", "within noise"),
+    *(
+        ("mini_family_unverifiable", arm, "jepo", "proxy_nll", "above")
+        for arm in ("jepo_single", "avg_logprob", "gm", "verifree", "r3", "rlpr", "vr_cli")
+    ),
+    ("mini_family_unverifiable", "verifree", "jepo", ACCURACY, "within noise"),
 ]
 
 
@@ -108,6 +119,18 @@ def test_the_readme_has_the_means(line):
     cells = [f"{value:.2f}" for value in (bands[0].mean[0], *(band.mean[-1] for band in bands))]
     (row,) = [row for row in (DOCS.parent / "README.md").read_text().splitlines() if row.startswith(f"| {line} |")]
     assert [cell.strip() for cell in row.split("|")[2:-1] if cell.strip()] == cells
+
+
+FAMILY = {"short": ("mini_family_verifiable", ACCURACY), "long": ("mini_family_unverifiable", "proxy_nll")}
+
+
+def test_the_family_page_has_the_means_of_every_member_that_needs_no_program():
+    rows = [line.split("|") for line in TEXTS["family.md"].splitlines() if re.match(r"\| `\w+` \|", line)]
+    assert {cells[1].strip("` ") for cells in rows} == set(load_experiment("mini_family_unverifiable").arms)
+    for cells in rows:
+        for (name, metric), cell in zip(FAMILY.values(), cells[3:5], strict=True):
+            found = last(name, cells[1].strip("` "), metric).values()
+            assert cell.strip() == f"{sum(found) / len(found):.3f}"
 
 
 @pytest.mark.parametrize("tables", PAGES)

@@ -115,6 +115,7 @@ def test_the_whole_line_of_a_broken_rule():
         # data
         (["data=jsonl"], 1, "data.train_path=None: data=jsonl reads a file"),
         (["data.system_prompt=Think"], 1, "data.system_prompt='Think': is a turn of the chat template"),
+        (["data.arithmetic.corrupted_steps=5"], 1, "data.arithmetic.corrupted_steps=5: "),
         (["data.arithmetic.right_share=0.7"], 1, "data.arithmetic.right_share + corrupted_share=1.1: "),
         # machines
         (["trainer.devices=2"], 1, "trainer.num_nodes * trainer.devices=2: 1 processes were started"),

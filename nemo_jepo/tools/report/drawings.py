@@ -116,7 +116,8 @@ def _draw_panel(axes: "Axes", plot: Plot, lines: Sequence[Line], places: Mapping
 
 def _style(place: int, theme: str) -> dict[str, Any]:
     palette = PALETTE[theme]
-    return {"color": palette[place % len(palette)], "linestyle": DASHES[place % len(DASHES)]}
+    rounds, place_in_palette = divmod(place, len(palette))
+    return {"color": palette[place_in_palette], "linestyle": DASHES[(place + rounds) % len(DASHES)]}
 
 
 def _name_ends(axes: "Axes", lines: Sequence[Line], colors: Sequence[str]) -> None:

@@ -1,5 +1,6 @@
 """The generated chains, read back from their text by an oracle that shares no code with the generator."""
 
+import dataclasses
 import re
 
 import pytest
@@ -58,9 +59,32 @@ def test_the_warm_up_corpus_has_the_shares_asked_for_and_no_wrong_chain_leads_to
     assert len({row.chain_of_thought is None for row in rows[:50]}) == 2  # in random order, not in blocks
 
 
+@pytest.mark.parametrize("answers", ["short", "derivation"])
+def test_an_answer_may_follow_a_corrupted_chain_and_nothing_else_changes(answers):
+    config = ArithmeticConfig(num_train=200, right_share=0.3, corrupted_share=0.4, answers=answers)
+    follows = dataclasses.replace(config, corrupted_answer="follows")
+    for split in ("train", "validation"):
+        assert arithmetic_rows(follows, split, seed=5) == arithmetic_rows(config, split, seed=5)
+    pairs = list(zip(*(arithmetic_rows(it, "warmup", seed=5) for it in (config, follows)), strict=True))
+    for row, following in pairs:
+        wrong = row.chain_of_thought is not None and wrong_steps(row) > 0
+        assert dataclasses.replace(following, answer=row.answer) == row and (following.answer != row.answer) == wrong
+        if following.chain_of_thought is not None:
+            chain = row.chain_of_thought
+            assert re.search(r"\d", following.answer)[0] == chain[-1]
+            assert answers == "short" or re.findall(r"\d[-+*]\d=\d", following.answer) == chain.split(" ")
+
+
 def test_shares_that_round_up_together_still_fit():
     rows = arithmetic_rows(ArithmeticConfig(num_train=3, right_share=0.5, corrupted_share=0.5), "warmup", seed=5)
     assert len(rows) == 3 and all(row.chain_of_thought for row in rows)
+
+
+@pytest.mark.parametrize("num_slips", [1, 2, 4])
+def test_a_corrupted_chain_has_as_many_wrong_steps_as_asked_for(num_slips):
+    config = ArithmeticConfig(num_train=300, right_share=0, corrupted_share=1, corrupted_steps=num_slips)
+    for row in arithmetic_rows(config, "warmup", seed=5):
+        assert steps_follow(row) and wrong_steps(row) == num_slips and row.chain_of_thought[-1] != row.answer
 
 
 def test_a_slip_may_stand_at_every_step():

@@ -200,6 +200,14 @@ def test_arms_are_told_apart_by_colour_and_by_dashes(results):
     assert [line.is_dashed() for line in lines] == [False, True, True]
 
 
+def test_as_many_arms_as_the_likelihood_family_has_look_all_different(results):
+    arms = "abcdefghijklmnop"
+    plot = plots_of(results(rows(arms=arms, regimes=REGIMES[:1])))[0]
+    drawn = draw(plot, {arm: place for place, arm in enumerate(arms)}, "light")
+    lines = named_lines(drawn.axes[0]).values()
+    assert len({(line.get_color(), str(line._unscaled_dash_pattern)) for line in lines}) == len(arms)
+
+
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=10))
 def test_names_keep_their_order_and_their_distance(heights):
     moved = spread(sorted(heights), 0.075)
