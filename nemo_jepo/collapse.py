@@ -24,8 +24,8 @@ HELD_OUT_GAIN = "val_rollouts/chain_gain_median"
 VALID = "train_rollouts/valid_rate"
 MIN_CHAINS = 32
 REMEDY = (
-    "Let chains pay first: warm up on worked examples (warmup.max_steps, warmup.sft_target=chain_of_thought) or on "
-    "the model's own chains (warmup.sft_target=sampled_chain), or hold their length (answer.min_cot_tokens); "
+    "Show solved examples (data.examples), warm up on worked ones (warmup.max_steps, "
+    "warmup.sft_target=chain_of_thought), or count a chain that does not help as none (objective=nrt, rlpr); "
     "docs/guides/chains-that-do-not-collapse.md says which helps when"
 )
 

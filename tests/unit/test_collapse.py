@@ -36,7 +36,7 @@ def test_a_collapse_is_said_once_with_its_step_its_lengths_and_what_to_do():
     assert line.startswith(
         "step 17: chains of thought collapsed, from 12.8 tokens before the marker at step 11 to 0.9. "
     )
-    assert "warmup.sft_target=chain_of_thought" in line and "warmup.sft_target=sampled_chain" in line
+    assert "warmup.sft_target=chain_of_thought" in line and "objective=nrt" in line
     assert watch.see(18, {LENGTH: 0.5}) == []
     assert (watch.collapsed_at, watch.useless_at) == (17, None)
 

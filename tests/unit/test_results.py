@@ -15,7 +15,7 @@ from nemo_jepo.tools.report.results import read_all, read_results
 from nemo_jepo.tools.report.tables import markdown, tables_of
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = {"tables.md": "index.md", "family/tables.md": "family.md"}
+PAGES = {"tables.md": "index.md", "family/tables.md": "family.md", "collapse/tables.md": "collapse.md"}
 """Tables -> the page whose command makes them."""
 TEXTS = {page: (DOCS / "results" / page).read_text() for page in PAGES.values()}
 SETS = sorted(file.parent.name for file in (DOCS / "results").glob("*/results.parquet"))
@@ -41,6 +41,16 @@ CLAIMS = [
         for arm in ("jepo_single", "avg_logprob", "gm", "verifree", "r3", "rlpr", "vr_cli")
     ),
     ("mini_family_unverifiable", "verifree", "jepo", ACCURACY, "within noise"),
+    *(
+        ("mini_collapse", arm, other, metric, relation)
+        for arm in ("rlpr", "nrt", "vr_cli", "small_answer_term")
+        for other in ("jepo", "sft")
+        for metric, relation in ((ACCURACY, "above"), ("proxy_nll", "below"))
+    ),
+    *(("mini_collapse", arm, "jepo", ACCURACY, "above") for arm in ("verifree", "r3", "gm")),
+    *(("mini_collapse", arm, "jepo", ACCURACY, "within noise") for arm in ("avg_logprob", "warm_start_jepo")),
+    ("mini_collapse", "floor", "jepo", ACCURACY, "below"),
+    ("mini_collapse", "floor_small_answer_term", "small_answer_term", ACCURACY, "within noise"),
 ]
 
 
@@ -79,6 +89,19 @@ def test_a_claim_of_the_page_is_what_was_measured(name, arm, other, metric, rela
         "below": max(found) < 0,
         "within noise": overlap(last(name, arm, metric).values(), last(name, other, metric).values()),
     }[relation]
+
+
+@pytest.mark.parametrize("arm", ["rlpr", "nrt", "vr_cli"])
+def test_objectives_that_count_a_useless_chain_as_none_keep_chains_as_long_as_a_right_one(arm):
+    """In every seed of mini_collapse; a right chain of three steps has 17 tokens, the marker 4."""
+    marker, right = 4, 17
+    (comparison,) = read_results(DOCS / "results" / "mini_collapse" / "results.parquet")
+    lengths = comparison.arms[arm]["cot_tokens_mean"]
+    assert len(lengths) == 3 and min(curve[max(curve)] for curve in lengths.values()) >= marker + right
+    shortest = min(length - marker for curve in lengths.values() for step, length in curve.items() if step > 0)
+    said = re.search(r"never shorter than ([\d.]+) tokens at a validation", TEXTS["collapse.md"])
+    assert said is not None and shortest >= float(said[1])
+    assert f"| `{arm}` | " in TEXTS["collapse.md"]
 
 
 def test_the_single_sample_bound_is_closing_in():
@@ -135,7 +158,7 @@ def test_the_family_page_has_the_means_of_every_member_that_needs_no_program():
 
 @pytest.mark.parametrize("tables", PAGES)
 def test_the_tables_are_those_of_the_results(tables):
-    command = re.search(r"mini_\{([^}]+)\}/results.parquet", TEXTS[PAGES[tables]])
+    command = re.search(r"--results mini_\{?([\w,]+)\}?/results.parquet", TEXTS[PAGES[tables]])
     assert command
     files = [DOCS / "results" / f"mini_{name}" / "results.parquet" for name in command[1].split(",")]
     assert (DOCS / "results" / tables).read_text() == markdown(tables_of(read_all(files)))
@@ -153,9 +176,14 @@ def test_results_are_of_every_arm_and_seed_of_the_set_to_its_last_update(name):
     assert {row["regime"] for row in rows} == {experiment.regime}
 
 
+def sets_of(page: str) -> list[str]:
+    """What the page's command runs."""
+    listed = re.search(r"for set in ([^;]+);", page)
+    return listed[1].split() if listed else re.findall(r"^    nemo-jepo experiment mini_(\w+)", page, re.MULTILINE)
+
+
 def test_every_set_that_was_run_is_in_the_command_and_every_picture_exists():
-    commands = [re.search(r"for set in ([^;]+);", text) for text in TEXTS.values()]
-    assert sorted(f"mini_{name}" for command in commands if command for name in command[1].split()) == SETS
+    assert sorted(f"mini_{name}" for text in TEXTS.values() for name in sets_of(text)) == SETS
     for text in TEXTS.values():
         pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
         assert pictures and all((DOCS / "results" / picture).is_file() for picture in pictures)
