@@ -30,5 +30,5 @@ if [[ -n ${VALIDATION_DATA:-} ]]; then RECIPE_OVERRIDES+=("data.validation_path=
 
 # shellcheck source-path=SCRIPTDIR source=launch.sh
 source "${PROJECT_DIR:-${SLURM_SUBMIT_DIR:?start this script with sbatch}}/slurm/launch.sh"
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8} CUDA_DEVICE_MAX_CONNECTIONS=1 # the latter: Megatron's overlap needs the order
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
 launch jepo_70b "$@"

@@ -6,6 +6,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from nemo_jepo.actor import precision
+from nemo_jepo.actor.actor import row_shape
 from nemo_jepo.actor.precision import assert_fp8_is_used, check_fp8, fp8_options
 from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.schema import ModelConfig, OptimConfig
@@ -130,6 +131,15 @@ def test_a_share_of_a_row_that_is_no_multiple_of_16_tokens_is_refused(tokens, la
     line = refusal(settings(tokens_per_micro_batch=tokens, **layout))
     assert line.startswith(f"model.tokens_per_micro_batch={tokens}") and f"multiple of {needed}." in line
     check_fp8(settings(tokens_per_micro_batch=needed, **layout), "bf16")
+
+
+def test_blocks_of_sequence_parallel_shards_are_whole(gpu):
+    """Others would be gathered in BF16 without a word."""
+    layout = {"fp8_recipe": "blockwise", "tensor_model_parallel_size": 2, "sequence_parallel": True}
+    assert "multiple of 256." in refusal(settings(tokens_per_micro_batch=384, **layout))
+    check_fp8(settings(tokens_per_micro_batch=512, **layout), "bf16")
+    assert row_shape(settings(tokens_per_micro_batch=512, **layout)).row_multiple % 256 == 0
+    check_fp8(settings(tokens_per_micro_batch=32, **layout | {"fp8_recipe": "tensorwise"}), "bf16")
 
 
 def test_tensor_parallelism_alone_does_not_cut_a_row(gpu):
