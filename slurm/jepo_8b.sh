@@ -29,4 +29,4 @@ RECIPE_OVERRIDES+=("rollout.vllm.num_servers=$((GPUS_PER_NODE - TRAINERS_PER_NOD
 # shellcheck source-path=SCRIPTDIR source=launch.sh
 source "${PROJECT_DIR:-${SLURM_SUBMIT_DIR:?start this script with sbatch}}/slurm/launch.sh"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
-launch jepo_8b "$@"
+launch "${CONFIG:-jepo_8b}" "$@"

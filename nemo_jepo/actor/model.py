@@ -91,6 +91,7 @@ def use_transformer_engine() -> bool:
 def transformer_config(hf_config: PretrainedConfig, model: ModelConfig, dtype: torch.dtype) -> TransformerConfig:
     """Megatron's TransformerConfig of a Hugging Face shape in a parallel layout; no dropout anywhere."""
     on_gpu, fused = torch.cuda.is_available(), use_transformer_engine()
+    interleaved = model.virtual_pipeline_model_parallel_size is not None
     shape = Shape.of(hf_config)
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -119,7 +120,9 @@ def transformer_config(hf_config: PretrainedConfig, model: ModelConfig, dtype: t
         perform_initialization=True,  # also marks the tensor-parallel parameters, which the gradient norm needs
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        batch_p2p_comm=on_gpu,  # gloo mixes up what an interleaved schedule sends at once
+        # Gloo mixes up what an interleaved schedule sends at once; on GPUs it sends while it computes, one by one.
+        batch_p2p_comm=on_gpu and not interleaved,
+        overlap_p2p_comm=on_gpu and interleaved,
         bf16=dtype == torch.bfloat16,
         # Token weights carry the global denominators, so gradients are summed, not averaged (docs/decisions/0001).
         calculate_per_token_loss=True,
