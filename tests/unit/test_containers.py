@@ -62,6 +62,7 @@ def test_every_version_stands_at_the_top_and_the_image_is_not_root_and_ends_with
     assert users == ["1001"]
     last_run = below.rpartition("\nRUN ")[2]
     assert "import" in last_run and "nemo_jepo.cli" in last_run
+    assert dockerfile == CPU or "cudnn_folders" in last_run
     assert below.index("\nUSER") < below.rindex("\nRUN ")
     assert "docker run" in above and "enroot import" in above
 
