@@ -58,9 +58,11 @@ def check_cudnn() -> Iterator[Finding]:
     Parts of two versions in one process refuse each other in the first attention
     (CUDNN_STATUS_SUBLIBRARY_VERSION_MISMATCH).
     """
-    with suppress(ImportError):
-        import transformer_engine.pytorch  # noqa: F401
-    folders = cudnn_folders(Path("/proc/self/maps").read_text())
+    if torch.cuda.is_available():
+        with suppress(ImportError):
+            import transformer_engine.pytorch  # noqa: F401
+    maps = Path("/proc/self/maps")
+    folders = cudnn_folders(maps.read_text()) if maps.exists() else []
     if len(folders) == 1:
         yield Finding(OK, "cuDNN", f"{torch.backends.cudnn.version()}, {folders[0]}")
     elif folders:
