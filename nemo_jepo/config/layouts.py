@@ -136,8 +136,6 @@ def check_fp8_settings(model: ModelConfig, precision: str) -> None:
         ConfigError: the first broken rule.
     """
     if model.fp8 is None:
-        if model.fp8_param:
-            raise ConfigError("model.fp8_param", True, "keeps weights in FP8, and model.fp8 is null", "Set model.fp8")
         return
     if precision != "bf16":
         rule = "FP8 matrix products belong to bf16 training"
@@ -145,9 +143,6 @@ def check_fp8_settings(model: ModelConfig, precision: str) -> None:
     if model.first_last_layers_bf16 and model.fp8_recipe == "delayed":
         rule = "delayed scaling keeps one state for all layers, so none of them can be left out"
         raise ConfigError("model.first_last_layers_bf16", True, rule, "Use model.fp8_recipe=tensorwise or blockwise")
-    if model.fp8_param and not model.optim.distributed:
-        rule = "only the distributed optimizer keeps fp32 main weights of FP8 weights"
-        raise ConfigError("model.fp8_param", True, rule, "Add model.optim.distributed=true")
     shards, tokens = model.row_shards, fp8_tokens(model)
     if model.tokens_per_micro_batch % (tokens * shards):
         rule = f"FP8 needs a multiple of {tokens} tokens in each of the {shards} shards of a row"

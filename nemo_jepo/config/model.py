@@ -74,8 +74,6 @@ class ModelConfig:
     fp8_recipe: str = setting("tensorwise", choices=("delayed", "tensorwise", "blockwise"))
     """Where the scales of FP8 come from: tensorwise (the tensor; fastest on Hopper), blockwise (blocks of it), or
     delayed (the tensors before)."""
-    fp8_param: bool = False
-    """Keep the weights themselves in FP8; main weights stay in fp32."""
     first_last_layers_bf16: bool = False
     """Keep the first and the last layers in BF16. Not with fp8_recipe=delayed."""
     num_layers_at_start_in_bf16: int = setting(1, ge=0)
