@@ -72,8 +72,8 @@ class ModelConfig:
     fp8: str | None = setting(None, choices=("hybrid", "e4m3"))
     """FP8 matrix products through Transformer Engine: hybrid (e4m3 forward, e5m2 backward) or e4m3; null for none."""
     fp8_recipe: str = setting("tensorwise", choices=("delayed", "tensorwise", "blockwise"))
-    """How the scales of FP8 are chosen: tensorwise (from the tensor itself; fastest on Hopper), blockwise (from blocks of
-    128 x 128 or 1 x 128), or delayed (from the tensors before)."""
+    """How the scales of FP8 are chosen: tensorwise (from the tensor itself; fastest on Hopper), blockwise (from blocks
+    of 128 x 128 or 1 x 128), or delayed (from the tensors before)."""
     fp8_param: bool = False
     """Keep the weights themselves in FP8; main weights stay in fp32."""
     first_last_layers_bf16: bool = False
