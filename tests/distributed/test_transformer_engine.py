@@ -5,6 +5,7 @@ What it computes is shown on a GPU alone (tests/gpu).
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from nemo_jepo.actor.weights.families import Shape
 from nemo_jepo.actor.weights.load import SeededWeights, hf_shapes
 from nemo_jepo.actor.weights.names import model_parameters
 from nemo_jepo.config.layouts import BLOCKWISE_TOKENS
+from tests.distributed.transformer_engine_jobs import ENGINE, FAMILIES, LOCAL, ROWS
 from tests.support.hf_models import SHAPES
 from tests.support.ranks import ROOT, run_ranks
 from tests.support.te_stub import FOLDER
@@ -28,8 +30,7 @@ te_stub.install()
 from tests.distributed import transformer_engine_jobs
 transformer_engine_jobs.main(sys.argv[1])
 """
-FAMILIES = ("llama untied", "llama tied", "qwen2 untied", "qwen3 untied", "qwen3_moe untied", "mixtral untied")
-NUM_LAYERS = 4  # of each of these shapes
+NUM_LAYERS = 4  # of each shape
 
 ATTENTION = {
     "self_attention.core_attention": "RowAttention",
@@ -54,15 +55,26 @@ LAYER = {
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict[str, Any]:
+def parts(tmp_path_factory) -> dict[str, dict[str, Any]]:
     file = tmp_path_factory.mktemp("transformer_engine") / "found.json"
     run_ranks(1, ["-c", PROGRAM, str(file)], environment={"CUDA_VISIBLE_DEVICES": ""}, forked=False)
     return json.loads(file.read_text())
 
 
+@pytest.fixture
+def found(parts) -> Callable[[str], Any]:
+    """What a part of the process found."""
+
+    def of(name: str) -> Any:
+        assert "found" in parts[name], parts[name]["raised"]
+        return parts[name]["found"]
+
+    return of
+
+
 def test_it_is_the_version_of_the_image(found):
     image = re.search(r"^ARG TRANSFORMER_ENGINE_VERSION=(\S+)$", (ROOT / "containers/Dockerfile").read_text(), re.M)
-    assert image is not None and found["version"] == image[1]
+    assert image is not None and found("version") == image[1]
 
 
 # ---- layers and weights -----------------------------------------------------------------------------------------
@@ -73,28 +85,28 @@ def test_parameters_are_those_of_the_family_by_name_and_shape(family, found):
     config = load_hf_config(SHAPES[family])
     source = SeededWeights(hf_shapes(config), 0.02, seed=0)
     expected = {p.name: list(p.entry.read_shard(source, 0, 1).shape) for p in model_parameters(Shape.of(config))}
-    assert found["families"][family]["parameters"] == expected
+    assert found(f"layers of {family}")["parameters"] == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_layer_with_weights_is_transformer_engines_but_for_the_router(family, found):
-    layers = found["families"][family]["layers"]
+    classes = found(f"layers of {family}")["classes"]
     of_one = LAYER[family.split()[0]]
     expected = {f"layers.{n}.{name}": kind for n in range(NUM_LAYERS) for name, kind in of_one.items()}
-    assert {name: kind for name, (kind, _) in layers.items()} == expected | {"final_layernorm": "RMSNorm"}
-    assert {kind for kind, is_transformer_engines in layers.values() if not is_transformer_engines} <= {"TopKRouter"}
+    assert {name: kind for name, (kind, _) in classes.items()} == expected | {"final_layernorm": "RMSNorm"}
+    assert {kind for kind, is_transformer_engines in classes.values() if not is_transformer_engines} <= {"TopKRouter"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_hugging_face_folder_is_loaded_and_streamed_bit_for_bit(family, found):
-    assert found["families"][family]["lost"] == []
-    assert found["families"][family]["stream"] == list(hf_shapes(load_hf_config(SHAPES[family])))
+    names = list(hf_shapes(load_hf_config(SHAPES[family])))
+    assert found(f"weights of {family}") == {"names": names, "lost": []}
 
 
-@pytest.mark.parametrize("writer", ["Transformer Engine", "local"])
+@pytest.mark.parametrize("writer", [ENGINE, LOCAL])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_checkpoint_of_one_kind_of_layers_is_read_by_the_other(family, writer, found):
-    assert found["families"][family][f"lost from {writer}"] == []
+    assert found(f"{family} from {writer}") == []
 
 
 # ---- FP8 --------------------------------------------------------------------------------------------------------
@@ -115,7 +127,7 @@ def test_a_checkpoint_of_one_kind_of_layers_is_read_by_the_other(family, writer,
     ],
 )
 def test_fp8_settings_become_transformer_engines_recipes_and_can_be_left_out(settings, layers, format_, found):
-    by_time, with_fp8 = found["fp8"][settings], {"layers": layers, "configs": [format_]}
+    by_time, with_fp8 = found(f"fp8, {settings}"), {"layers": layers, "configs": [format_]}
     assert by_time["set"] == by_time["afterwards"] == with_fp8
     assert by_time["without"] == {"layers": ["bf16"] * NUM_LAYERS, "configs": ["None"]}
 
@@ -123,11 +135,11 @@ def test_fp8_settings_become_transformer_engines_recipes_and_can_be_left_out(set
 def test_experts_enter_and_leave_fp8_with_their_layers(found):
     with_fp8 = {"layers": ["Float8BlockScaling HYBRID"] * NUM_LAYERS, "configs": ["hybrid"]}
     without = {"layers": ["bf16"] * NUM_LAYERS, "configs": ["None"]}
-    assert found["fp8 of experts"] == {"set": with_fp8, "without": without, "afterwards": with_fp8}
+    assert found("fp8 of experts") == {"set": with_fp8, "without": without, "afterwards": with_fp8}
 
 
 def test_blockwise_scaling_gathers_shards_of_whole_blocks_in_fp8(found):
-    assert found["tokens of FP8 gathers"] == list(range(BLOCKWISE_TOKENS, 513, BLOCKWISE_TOKENS))
+    assert found("tokens of FP8 gathers") == list(range(BLOCKWISE_TOKENS, 513, BLOCKWISE_TOKENS))
 
 
 # ---- Megatron's config -------------------------------------------------------------------------------------------
@@ -172,15 +184,12 @@ ON_A_GPU = {
     ],
 )
 def test_the_gpu_recipes_give_configs_that_megatron_accepts(recipe, expected, found):
-    config = found["recipes"][recipe]
+    config = found(f"recipe {recipe}")
     assert {name: config[name] for name in expected | ON_A_GPU} == expected | ON_A_GPU
 
 
-ROWS = ("packed", "shared prompts", "context parallelism")
-
-
 def test_in_bf16_transformer_engine_has_cudnns_attention_or_none(found):
-    attention = found["attention"]["Transformer Engine, bf16"]
+    attention = found(f"bf16 attention, {ENGINE}")
     assert attention["backend"] == "fused"
     assert attention["variables"] == ["0", "1", "0"]  # flash, fused, unfused
     assert [attention[f"{row}, cuDNN"] for row in ROWS] == ["fused"] * 3
@@ -188,11 +197,11 @@ def test_in_bf16_transformer_engine_has_cudnns_attention_or_none(found):
 
 
 def test_in_fp32_the_unfused_attention_serves_which_has_no_context_parallelism(found):
-    attention = found["attention"]["Transformer Engine, fp32"]
+    attention = found(f"fp32 attention, {ENGINE}")
     assert attention["backend"] == "auto"
     assert attention["variables"] == ["1", "1", "1"]
     assert [attention[f"{row}, cuDNN"] for row in ROWS] == ["unfused", "unfused", "none"]
 
 
 def test_local_layers_leave_the_choice_to_megatron(found):
-    assert {found["attention"][f"local, {precision}"]["backend"] for precision in ("bf16", "fp32")} == {"auto"}
+    assert {found(f"{precision} attention, {LOCAL}")["backend"] for precision in ("bf16", "fp32")} == {"auto"}

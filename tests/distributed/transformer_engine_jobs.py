@@ -1,11 +1,13 @@
-"""The actor with Transformer Engine's layers, built in a process where `te_stub` is installed; nothing is computed."""
+"""The actor with Transformer Engine's layers, in a process where `te_stub` is installed; nothing is computed."""
 
 import importlib.metadata
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -52,20 +54,32 @@ ROWS: dict[str, dict[str, Any]] = {
 
 
 def main(file: str) -> None:
-    """Write everything that the tests read, as JSON."""
+    """Write what the tests read, as JSON: by name what a part found, or the traceback with which it ended."""
     parallel.init_distributed()
     parallel.init_model_parallel(ModelConfig())
-    with tempfile.TemporaryDirectory() as folder:
-        found = {
-            "version": importlib.metadata.version("transformer_engine"),
-            "families": {name: of_family(name, Path(folder) / name) for name in FAMILIES},
-            "fp8": {name: of_fp8("llama untied", settings) for name, settings in FP8.items()},
-            "fp8 of experts": of_fp8("qwen3_moe untied", FP8["blockwise"]),
-            "recipes": {name: of_recipe(name) for name in RECIPES},
-            "attention": {f"{kind}, {p}": of_attention(kind, p) for kind in (ENGINE, LOCAL) for p in ("bf16", "fp32")},
-            "tokens of FP8 gathers": tokens_of_fp8_gathers(),
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root)
+        parts: dict[str, Callable[[], Any]] = {
+            "version": partial(importlib.metadata.version, "transformer_engine"),
+            "tokens of FP8 gathers": tokens_of_fp8_gathers,
+            "fp8 of experts": partial(of_fp8, "qwen3_moe untied", FP8["blockwise"]),
         }
+        parts |= {f"fp8, {name}": partial(of_fp8, "llama untied", settings) for name, settings in FP8.items()}
+        parts |= {f"recipe {name}": partial(of_recipe, name) for name in RECIPES}
+        for kind, other in ((ENGINE, LOCAL), (LOCAL, ENGINE)):
+            parts |= {f"{p} attention, {kind}": partial(of_attention, kind, p) for p in ("bf16", "fp32")}
+            parts |= {f"{name} from {kind}": partial(of_checkpoint, name, kind, other, folder) for name in FAMILIES}
+        parts |= {f"layers of {name}": partial(of_layers, name, folder) for name in FAMILIES}
+        parts |= {f"weights of {name}": partial(of_weights, name, folder) for name in FAMILIES}
+        found = {name: outcome(part) for name, part in parts.items()}
     Path(file).write_text(json.dumps(found, default=str))
+
+
+def outcome(part: Callable[[], Any]) -> dict[str, Any]:
+    try:
+        return {"found": part()}
+    except Exception:
+        return {"raised": traceback.format_exc()}
 
 
 @contextmanager
@@ -85,35 +99,44 @@ def build(kind: str, shape: str, precision: str = "bf16", **settings: Any) -> Me
     return actor
 
 
-def of_family(name: str, folder: Path) -> dict[str, Any]:
-    """Parameters and layers; the names of weights that a folder or a checkpoint does not bring back bit for bit."""
-    hf_model = random_model(name).bfloat16()
-    path, expected = save(hf_model, folder / "hf"), on_disk(hf_model)
-    actors = {kind: build(kind, name) for kind in (ENGINE, LOCAL)}
-    for actor in actors.values():
-        load_stage(actor.chunks, actor.hf_config, open_source(actor.hf_config, path, 0), actor.layout)
-    engine = actors[ENGINE]
-    found = {
-        "parameters": {name: p.shape for name, p in named_parameters(engine.chunks, engine.layout)},
-        "layers": layer_classes(engine.chunks[0]),
-        "stream": list(weights(engine)),
-        "lost": different(expected, weights(engine)),
-    }
-    for kind, other in ((ENGINE, LOCAL), (LOCAL, ENGINE)):
-        reader = build(other, name)
-        carry(actors[kind], reader, folder / kind)
-        found[f"lost from {kind}"] = different(expected, weights(reader))
-    return found
+@cache
+def tensors_on_disk(name: str, folder: Path) -> tuple[str, dict[str, Tensor]]:
+    """A bf16 model of transformers: its folder and what is in it."""
+    model = random_model(name).bfloat16()
+    return save(model, folder / name), on_disk(model)
 
 
-def layer_classes(gpt: HiddenStateGPTModel) -> dict[str, tuple[str, bool]]:
-    """(class, whether it is Transformer Engine's) of the decoder's modules that have weights, and of its attention."""
-    found = {}
-    for name, module in gpt.decoder.named_modules():
-        if any(True for _ in module.parameters(recurse=False)) or name.endswith("core_attention"):
+@cache
+def loaded(kind: str, name: str, folder: Path) -> MegatronJEPOActor:
+    """That model in the actor."""
+    actor, (path, _) = build(kind, name), tensors_on_disk(name, folder)
+    load_stage(actor.chunks, actor.hf_config, open_source(actor.hf_config, path, 0), actor.layout)
+    return actor
+
+
+def of_layers(name: str, folder: Path) -> dict[str, Any]:
+    """Shapes of parameters, and (class, whether it is Transformer Engine's) of what has weights or attends."""
+    actor = loaded(ENGINE, name, folder)
+    classes = {}
+    for path, module in actor.chunks[0].decoder.named_modules():
+        if any(True for _ in module.parameters(recurse=False)) or path.endswith("core_attention"):
             packages = {kind.__module__.partition(".")[0] for kind in type(module).__mro__}
-            found[name] = (type(module).__name__, "transformer_engine" in packages)
-    return found
+            classes[path] = (type(module).__name__, "transformer_engine" in packages)
+    shapes = {path: parameter.shape for path, parameter in named_parameters(actor.chunks, actor.layout)}
+    return {"parameters": shapes, "classes": classes}
+
+
+def of_weights(name: str, folder: Path) -> dict[str, Any]:
+    """The weight stream's names, and those of tensors that are not the folder's bit for bit."""
+    stream = weights(loaded(ENGINE, name, folder))
+    return {"names": list(stream), "lost": different(tensors_on_disk(name, folder)[1], stream)}
+
+
+def of_checkpoint(name: str, kind: str, other: str, folder: Path) -> list[str]:
+    """Tensors that one kind of layers writes and the other does not read bit for bit."""
+    reader = build(other, name)
+    carry(loaded(kind, name, folder), reader, folder / f"{name} from {kind}")
+    return different(tensors_on_disk(name, folder)[1], weights(reader))
 
 
 def different(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
