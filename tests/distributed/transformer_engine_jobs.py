@@ -16,6 +16,7 @@ import torch
 from megatron.core.fp8_utils import get_fp8_context
 from omegaconf import OmegaConf
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_jepo.actor import parallel
 from nemo_jepo.actor.actor import MegatronJEPOActor
@@ -78,7 +79,7 @@ def main(file: str) -> None:
 def outcome(part: Callable[[], Any]) -> dict[str, Any]:
     try:
         return {"found": part()}
-    except Exception:
+    except (Exception, CheckpointException):  # the latter is none of the former
         return {"raised": traceback.format_exc()}
 
 
