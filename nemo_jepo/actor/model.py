@@ -17,6 +17,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -110,6 +111,8 @@ def transformer_config(hf_config: PretrainedConfig, model: ModelConfig, dtype: t
         hidden_dropout=0.0,
         attention_dropout=0.0,
         attention_softmax_in_fp32=True,
+        # `auto` would fall back to Transformer Engine's slow attention without a word; in fp32 there is no other.
+        attention_backend=AttnBackend.fused if fused and dtype == torch.bfloat16 else AttnBackend.auto,
         # Without Transformer Engine torch.compile makes the kernel, for every number of tokens that an expert gets.
         bias_activation_fusion=on_gpu and (fused or not shape.num_experts),
         use_te_activation_func=not on_gpu,  # Megatron's switch for an activation that the layer spec names

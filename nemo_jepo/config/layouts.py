@@ -11,7 +11,8 @@ from nemo_jepo.config.model import ModelConfig
 FP8_TOKENS = 16
 """FP8 matrix products need both sides of a token matrix divisible by it (Megatron's fp8_utils.get_fp8_align_size)."""
 BLOCKWISE_TOKENS = 128
-"""The side of a block. Sequence-parallel shards of other sizes are gathered in BF16 (Float8BlockQuantizer's rule)."""
+"""The side of a block. Sequence-parallel shards of other sizes are gathered in BF16: Transformer Engine 2.11,
+Float8BlockQuantizer.is_quantizable."""
 
 
 def model_shape(model: ModelConfig, restore_from_path: str | None) -> dict[str, Any] | None:
