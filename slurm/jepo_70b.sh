@@ -22,7 +22,7 @@ set -euo pipefail
 : "${TRAIN_DATA:?JSONL or Parquet file with questions and reference answers}"
 : "${GPUS_PER_NODE:=8}"
 : "${ROLLOUT_NODES:=$((${SLURM_JOB_NUM_NODES:-16} / 2))}"
-: "${SERVER_TENSOR_PARALLEL_SIZE:=$GPUS_PER_NODE}"
+: "${SERVER_TENSOR_PARALLEL_SIZE:=$((GPUS_PER_NODE < 4 ? GPUS_PER_NODE : 4))}" # conf/jepo_70b.yaml: two servers a node
 : "${SERVERS_PER_NODE:=$((GPUS_PER_NODE / SERVER_TENSOR_PARALLEL_SIZE))}"
 : "${SERVER_OPTIONS:=--dtype bfloat16 --load-format dummy}" # the weights come with the first sync
 RECIPE_OVERRIDES=("pretrained_checkpoint.restore_from_path=$MODEL" "data.train_path=$TRAIN_DATA")
@@ -30,5 +30,5 @@ if [[ -n ${VALIDATION_DATA:-} ]]; then RECIPE_OVERRIDES+=("data.validation_path=
 
 # shellcheck source-path=SCRIPTDIR source=launch.sh
 source "${PROJECT_DIR:-${SLURM_SUBMIT_DIR:?start this script with sbatch}}/slurm/launch.sh"
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8} CUDA_DEVICE_MAX_CONNECTIONS=1 # the latter: Megatron's overlap needs the order
-launch jepo_70b "$@"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
+launch "${CONFIG:-jepo_70b}" "$@"

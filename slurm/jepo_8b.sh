@@ -28,5 +28,5 @@ RECIPE_OVERRIDES+=("rollout.vllm.num_servers=$((GPUS_PER_NODE - TRAINERS_PER_NOD
 
 # shellcheck source-path=SCRIPTDIR source=launch.sh
 source "${PROJECT_DIR:-${SLURM_SUBMIT_DIR:?start this script with sbatch}}/slurm/launch.sh"
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8} CUDA_DEVICE_MAX_CONNECTIONS=1 # the latter: Megatron's overlap needs the order
-launch jepo_8b "$@"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
+launch "${CONFIG:-jepo_8b}" "$@"

@@ -168,12 +168,14 @@ start_servers() {
 
 # One server, started again when it dies: it gets the current weights at the next sync. docs/guides/sample-with-vllm.md.
 server_task() {
-    local place addresses=$1 port=$(($2 + SLURM_LOCALID + 1)) gpus=$3 python=$4 model=$5 host='' stopped='' code
+    local place addresses=$1 port=$(($2 + SLURM_LOCALID + 1)) gpus=$3 python=$4 model=$5 host='' stopped='' code visible
     shift 5
     for place in $addresses; do
         if [[ ${place%%=*} == "$SLURMD_NODENAME" ]]; then host=${place#*=}; fi
     done
-    CUDA_VISIBLE_DEVICES=$(seq -s, $((SLURM_LOCALID * gpus)) $((SLURM_LOCALID * gpus + gpus - 1)))
+    # Counted among those that Slurm shows this task, where it shows fewer than the node has.
+    IFS=, read -ra visible <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((SLURM_LOCALID * gpus + gpus - 1)))}"
+    CUDA_VISIBLE_DEVICES=$(IFS=, && echo "${visible[*]:SLURM_LOCALID * gpus:gpus}")
     export CUDA_VISIBLE_DEVICES
     trap 'stopped=yes' TERM
     for _ in 1 2 3 4 5; do
@@ -232,6 +234,9 @@ start_trainers() {
 # One rank, with torchrun's variables from Slurm's: a static rendezvous, rank 0 on the first node.
 trainer_task() {
     export MASTER_ADDR=$1 MASTER_PORT=$2 RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
+    # Megatron's overlap needs the order of a single queue; vLLM's servers want several, so it is set for ranks alone.
+    # Segments that grow: sync, score and update each cut memory into other pieces.
+    export CUDA_DEVICE_MAX_CONNECTIONS=1 PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
     local logs=$3 interrupted=$4 code=0
     shift 4
     trap : TERM # the rank below gets it too, and this shell waits until it has saved

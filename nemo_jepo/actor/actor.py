@@ -22,7 +22,7 @@ from nemo_jepo.actor.parallel import Layout
 from nemo_jepo.actor.precision import check_fp8, without_fp8
 from nemo_jepo.actor.reference_policy import ReferencePolicy
 from nemo_jepo.actor.weights.families import Shape
-from nemo_jepo.config.layouts import FP8_TOKENS
+from nemo_jepo.config.layouts import fp8_tokens
 from nemo_jepo.config.schema import ModelConfig, OptimConfig
 from nemo_jepo.data.packing import RowShape, idle_row
 from nemo_jepo.types import PackedRow, Scores
@@ -35,7 +35,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def row_shape(model: ModelConfig) -> RowShape:
     """Rows that the layout can cut into equal shards, and that suit FP8 and a GPU's matrix products."""
-    multiple = math.lcm(model.segment_multiple, model.row_shards * (FP8_TOKENS if model.fp8 else 1))
+    multiple = math.lcm(model.segment_multiple, model.row_shards * fp8_tokens(model))
     return RowShape(
         max_tokens=model.tokens_per_micro_batch,
         share_prompts=model.share_prompts and model.context_parallel_size == 1,

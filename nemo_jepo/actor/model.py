@@ -17,6 +17,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -91,6 +92,7 @@ def use_transformer_engine() -> bool:
 def transformer_config(hf_config: PretrainedConfig, model: ModelConfig, dtype: torch.dtype) -> TransformerConfig:
     """Megatron's TransformerConfig of a Hugging Face shape in a parallel layout; no dropout anywhere."""
     on_gpu, fused = torch.cuda.is_available(), use_transformer_engine()
+    interleaved = model.virtual_pipeline_model_parallel_size is not None
     shape = Shape.of(hf_config)
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -109,6 +111,8 @@ def transformer_config(hf_config: PretrainedConfig, model: ModelConfig, dtype: t
         hidden_dropout=0.0,
         attention_dropout=0.0,
         attention_softmax_in_fp32=True,
+        # `auto` would fall back to Transformer Engine's slow attention without a word; in fp32 there is no other.
+        attention_backend=AttnBackend.fused if fused and dtype == torch.bfloat16 else AttnBackend.auto,
         # Without Transformer Engine torch.compile makes the kernel, for every number of tokens that an expert gets.
         bias_activation_fusion=on_gpu and (fused or not shape.num_experts),
         use_te_activation_func=not on_gpu,  # Megatron's switch for an activation that the layer spec names
@@ -119,7 +123,9 @@ def transformer_config(hf_config: PretrainedConfig, model: ModelConfig, dtype: t
         perform_initialization=True,  # also marks the tensor-parallel parameters, which the gradient norm needs
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        batch_p2p_comm=on_gpu,  # gloo mixes up what an interleaved schedule sends at once
+        # Gloo mixes up what an interleaved schedule sends at once; on GPUs it sends while it computes, one by one.
+        batch_p2p_comm=on_gpu and not interleaved,
+        overlap_p2p_comm=on_gpu and interleaved,
         bf16=dtype == torch.bfloat16,
         # Token weights carry the global denominators, so gradients are summed, not averaged (docs/decisions/0001).
         calculate_per_token_loss=True,

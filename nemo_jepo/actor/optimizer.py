@@ -23,7 +23,6 @@ def wrap_data_parallel(chunks: Sequence[torch.nn.Module], distributed_optimizer:
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=distributed_optimizer,
         overlap_grad_reduce=False,
-        fp8_param_gather=config.fp8_param,
     )
     wrapped = [
         DistributedDataParallel(config, reduction, chunk, disable_bucketing=number > 0)

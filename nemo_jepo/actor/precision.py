@@ -29,7 +29,7 @@ def fp8_options(model: ModelConfig) -> dict[str, Any]:
     """
     if model.fp8 is None:
         return {}
-    options: dict[str, Any] = {"fp8": model.fp8, "fp8_recipe": model.fp8_recipe, "fp8_param": model.fp8_param}
+    options: dict[str, Any] = {"fp8": model.fp8, "fp8_recipe": model.fp8_recipe}
     # Replicas run different numbers of rows: a reduction of largest values over them would wait for ever.
     options["tp_only_amax_red"] = True
     if model.fp8_recipe == "delayed":  # scales from the last 1024 largest values; Megatron's default is the last one
@@ -77,8 +77,7 @@ def without_fp8(chunks: Iterable[nn.Module]) -> Iterator[None]:
     """Inside the block these model chunks compute in BF16, afterwards as they were set, also after an exception.
 
     Megatron asks config.fp8 in every forward pass whether to enter Transformer Engine's FP8 context. Outside of that
-    context a layer multiplies in BF16 and touches neither its scales nor its history of largest values. Weights kept in
-    FP8 (model.fp8_param) are widened: what they lost by rounding stays lost.
+    context a layer multiplies in BF16 and touches neither its scales nor its history of largest values.
     """
     # Some layers hold a copy of the config (a mixture's experts), so every module is asked for its own.
     owners: list[Any] = [module for chunk in chunks for module in chunk.modules() if hasattr(module, "config")]

@@ -10,6 +10,9 @@ from nemo_jepo.config.model import ModelConfig
 
 FP8_TOKENS = 16
 """FP8 matrix products need both sides of a token matrix divisible by it (Megatron's fp8_utils.get_fp8_align_size)."""
+BLOCKWISE_TOKENS = 128
+"""The side of a block. Sequence-parallel shards of other sizes are gathered in BF16: Transformer Engine 2.11,
+Float8BlockQuantizer.is_quantizable."""
 
 
 def model_shape(model: ModelConfig, restore_from_path: str | None) -> dict[str, Any] | None:
@@ -118,6 +121,13 @@ def _check_experts(model: ModelConfig, num_experts: int) -> None:
         raise ConfigError("model.sequence_parallel", False, rule, "Set it to true")
 
 
+def fp8_tokens(model: ModelConfig) -> int:
+    """Tokens: each shard of a row is a multiple of it; 1 without FP8."""
+    if model.fp8 is None:
+        return 1
+    return BLOCKWISE_TOKENS if model.fp8_recipe == "blockwise" and model.sequence_parallel else FP8_TOKENS
+
+
 def check_fp8_settings(model: ModelConfig, precision: str) -> None:
     """Every rule of FP8 that needs no machine; `nemo_jepo.actor.precision` asks for the software and the GPU.
 
@@ -127,8 +137,6 @@ def check_fp8_settings(model: ModelConfig, precision: str) -> None:
         ConfigError: the first broken rule.
     """
     if model.fp8 is None:
-        if model.fp8_param:
-            raise ConfigError("model.fp8_param", True, "keeps weights in FP8, and model.fp8 is null", "Set model.fp8")
         return
     if precision != "bf16":
         rule = "FP8 matrix products belong to bf16 training"
@@ -136,11 +144,8 @@ def check_fp8_settings(model: ModelConfig, precision: str) -> None:
     if model.first_last_layers_bf16 and model.fp8_recipe == "delayed":
         rule = "delayed scaling keeps one state for all layers, so none of them can be left out"
         raise ConfigError("model.first_last_layers_bf16", True, rule, "Use model.fp8_recipe=tensorwise or blockwise")
-    if model.fp8_param and not model.optim.distributed:
-        rule = "only the distributed optimizer keeps fp32 main weights of FP8 weights"
-        raise ConfigError("model.fp8_param", True, rule, "Add model.optim.distributed=true")
-    shards = model.row_shards
-    if model.tokens_per_micro_batch % (FP8_TOKENS * shards):
-        rule = f"FP8 needs a multiple of {FP8_TOKENS} tokens in each of the {shards} shards of a row"
-        fix = f"Use a multiple of {FP8_TOKENS * shards}"
+    shards, tokens = model.row_shards, fp8_tokens(model)
+    if model.tokens_per_micro_batch % (tokens * shards):
+        rule = f"FP8 needs a multiple of {tokens} tokens in each of the {shards} shards of a row"
+        fix = f"Use a multiple of {tokens * shards}"
         raise ConfigError("model.tokens_per_micro_batch", model.tokens_per_micro_batch, rule, fix)

@@ -71,10 +71,9 @@ class ModelConfig:
     """Shard activations between tensor-parallel regions along the tokens."""
     fp8: str | None = setting(None, choices=("hybrid", "e4m3"))
     """FP8 matrix products through Transformer Engine: hybrid (e4m3 forward, e5m2 backward) or e4m3; null for none."""
-    fp8_recipe: str = setting("blockwise", choices=("delayed", "tensorwise", "blockwise"))
-    """How the scales of FP8 are chosen."""
-    fp8_param: bool = False
-    """Keep the weights themselves in FP8; main weights stay in fp32."""
+    fp8_recipe: str = setting("tensorwise", choices=("delayed", "tensorwise", "blockwise"))
+    """Where the scales of FP8 come from: tensorwise (the tensor; fastest on Hopper), blockwise (blocks of it), or
+    delayed (the tensors before)."""
     first_last_layers_bf16: bool = False
     """Keep the first and the last layers in BF16. Not with fp8_recipe=delayed."""
     num_layers_at_start_in_bf16: int = setting(1, ge=0)

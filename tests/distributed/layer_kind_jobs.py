@@ -45,13 +45,18 @@ def weights(actor: MegatronJEPOActor) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in stream}
 
 
+def carry(saved: MegatronJEPOActor, read: MegatronJEPOActor, folder: Path) -> None:
+    """Give one actor's weights to another in a checkpoint."""
+    writer = CheckpointWriter(folder, keep=1, write_model_files=lambda path: None)
+    writer.save(1, lambda: RunState({"model": saved.sharded_weights()}, {}), last=True)
+    state = load_checkpoint(folder / "step_000001", {"model": read.sharded_weights()})
+    read.load_weights(state.sharded["model"])
+
+
 def crossed(job: dict[str, Any]) -> dict[str, Any]:
     """Weights that were saved and weights that were read, and the names in the file."""
     saved = build(job["shape"], job["extra_state"], seed=7)
     read = build(job["shape"], not job["extra_state"], seed=8)
-    writer = CheckpointWriter(Path(job["folder"]), keep=1, write_model_files=lambda path: None)
-    writer.save(1, lambda: RunState({"model": saved.sharded_weights()}, {}), last=True)
-    state = load_checkpoint(Path(job["folder"]) / "step_000001", {"model": read.sharded_weights()})
-    read.load_weights(state.sharded["model"])
+    carry(saved, read, Path(job["folder"]))
     names = [shard.key for shard in saved.sharded_weights()["chunk_0"].values() if hasattr(shard, "key")]
     return {"saved": weights(saved), "read": weights(read), "names": names}

@@ -6,9 +6,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from nemo_jepo.actor import precision
+from nemo_jepo.actor.actor import row_shape
 from nemo_jepo.actor.precision import assert_fp8_is_used, check_fp8, fp8_options
 from nemo_jepo.config.errors import ConfigError
-from nemo_jepo.config.schema import ModelConfig, OptimConfig
+from nemo_jepo.config.schema import ModelConfig
 from tests.distributed.precision_jobs import bf16_update
 from tests.support.rank_pool import on_ranks
 
@@ -49,7 +50,7 @@ def test_without_fp8_no_option_is_given():
 @pytest.mark.parametrize("format_", ["hybrid", "e4m3"])
 def test_a_transformer_config_carries_format_and_recipe(format_, recipe):
     config = config_of(settings(fp8=format_, fp8_recipe=recipe))
-    assert (config.fp8, config.fp8_recipe, config.fp8_param) == (format_, recipe, False)
+    assert (config.fp8, config.fp8_recipe) == (format_, recipe)
     assert config.tp_only_amax_red and not config.first_last_layers_bf16
 
 
@@ -59,8 +60,8 @@ def test_delayed_scaling_looks_back_further_than_one_value():
 
 
 def test_a_transformer_config_carries_bf16_layers_and_fp8_weights():
-    config = config_of(settings(first_last_layers_bf16=True, num_layers_at_end_in_bf16=2, fp8_param=True))
-    assert config.first_last_layers_bf16 and config.fp8_param
+    config = config_of(settings(first_last_layers_bf16=True, num_layers_at_end_in_bf16=2))
+    assert config.first_last_layers_bf16
     assert (config.num_layers_at_start_in_bf16, config.num_layers_at_end_in_bf16) == (1, 2)
 
 
@@ -70,7 +71,6 @@ def test_a_transformer_config_carries_bf16_layers_and_fp8_weights():
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise"])
 def test_right_settings_on_a_right_machine_pass(recipe, gpu):
     check_fp8(settings(fp8_recipe=recipe), "bf16")
-    check_fp8(settings(fp8_recipe=recipe, fp8_param=True), "bf16")
 
 
 def test_fp8_without_transformer_engine_is_refused():
@@ -112,11 +112,6 @@ def test_bf16_layers_with_delayed_scaling_are_refused(gpu):
     assert line.startswith("model.first_last_layers_bf16=True")
 
 
-def test_fp8_weights_without_fp8_or_without_the_distributed_optimizer_are_refused(gpu):
-    assert refusal(ModelConfig(fp8_param=True)).startswith("model.fp8_param=True")
-    assert refusal(settings(fp8_param=True, optim=OptimConfig(distributed=False))).startswith("model.fp8_param=True")
-
-
 @pytest.mark.parametrize(
     "tokens, layout, needed",
     [
@@ -130,6 +125,15 @@ def test_a_share_of_a_row_that_is_no_multiple_of_16_tokens_is_refused(tokens, la
     line = refusal(settings(tokens_per_micro_batch=tokens, **layout))
     assert line.startswith(f"model.tokens_per_micro_batch={tokens}") and f"multiple of {needed}." in line
     check_fp8(settings(tokens_per_micro_batch=needed, **layout), "bf16")
+
+
+def test_blocks_of_sequence_parallel_shards_are_whole(gpu):
+    """Others would be gathered in BF16 without a word."""
+    layout = {"fp8_recipe": "blockwise", "tensor_model_parallel_size": 2, "sequence_parallel": True}
+    assert "multiple of 256." in refusal(settings(tokens_per_micro_batch=384, **layout))
+    check_fp8(settings(tokens_per_micro_batch=512, **layout), "bf16")
+    assert row_shape(settings(tokens_per_micro_batch=512, **layout)).row_multiple % 256 == 0
+    check_fp8(settings(tokens_per_micro_batch=32, **layout | {"fp8_recipe": "tensorwise"}), "bf16")
 
 
 def test_tensor_parallelism_alone_does_not_cut_a_row(gpu):

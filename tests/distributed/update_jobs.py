@@ -7,11 +7,9 @@ after it show every gradient, also where the distributed optimizer keeps only a 
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
-from unittest import mock
 
 import torch
 
-from nemo_jepo.actor import model as actor_model
 from nemo_jepo.actor import parallel
 from nemo_jepo.actor.actor import MegatronJEPOActor
 from nemo_jepo.actor.model import load_hf_config
@@ -23,6 +21,7 @@ from nemo_jepo.objective.records import Scored, UpdateRule
 from nemo_jepo.objective.tables import group_scores
 from nemo_jepo.objective.update import sample_weights, token_weights
 from nemo_jepo.types import Spliced, SplicedBatch
+from tests.support.layer_kinds import local_layers
 
 
 def build(job: dict[str, Any], layout: parallel.Layout, model: ModelConfig, seed: int) -> MegatronJEPOActor:
@@ -52,8 +51,7 @@ def share(job: dict[str, Any], layout: parallel.Layout) -> SplicedBatch:
 
 def update(job: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Every weight before the update and its movement, the metrics, and the log-probs of this rank's sequences."""
-    local = mock.patch.object(actor_model, "use_transformer_engine", lambda: False)
-    with local if job.get("local_layers") else nullcontext():
+    with local_layers() if job.get("local_layers") else nullcontext():
         return _update(job)
 
 

@@ -181,7 +181,9 @@ def test_ranks_servers_and_the_doctor_get_what_they_need(cluster, stand_in, tmp_
     assert [call["node"] for call in servers] == ["node2", "node2"]
     assert [call["environment"]["CUDA_VISIBLE_DEVICES"] for call in servers] == ["0", "1"]
     assert servers[0]["arguments"][:5] == ["/models/tiny", "--host", "127.0.1.2", "--port", str(port + 1)]
-    assert not {"RANK", "MASTER_ADDR"} & set(servers[0]["environment"])
+    assert not {"RANK", "MASTER_ADDR", "CUDA_DEVICE_MAX_CONNECTIONS"} & set(servers[0]["environment"])
+    assert {place["CUDA_DEVICE_MAX_CONNECTIONS"] for place in places} == {"1"}
+    assert {place["PYTORCH_CUDA_ALLOC_CONF"] for place in places} == {"expandable_segments:True"}
 
     doctors = calls(tmp_path, "doctor")
     assert {call["node"] for call in doctors} == {"node1", "node2"}

@@ -60,7 +60,7 @@ def test_jepo_70b_trains_on_half_of_its_nodes_and_samples_on_the_others(tmp_path
 
     where = ("--nodes", "--ntasks", "--ntasks-per-node", "--nodelist")
     assert [options(preflight)[name] for name in where] == ["16", "16", "1", nodes(1, 16)]
-    assert [options(servers)[name] for name in where] == ["8", "8", "1", nodes(9, 16)]
+    assert [options(servers)[name] for name in where] == ["8", "16", "2", nodes(9, 16)]
     assert [options(trainers)[name] for name in where] == ["8", "64", "8", nodes(1, 8)]
     for step in (preflight, servers, trainers):
         flags = options(step)
@@ -74,16 +74,16 @@ def test_jepo_70b_trains_on_half_of_its_nodes_and_samples_on_the_others(tmp_path
     port = 10000 + 4242
     serve = servers[servers.index("server_task") + 1 :]
     assert serve[0].split() == [f"node{index}=127.0.2.{index}" for index in range(9, 17)]
-    assert serve[1:5] == [str(port), "8", "python3", "/models/llama"]
+    assert serve[1:5] == [str(port), "4", "python3", "/models/llama"]
     assert serve[5:] == (
         ["--api-key-file", f"{tmp_path}/logs/4242/server_key"]
-        + ["--tensor-parallel-size", "8", "--dtype", "bfloat16", "--load-format", "dummy"]
+        + ["--tensor-parallel-size", "4", "--dtype", "bfloat16", "--load-format", "dummy"]
     )
 
     train = trainers[trainers.index("trainer_task") + 1 :]
     assert train[:2] == ["127.0.2.1", str(port)]
     assert train[4:8] == ["python3", "-m", "nemo_jepo.cli", "train"]
-    urls = ",".join(f"http://127.0.2.{index}:{port + 1}" for index in range(9, 17))
+    urls = ",".join(f"http://127.0.2.{index}:{port + 1 + one}" for index in range(9, 17) for one in (0, 1))
     assert train[8:] == [
         "--config-name=jepo_70b",
         f"exp_manager.exp_dir={tmp_path}/results",
@@ -101,14 +101,14 @@ def test_jepo_70b_trains_on_half_of_its_nodes_and_samples_on_the_others(tmp_path
 
 
 def test_a_rollout_node_can_hold_several_servers_and_any_number_of_nodes_may_sample(tmp_path):
-    shape = {"ROLLOUT_NODES": "1", "SERVER_TENSOR_PARALLEL_SIZE": "4", "SRUN_OPTIONS": "--mpi=none --export=ALL"}
+    shape = {"ROLLOUT_NODES": "1", "SERVER_TENSOR_PARALLEL_SIZE": "2", "SRUN_OPTIONS": "--mpi=none --export=ALL"}
     done = run_script("jepo_70b.sh", tmp_path, 5, **MODEL, **shape, PYTHON="/venv/bin/python")
     assert done.returncode == 0, done.stdout + done.stderr
     preflight, servers, trainers = steps(tmp_path)
-    assert options(servers)["--ntasks-per-node"] == "2" and options(servers)["--nodelist"] == "node5"
+    assert options(servers)["--ntasks-per-node"] == "4" and options(servers)["--nodelist"] == "node5"
     assert options(trainers)["--ntasks"] == "32"
     assert options(trainers)["--mpi"] == "none" and "--container-image" not in options(trainers)
-    assert "rollout.servers=[http://127.0.2.5:14243,http://127.0.2.5:14244]" in trainers
+    assert f"rollout.servers=[{','.join(f'http://127.0.2.5:{port}' for port in range(14243, 14247))}]" in trainers
     assert "/venv/bin/python" in trainers
 
 
@@ -146,6 +146,12 @@ def test_a_rank_counts_its_gpus_from_a_variable(tmp_path):
     done = run_script("jepo_8b.sh", tmp_path, 1, **MODEL, GPUS_PER_NODE="4")
     assert done.returncode == 0, done.stdout + done.stderr
     assert options(steps(tmp_path)[1])["--ntasks"] == "2"
+
+
+def test_a_script_runs_another_recipe_of_its_size(tmp_path):
+    done = run_script("jepo_8b.sh", tmp_path, 1, **MODEL, CONFIG="jepo_8b_async")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "--config-name=jepo_8b_async" in steps(tmp_path)[1]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -22,7 +22,7 @@ NODE = os.environ.get("SLURMD_NODENAME", "none")
 
 
 def record(command, arguments):
-    known = ("MASTER_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES", "OMP_", "SLURM_RESTART")
+    known = ("MASTER_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "CUDA_", "PYTORCH_", "OMP_", "SLURM_RESTART")
     environment = {name: value for name, value in os.environ.items() if name.startswith(known)}
     call = {"command": command, "arguments": arguments, "node": NODE, "environment": environment, "pid": os.getpid()}
     with (FOLDER / "calls.jsonl").open("a") as file:

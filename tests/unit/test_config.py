@@ -40,10 +40,12 @@ def needed(tmp_path):
         "smollm2_proofnet": [f"data.train_path={tmp_path}/rows.jsonl", model],
         "jepo_8b": [f"data.train_path={tmp_path}/rows.jsonl"],
         "jepo_8b_fp8": [f"data.train_path={tmp_path}/rows.jsonl"],
+        "jepo_8b_async": [f"data.train_path={tmp_path}/rows.jsonl"],
         "jepo_numina": [f"data.train_path={tmp_path}/rows.jsonl"],
         "jepo_numina_proof": [f"data.train_path={tmp_path}/rows.jsonl"],
         "jepo_70b": [f"data.train_path={tmp_path}/rows.jsonl", "rollout.servers=[http://node:8000]"],
         "jepo_70b_fp8": [f"data.train_path={tmp_path}/rows.jsonl", "rollout.servers=[http://node:8000]"],
+        "jepo_70b_async": [f"data.train_path={tmp_path}/rows.jsonl", "rollout.servers=[http://node:8000]"],
     }
 
 

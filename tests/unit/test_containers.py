@@ -51,6 +51,11 @@ def test_the_image_has_the_vllm_that_make_vllm_installs_and_serve_accepts():
     assert makefile[1].startswith("0.32.")
 
 
+def test_the_image_has_the_transformer_engine_that_make_te_stub_fetches():
+    makefile = re.search(r"^TRANSFORMER_ENGINE := (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert makefile is not None and arguments(GPU)["TRANSFORMER_ENGINE_VERSION"] == makefile[1]
+
+
 @pytest.mark.parametrize("dockerfile", [GPU, CPU], ids=lambda path: path.name)
 def test_every_version_stands_at_the_top_and_the_image_is_not_root_and_ends_with_an_import_check(dockerfile):
     above, _, below = dockerfile.read_text().partition("\nFROM ")
@@ -62,6 +67,7 @@ def test_every_version_stands_at_the_top_and_the_image_is_not_root_and_ends_with
     assert users == ["1001"]
     last_run = below.rpartition("\nRUN ")[2]
     assert "import" in last_run and "nemo_jepo.cli" in last_run
+    assert dockerfile == CPU or "cudnn_folders" in last_run
     assert below.index("\nUSER") < below.rindex("\nRUN ")
     assert "docker run" in above and "enroot import" in above
 

@@ -187,7 +187,6 @@ def test_the_whole_line_of_a_broken_rule():
         ),
         # model
         (["model.fp8=hybrid"], 1, "trainer.precision='fp32': FP8 matrix products belong to bf16 training"),
-        (["model.fp8_param=true"], 1, "model.fp8_param=True: keeps weights in FP8, and model.fp8 is null"),
         (
             ["model.hf_config=null"],
             1,

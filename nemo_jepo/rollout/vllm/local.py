@@ -3,12 +3,21 @@
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.schema import VLLMConfig
 from nemo_jepo.rollout.vllm.server import KEY_VARIABLE, STOP, vllm_distribution
 from nemo_jepo.utils.network import free_ports
+
+TRAINERS_OWN = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),  # the trainers' group
+    "CUDA_DEVICE_MAX_CONNECTIONS",  # 1 for Megatron, which puts vLLM's streams in a row
+    *("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"),  # vLLM chooses its allocator
+)
+"""Variables of a trainer's environment that its servers do not get."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +67,10 @@ class LocalServers:
         command = [sys.executable, "-m", "nemo_jepo.cli", "serve", str(model.folder), "--stop-with-parent"]
         command += [str(part) for option in options.items() for part in option]
         command += ["--", *(p for name, value in self._settings.engine_args.items() for p in _vllm_option(name, value))]
-        environment = os.environ | {KEY_VARIABLE: self._key}
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            environment.pop(name, None)  # the trainer's group is not the server's
+        environment = {name: value for name, value in os.environ.items() if name not in TRAINERS_OWN}
+        environment[KEY_VARIABLE] = self._key
         if vllm_distribution()[0] == "vllm":
-            first = self._first_gpu + index * size
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(first, first + size)))
+            environment["CUDA_VISIBLE_DEVICES"] = gpus_of_server(os.environ, self._first_gpu + index * size, size)
         with (self._folder / f"server_{index}.log").open("ab") as log:
             return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
@@ -88,6 +95,23 @@ class LocalServers:
             process.send_signal(STOP)
         for process in self._processes:
             process.wait()
+
+
+def gpus_of_server(environment: Mapping[str, str], first: int, number: int) -> str:
+    """CUDA_VISIBLE_DEVICES of a server: GPUs from the `first` one on, counted among those that this process sees.
+
+    Raises:
+        ConfigError: it sees fewer.
+    """
+    inherited = environment.get("CUDA_VISIBLE_DEVICES")
+    if inherited is None:
+        return ",".join(map(str, range(first, first + number)))
+    visible = [name.strip() for name in inherited.split(",") if name.strip()]
+    if len(visible) < first + number:
+        rule = f"shows {len(visible)} GPUs, and trainers and servers need {first + number} or more"
+        fix = "Show more, or lower rollout.vllm.num_servers, its tensor_parallel_size or trainer.devices"
+        raise ConfigError("CUDA_VISIBLE_DEVICES", inherited, rule, fix)
+    return ",".join(visible[first : first + number])
 
 
 def _last_error(log: Path) -> str:

@@ -21,7 +21,14 @@ from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.schema import Config
 from nemo_jepo.tools.doctor.findings import Finding, is_blocked, locate, show, to_json
 from nemo_jepo.tools.doctor.groups import check_groups, check_shared_folder
-from nemo_jepo.tools.doctor.machine import check_disk, check_file_system, check_gpus, check_memory, check_ports
+from nemo_jepo.tools.doctor.machine import (
+    check_cudnn,
+    check_disk,
+    check_file_system,
+    check_gpus,
+    check_memory,
+    check_ports,
+)
 from nemo_jepo.tools.doctor.run import blocker, check_data, check_settings, count_parameters, look_up
 from nemo_jepo.tools.doctor.samples import check_samples
 from nemo_jepo.tools.doctor.versions import check_versions
@@ -80,6 +87,7 @@ def look(config: Config, samples: bool = False) -> list[Finding]:
         known = local or config
         yield from check_settings(known, world_size)
         yield from check_gpus(config.trainer.devices)
+        yield from check_cudnn()
         num_parameters, about_model = count_parameters(known, has_weights=samples or known == config)
         yield from about_model
         yield from check_memory(known)

@@ -6,6 +6,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -49,6 +50,30 @@ def check_gpus(devices: int) -> Iterator[Finding]:
         if free < 0.9 * total:
             text = f"{(total - free) / GIB:.0f} of {total / GIB:.0f} GiB of GPU {number} are taken"
             yield Finding(WARNING, "GPU", text, "End what runs there (nvidia-smi)")
+
+
+def check_cudnn() -> Iterator[Finding]:
+    """Whether torch and Transformer Engine have loaded one cuDNN; nothing where none is loaded.
+
+    Parts of two versions in one process refuse each other in the first attention
+    (CUDNN_STATUS_SUBLIBRARY_VERSION_MISMATCH).
+    """
+    if torch.cuda.is_available():
+        with suppress(ImportError):
+            import transformer_engine.pytorch  # noqa: F401
+    maps = Path("/proc/self/maps")
+    folders = cudnn_folders(maps.read_text()) if maps.exists() else []
+    if len(folders) == 1:
+        yield Finding(OK, "cuDNN", f"{torch.backends.cudnn.version()}, {folders[0]}")
+    elif folders:
+        text = f"parts of two installations are loaded, which refuse each other: {' and '.join(folders)}"
+        yield Finding(BLOCKER, "cuDNN", text, "Remove one, or put torch's first into LD_LIBRARY_PATH")
+
+
+def cudnn_folders(maps: str) -> list[str]:
+    """The folders of a process's cuDNN libraries, from /proc/PID/maps."""
+    files = {line.split(maxsplit=5)[-1] for line in maps.splitlines() if "/libcudnn" in line}
+    return sorted({str(Path(file).parent) for file in files})
 
 
 def check_memory(config: Config) -> Iterator[Finding]:

@@ -6,7 +6,7 @@ For a rank with P parameters, d data-parallel replicas (context-parallel ranks c
     fp32   weights 4 P   gradients 4 P   optimizer  8 P / d
 
 without the distributed optimizer d = 1. FP8 layers on Hopper keep each weight twice in FP8 (as it is and transposed):
-2 bytes a parameter, beside the bf16 weight, or instead of it with model.fp8_param.
+2 bytes a parameter, beside the bf16 weight.
 Source: Megatron Core user guide, "Distributed Optimizer", table of bytes a parameter (18; 6 + 12/d; 16; 8 + 8/d).
 
 Activations of a layer are counted in nemo_jepo.actor.activations; full recompute keeps all of one layer beside it.
@@ -124,10 +124,7 @@ def output_head(shape: ModelShape, model: ModelConfig, dtype_bytes: int, trainin
 
 def weight_bytes(stage: StageParameters, model: ModelConfig, dtype_bytes: int) -> float:
     """Bytes of a rank's weights, FP8 copies included."""
-    if not model.fp8:
-        return dtype_bytes * stage.total
-    copies = 2 * stage.matrices
-    return copies + (dtype_bytes * (stage.total - stage.matrices) if model.fp8_param else dtype_bytes * stage.total)
+    return dtype_bytes * stage.total + (2 * stage.matrices if model.fp8 else 0)
 
 
 def optimizer_bytes(stage: StageParameters, model: ModelConfig, world_size: int, precision: str) -> float:

@@ -3,13 +3,11 @@
 import statistics
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -131,15 +129,6 @@ def reset_peak() -> None:
     """peak_gib counts from here."""
     if GPU:
         torch.cuda.reset_peak_memory_stats()
-
-
-@contextmanager
-def local_layers() -> Iterator[None]:
-    """Without Transformer Engine, also where it is installed."""
-    from nemo_jepo.actor import model
-
-    with mock.patch.object(model, "use_transformer_engine", lambda: False):
-        yield
 
 
 def require_transformer_engine() -> None:

@@ -11,7 +11,8 @@ from xml.etree import ElementTree
 import torch
 from torch import Tensor
 
-from tests.gpu.checks.common import GPU, ROOT, Report, Sizes, Skip, local_layers, relative_error
+from tests.gpu.checks.common import GPU, ROOT, Report, Sizes, Skip, relative_error
+from tests.support.layer_kinds import local_layers
 
 
 def parity(report: Report, size: Sizes) -> None:

@@ -16,7 +16,6 @@ from tests.gpu.checks.common import (
     PEAK_TFLOPS,
     Report,
     Sizes,
-    local_layers,
     peak_gib,
     profile,
     require_transformer_engine,
@@ -25,6 +24,7 @@ from tests.gpu.checks.common import (
     synchronize,
     waits,
 )
+from tests.support.layer_kinds import local_layers
 
 
 class DeviceWeights:

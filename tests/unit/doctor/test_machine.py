@@ -13,11 +13,13 @@ from nemo_jepo.tools.doctor import machine
 from nemo_jepo.tools.doctor.findings import BLOCKER, OK, WARNING
 from nemo_jepo.tools.doctor.machine import (
     GIB,
+    check_cudnn,
     check_disk,
     check_file_system,
     check_gpus,
     check_memory,
     check_ports,
+    cudnn_folders,
     existing_parent,
 )
 
@@ -111,3 +113,27 @@ def test_a_rollout_server_that_does_not_answer_warns():
         urls = [f"http://127.0.0.1:{s.getsockname()[1]}" for s in (server, closed)]
         good, bad = check_ports(config("rollout=vllm", f"rollout.servers=[{','.join(urls)}]"))
     assert good.level == OK and (bad.level, bad.text.split(" does")[0]) == (WARNING, urls[1])
+
+
+MAPS = """7f0000000000-7f0000001000 r-xp 00000000 08:01 11 /venv/nvidia/cudnn/lib/libcudnn.so.9
+7f0000002000-7f0000003000 r--p 00001000 08:01 11 /venv/nvidia/cudnn/lib/libcudnn.so.9
+7f0000004000-7f0000005000 r-xp 00000000 08:01 12 /venv/nvidia/cudnn/lib/libcudnn_graph.so.9
+7f0000006000-7f0000007000 rw-p 00000000 00:00 0
+7f0000008000-7f0000009000 r-xp 00000000 08:01 13 /venv/torch/lib/libtorch_cuda.so
+"""
+SYSTEM = "7f000000a000-7f000000b000 r-xp 00000000 08:01 14 /usr/lib/my libs/libcudnn_engines_precompiled.so.9.1\n"
+
+
+def test_the_folders_of_a_process_that_loaded_cudnn():
+    assert cudnn_folders("") == []
+    assert cudnn_folders(MAPS) == ["/venv/nvidia/cudnn/lib"]
+    assert cudnn_folders(MAPS + SYSTEM) == ["/usr/lib/my libs", "/venv/nvidia/cudnn/lib"]
+
+
+@pytest.mark.parametrize(("maps", "levels"), [("", []), (MAPS, [OK]), (MAPS + SYSTEM, [BLOCKER])])
+def test_parts_of_two_cudnns_block(maps, levels, monkeypatch):
+    monkeypatch.setattr(machine.Path, "read_text", lambda path: maps)
+    findings = list(check_cudnn())
+    assert [finding.level for finding in findings] == levels
+    if levels == [BLOCKER]:
+        assert "/usr/lib/my libs and /venv/nvidia/cudnn/lib" in findings[0].text

@@ -12,7 +12,11 @@ from nemo_jepo.tools.plan.hardware import GPUS
 from nemo_jepo.tools.plan.search import best_plan
 from nemo_jepo.tools.plan.workload import MeanLengths
 
-RECIPES = {"jepo_8b": 0, "jepo_8b_fp8": 0, "jepo_70b": 8, "jepo_70b_fp8": 8, "jepo_numina": 0, "jepo_numina_proof": 0}
+RECIPES = {
+    **{"jepo_8b": 0, "jepo_8b_fp8": 0, "jepo_8b_async": 0},
+    **{"jepo_70b": 8, "jepo_70b_fp8": 8, "jepo_70b_async": 8},
+    **{"jepo_numina": 0, "jepo_numina_proof": 0},
+}
 """conf file -> nodes that sample."""
 TWO_GPUS = ["trainer.devices=1", "rollout.vllm.num_servers=1", "model.tensor_model_parallel_size=1"]
 TWO_GPUS += ["model.sequence_parallel=false"]
@@ -134,7 +138,8 @@ def test_the_table_ends_with_what_is_short_and_what_to_try(capsys):
     ],
 )
 def test_what_it_says_to_try_does_fit(overrides, fix, capsys):
-    arguments = ["--config-name", "jepo_70b", "--rollout-nodes", "8", *overrides]
+    arguments = ["--config-name", "jepo_70b", "--rollout-nodes", "8", "model.virtual_pipeline_model_parallel_size=null"]
+    arguments += overrides
     code, found, _ = run(capsys, *arguments)
     assert (code, found["short_phase"], found["try"]) == (1, "training", fix)
     assert found["short_bytes"] > 0
