@@ -92,6 +92,7 @@ def use_transformer_engine() -> bool:
 def transformer_config(hf_config: PretrainedConfig, model: ModelConfig, dtype: torch.dtype) -> TransformerConfig:
     """Megatron's TransformerConfig of a Hugging Face shape in a parallel layout; no dropout anywhere."""
     on_gpu, fused = torch.cuda.is_available(), use_transformer_engine()
+    cudnn = fused and dtype == torch.bfloat16 and torch.cuda.get_device_capability() >= (9, 0)
     interleaved = model.virtual_pipeline_model_parallel_size is not None
     shape = Shape.of(hf_config)
     return TransformerConfig(
@@ -111,8 +112,8 @@ def transformer_config(hf_config: PretrainedConfig, model: ModelConfig, dtype: t
         hidden_dropout=0.0,
         attention_dropout=0.0,
         attention_softmax_in_fp32=True,
-        # `auto` would fall back to Transformer Engine's slow attention without a word; in fp32 there is no other.
-        attention_backend=AttnBackend.fused if fused and dtype == torch.bfloat16 else AttnBackend.auto,
+        # Where cuDNN's kernels take packed rows: `auto` would fall back to slow attention without a word.
+        attention_backend=AttnBackend.fused if cudnn else AttnBackend.auto,
         # Without Transformer Engine torch.compile makes the kernel, for every number of tokens that an expert gets.
         bias_activation_fusion=on_gpu and (fused or not shape.num_experts),
         use_te_activation_func=not on_gpu,  # Megatron's switch for an activation that the layer spec names
