@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Collection
+from functools import cache
 from pathlib import Path
 
 import pyarrow.parquet
@@ -11,7 +12,7 @@ import pytest
 from nemo_jepo.config.schema import ArithmeticConfig
 from nemo_jepo.data.arithmetic import arithmetic_rows
 from nemo_jepo.tools.experiments import load_experiment, only, plan_runs
-from nemo_jepo.tools.report.results import read_all, read_results
+from nemo_jepo.tools.report.results import Comparison, read_all, read_results
 from nemo_jepo.tools.report.tables import markdown, tables_of
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -54,10 +55,16 @@ CLAIMS = [
 ]
 
 
+@cache
+def comparison_of(name: str) -> Comparison:
+    """What a set measured."""
+    (comparison,) = read_results(DOCS / "results" / name / "results.parquet")
+    return comparison
+
+
 def last(name: str, arm: str, metric: str) -> dict[int, float]:
     """seed -> value after the last update."""
-    (comparison,) = read_results(DOCS / "results" / name / "results.parquet")
-    return {seed: curve[max(curve)] for seed, curve in comparison.arms[arm][metric].items()}
+    return {seed: curve[max(curve)] for seed, curve in comparison_of(name).arms[arm][metric].items()}
 
 
 def differences(name: str, arm: str, other: str, metric: str) -> list[float]:
@@ -95,8 +102,7 @@ def test_a_claim_of_the_page_is_what_was_measured(name, arm, other, metric, rela
 def test_objectives_that_count_a_useless_chain_as_none_keep_chains_as_long_as_a_right_one(arm):
     """In every seed of mini_collapse; a right chain of three steps has 17 tokens, the marker 4."""
     marker, right = 4, 17
-    (comparison,) = read_results(DOCS / "results" / "mini_collapse" / "results.parquet")
-    lengths = comparison.arms[arm]["cot_tokens_mean"]
+    lengths = comparison_of("mini_collapse").arms[arm]["cot_tokens_mean"]
     assert len(lengths) == 3 and min(curve[max(curve)] for curve in lengths.values()) >= marker + right
     shortest = min(length - marker for curve in lengths.values() for step, length in curve.items() if step > 0)
     said = re.search(r"never shorter than ([\d.]+) tokens at a validation", TEXTS["collapse.md"])
@@ -105,7 +111,7 @@ def test_objectives_that_count_a_useless_chain_as_none_keep_chains_as_long_as_a_
 
 
 def test_the_single_sample_bound_is_closing_in():
-    (comparison,) = read_results(DOCS / "results" / "mini_verifiable" / "results.parquet")
+    comparison = comparison_of("mini_verifiable")
     multi, single = (comparison.bands(arm, ACCURACY)[0] for arm in ("jepo", "jepo_single"))
     gap = {step: one - other for step, one, other in zip(multi.steps, multi.mean, single.mean, strict=True)}
     assert gap[20] > gap[40] > gap[60] > 0
@@ -137,7 +143,7 @@ README = {
 @pytest.mark.parametrize("line", README)
 def test_the_readme_has_the_means(line):
     name, metric, arms = README[line]
-    (comparison,) = read_results(DOCS / "results" / name / "results.parquet")
+    comparison = comparison_of(name)
     bands = [comparison.bands(arm, metric)[0] for arm in arms]
     cells = [f"{value:.2f}" for value in (bands[0].mean[0], *(band.mean[-1] for band in bands))]
     (row,) = [row for row in (DOCS.parent / "README.md").read_text().splitlines() if row.startswith(f"| {line} |")]
