@@ -5,12 +5,15 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
+from nemo_jepo.actor import model as actor_model
 from nemo_jepo.actor import precision
 from nemo_jepo.actor.actor import row_shape
+from nemo_jepo.actor.model import load_hf_config, transformer_config
 from nemo_jepo.actor.precision import assert_fp8_is_used, check_fp8, fp8_options
 from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.schema import ModelConfig
 from tests.distributed.precision_jobs import bf16_update
+from tests.support.hf_models import SHAPES
 from tests.support.rank_pool import on_ranks
 
 Tensors = dict[str, torch.Tensor]
@@ -52,6 +55,22 @@ def test_a_transformer_config_carries_format_and_recipe(format_, recipe):
     config = config_of(settings(fp8=format_, fp8_recipe=recipe))
     assert (config.fp8, config.fp8_recipe) == (format_, recipe)
     assert config.tp_only_amax_red and not config.first_last_layers_bf16
+
+
+@pytest.mark.parametrize(
+    ("engine", "capability", "dtype", "expected"),
+    [
+        (True, (9, 0), torch.bfloat16, "fused"),
+        (True, (8, 0), torch.bfloat16, "auto"),
+        (True, (9, 0), torch.float32, "auto"),
+        (False, (9, 0), torch.bfloat16, "auto"),
+    ],
+)
+def test_cudnns_attention_is_asked_for_where_it_takes_packed_rows(engine, capability, dtype, expected, monkeypatch):
+    monkeypatch.setattr(actor_model, "use_transformer_engine", lambda: engine)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    config = transformer_config(load_hf_config(SHAPES["llama untied"]), ModelConfig(), dtype)
+    assert config.attention_backend.name == expected
 
 
 def test_delayed_scaling_looks_back_further_than_one_value():

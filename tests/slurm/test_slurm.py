@@ -158,7 +158,8 @@ def start(cluster: Cluster, folder: Path, environment: dict[str, str], *override
 def test_ranks_servers_and_the_doctor_get_what_they_need(cluster, stand_in, tmp_path):
     (tmp_path / "end_training").write_text("0")
     more = {"ROLLOUT_NODES": "1", "TRAINERS_PER_NODE": "2", "SERVERS_PER_NODE": "2", "MODEL": "/models/tiny"}
-    number = start(cluster, tmp_path, stand_in | more | {"WANDB_API_KEY": "x"}, "trainer.jepo.max_steps=9")
+    more |= {"WANDB_API_KEY": "x", "CUDA_VISIBLE_DEVICES": "4,6"}
+    number = start(cluster, tmp_path, stand_in | more, "trainer.jepo.max_steps=9")
     assert cluster.wait(number)["JobState"] == "COMPLETED", everything(tmp_path, number)
 
     trainers = calls(tmp_path, "train")
@@ -179,7 +180,7 @@ def test_ranks_servers_and_the_doctor_get_what_they_need(cluster, stand_in, tmp_
 
     servers = sorted(calls(tmp_path, "serve"), key=lambda call: call["arguments"])
     assert [call["node"] for call in servers] == ["node2", "node2"]
-    assert [call["environment"]["CUDA_VISIBLE_DEVICES"] for call in servers] == ["0", "1"]
+    assert [call["environment"]["CUDA_VISIBLE_DEVICES"] for call in servers] == ["4", "6"]
     assert servers[0]["arguments"][:5] == ["/models/tiny", "--host", "127.0.1.2", "--port", str(port + 1)]
     assert not {"RANK", "MASTER_ADDR", "CUDA_DEVICE_MAX_CONNECTIONS"} & set(servers[0]["environment"])
     assert {place["CUDA_DEVICE_MAX_CONNECTIONS"] for place in places} == {"1"}
@@ -196,7 +197,9 @@ def test_the_servers_key_is_readable_by_its_owner_alone_and_goes_with_the_job(cl
     key = tmp_path / "logs" / number / "server_key"
     assert stat.S_IMODE(key.stat().st_mode) == 0o600 and len(key.read_text()) > 32
     assert f"rollout.vllm.api_key_file={key}" in calls(tmp_path, "train")[0]["arguments"]
-    assert str(key) in calls(tmp_path, "serve")[0]["arguments"]
+    (serve,) = calls(tmp_path, "serve")
+    assert str(key) in serve["arguments"]
+    assert serve["environment"]["CUDA_VISIBLE_DEVICES"] == "0"  # where the task's environment says nothing
     assert key.read_text() not in log(tmp_path, number)
     (tmp_path / "end_training").write_text("0")
     assert cluster.wait(number)["JobState"] == "COMPLETED", everything(tmp_path, number)

@@ -107,7 +107,20 @@ def test_objectives_that_count_a_useless_chain_as_none_keep_chains_as_long_as_a_
     shortest = min(length - marker for curve in lengths.values() for step, length in curve.items() if step > 0)
     said = re.search(r"never shorter than ([\d.]+) tokens at a validation", TEXTS["collapse.md"])
     assert said is not None and shortest >= float(said[1])
-    assert f"| `{arm}` | " in TEXTS["collapse.md"]
+
+
+@pytest.mark.parametrize("arm", load_experiment("mini_collapse").arms)
+def test_the_page_on_collapse_has_the_means_and_the_spread_of_every_arm(arm):
+    def spread(metric: str) -> str:
+        found = last("mini_collapse", arm, metric).values()
+        mean, *ends = (f"{value:.2f}" for value in (sum(found) / len(found), min(found), max(found)))
+        return f"{mean} ({' to '.join(ends)})"
+
+    curves = comparison_of("mini_collapse").arms[arm]["cot_tokens_mean"].values()
+    marker, seeds = 4, len(curves)
+    tokens = [sum(curve[step or max(curve)] for curve in curves) / seeds - marker for step in (20, None)]
+    cells = [f"`{arm}`", spread(ACCURACY), spread("proxy_nll"), *(f"{number:.1f}" for number in tokens)]
+    assert f"| {' | '.join(cells)} |" in TEXTS["collapse.md"].splitlines()
 
 
 def test_the_single_sample_bound_is_closing_in():
