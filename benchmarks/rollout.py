@@ -168,13 +168,13 @@ def push(pool: Pool, model: PreTrainedModel, backend: str, version: int, folder:
     (url,) = [*pool.ready(), *pool.out()]
     transfer.push([url], tensors, version)  # opens the connection
     began, own, theirs = time.perf_counter(), time.process_time(), server_cpu_seconds()
-    faults = transfer.push([url], tensors, version)
+    pushed = transfer.push([url], tensors, version)
     found = {
         "seconds": time.perf_counter() - began,
         "trainer_cpu_seconds": time.process_time() - own,
         "server_cpu_seconds": server_cpu_seconds() - theirs,
     }
-    assert faults == {url: None}, faults
+    assert pushed.updated == (url,), pushed
     pool.admit(url, version)
     transfer.close()
     return found

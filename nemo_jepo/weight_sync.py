@@ -11,6 +11,7 @@ reloaded, a stale prefix cache, a server that came back with its old weights. So
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -35,7 +36,7 @@ def sync_weights(t: Trainer) -> None:
     """
     if t.rollouts.version == t.actor.num_steps:
         return
-    stream = weight_stream(t.actor.chunks, t.actor.hf_config, t.layout)
+    stream = partial(weight_stream, t.actor.chunks, t.actor.hf_config, t.layout)
     t.rollouts.load_weights(stream, t.actor.num_steps)
     prompts, max_tokens = t.stream.upcoming()[:PROBE_PROMPTS], min(PROBE_TOKENS, t.config.rollout.max_tokens)
     tolerance = t.config.rollout.vllm.parity_tolerance

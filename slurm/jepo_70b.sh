@@ -24,7 +24,8 @@ set -euo pipefail
 : "${ROLLOUT_NODES:=$((${SLURM_JOB_NUM_NODES:-16} / 2))}"
 : "${SERVER_TENSOR_PARALLEL_SIZE:=$((GPUS_PER_NODE < 4 ? GPUS_PER_NODE : 4))}" # conf/jepo_70b.yaml: two servers a node
 : "${SERVERS_PER_NODE:=$((GPUS_PER_NODE / SERVER_TENSOR_PARALLEL_SIZE))}"
-: "${SERVER_OPTIONS:=--dtype bfloat16 --load-format dummy}" # the weights come with the first sync
+# The weights come with the first sync; 0.85 as in conf/jepo_70b.yaml.
+: "${SERVER_OPTIONS:=--dtype bfloat16 --load-format dummy -- --gpu-memory-utilization 0.85}"
 RECIPE_OVERRIDES=("pretrained_checkpoint.restore_from_path=$MODEL" "data.train_path=$TRAIN_DATA")
 if [[ -n ${VALIDATION_DATA:-} ]]; then RECIPE_OVERRIDES+=("data.validation_path=$VALIDATION_DATA"); fi
 

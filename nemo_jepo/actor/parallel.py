@@ -134,6 +134,7 @@ class Layout:
         self.data_parallel_size = self.data_group.size()
         self.is_last_stage = parallel_state.is_pipeline_last_stage()
         self.is_replica_head = self.replica_group.rank() == 0
+        self.in_heads_pipeline = self.tensor_group.rank() == 0 and self.context_group.rank() == 0
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else cpu._CPU
 
     def _reduce(self, values: Tensor, op: Any, group: dist.ProcessGroup) -> Tensor:

@@ -131,7 +131,7 @@ class EmbeddedSampler:
         self._policy_version: int | None = None
 
     @torch.no_grad()
-    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
+    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], policy_version: int) -> bool:
         """Copies every parameter in; until that has succeeded there is nothing to sample from. See `Sampler`."""
         self._policy_version = None
         waiting = dict(self._model.named_parameters())
@@ -145,6 +145,7 @@ class EmbeddedSampler:
         if waiting:
             raise ValueError(f"no weights for {len(waiting)} parameters: {', '.join(sorted(waiting)[:5])}")
         self._policy_version = policy_version
+        return False
 
     def submit(
         self, prompts: Sequence[Prompt], request: GenerationRequest, stop: Callable[[], bool] = never

@@ -108,19 +108,22 @@ class RolloutQueue:
                 if future is not None:
                     future.cancel()  # where it ends early
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def load_weights(self, weights: Callable[[], Iterable[tuple[str, Tensor]]], version: int) -> None:
         """Give the sampler the weights of one optimizer step.
 
         Args:
-            weights: (Hugging Face name, tensor); making them is collective, so every rank reads to the end.
+            weights: makes (Hugging Face name, tensor), which is collective, so every rank reads to the end; again where
+                a sampler asks for it.
             version: optimizer steps in them.
         """
-        if self._sampler is not None:
-            self._sampler.load_weights(weights, version)
-        else:
-            for _ in weights:
-                pass
-        self._layout.barrier()  # a sampler that another replica fed is complete as well
+        wants = self._sampler is not None
+        while self._layout.any_over_world(wants):
+            stream = weights()
+            if self._sampler is not None and wants:
+                wants = self._sampler.load_weights(stream, version)
+            else:
+                for _ in stream:
+                    pass
         self.version = version
 
     def probe(self, prompts: Sequence[Prompt], request: GenerationRequest) -> dict[str, list[Rollout]]:

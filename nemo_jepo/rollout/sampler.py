@@ -61,13 +61,15 @@ class GenerationRequest:
 class Sampler(Protocol):
     """Anything that completes prompts with the weights it was last given."""
 
-    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
+    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], policy_version: int) -> bool:
         """Takes the weights of one optimizer step.
 
         Args:
             named_tensors: every parameter once, by Hugging Face name; a tied output head is left out. Read to its end
                 even where this sampler fails, because making it is collective.
             policy_version: optimizer steps in these weights; every later Rollout carries it.
+        Returns:
+            Whether the same weights are wanted once more: a server was lost while others received with it.
         Raises:
             ValueError: a parameter is missing, unknown, sent twice or of another shape.
         """

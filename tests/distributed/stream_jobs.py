@@ -1,6 +1,8 @@
-"""What the weight stream gives in a layout."""
+"""What the weight stream gives in a layout, and what ranks send each other for it."""
 
+from collections import Counter
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -13,7 +15,7 @@ from nemo_jepo.config.schema import ModelConfig
 
 
 def stream(job: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The stream in order, which is the same on every rank.
+    """The stream in order, the same on every replica's first rank and empty on the others.
 
     Args:
         job: shape, folder or None, seed, model.
@@ -28,8 +30,34 @@ def stream(job: dict[str, Any]) -> dict[str, torch.Tensor]:
     source = open_source(hf_config, job["folder"], job["seed"])
     load_stage(actor.chunks, hf_config, source, layout)
     tensors = {name: tensor.clone() for name, tensor in weight_stream(actor.chunks, hf_config, layout)}
-    for name, tensor in tensors.items():
-        of_rank_0 = tensor.clone()
-        torch.distributed.broadcast(of_rank_0, src=0)
-        assert torch.equal(tensor, of_rank_0), name
+    everywhere: list[Any] = [None] * layout.world_size
+    torch.distributed.all_gather_object(everywhere, tensors)
+    for name in tensors:
+        assert torch.equal(tensors[name], everywhere[0][name]), name
+    assert bool(tensors) == layout.is_replica_head
     return tensors
+
+
+def traffic(job: dict[str, Any]) -> dict[str, int]:
+    """Bytes that this rank gives to others while the stream is read, by collective; its own shards' bytes as "own"."""
+    model = ModelConfig(**job["model"])
+    parallel.init_model_parallel(model)
+    layout = parallel.Layout()
+    hf_config = load_hf_config(job["shape"])
+    actor = MegatronJEPOActor(hf_config, model, "fp32", layout)
+    counts: Counter[str] = Counter()
+
+    def counting(name: str, position: int) -> Any:
+        call = getattr(torch.distributed, name)
+
+        def count(*tensors: torch.Tensor, group: torch.distributed.ProcessGroup, **others: Any) -> Any:
+            if group.size() > 1:
+                counts[name] += tensors[position].nbytes
+            return call(*tensors, group=group, **others)
+
+        return mock.patch.object(torch.distributed, name, count)
+
+    with counting("all_gather_into_tensor", 1), counting("send", 0), counting("recv", 0), counting("broadcast", 0):
+        read = sum(tensor.nbytes for _, tensor in weight_stream(actor.chunks, hf_config, layout))
+    own = sum(parameter.nbytes for chunk in actor.chunks for parameter in chunk.parameters())
+    return dict(counts) | {"read": read, "own": own}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nemo_jepo.actor.weights.load import SeededWeights, hf_shapes
-from tests.distributed.stream_jobs import stream
+from tests.distributed.stream_jobs import stream, traffic
 from tests.support.hf_models import SHAPES, on_disk, random_model, save
 from tests.support.rank_pool import on_ranks
 
@@ -71,6 +71,25 @@ def test_a_seed_gives_the_same_model_in_every_layout(layout):
     source = SeededWeights({name: tuple(tensor.shape) for name, tensor in found.items()}, 0.2, seed=7)
     for name, tensor in found.items():
         assert torch.equal(tensor, source.read(name)), name
+
+
+def test_a_layer_goes_once_through_its_tensor_group_and_once_to_the_first_rank():
+    """Ranks 0 and 1 hold the first stage, 2 and 3 the last: rank 2 alone sends, and only to rank 0."""
+    ranks = on_ranks(4, traffic, {"shape": SHAPES["qwen2 untied"], "model": LAYOUTS["TP2xPP2"][1]})
+    for rank in ranks:
+        assert rank["all_gather_into_tensor"] == rank["own"]
+        assert "broadcast" not in rank
+    assert [rank.get("send", 0) for rank in ranks] == [0, 0, 2 * ranks[2]["own"], 0]
+    assert [rank.get("recv", 0) for rank in ranks] == [2 * ranks[2]["own"], 0, 0, 0]
+    assert [bool(rank["read"]) for rank in ranks] == [True, False, False, False]
+
+
+def test_experts_are_gathered_by_every_replica_at_once():
+    """Two replicas of one rank, half of the experts each: all of them to both, nothing else is sent."""
+    first, second = on_ranks(2, traffic, {"shape": SHAPES["mixtral untied"], "model": LAYOUTS["EP2"][1]})
+    experts = first["read"] - first["own"]  # what the other rank holds, and as much again of its own
+    for rank in (first, second):
+        assert rank["all_gather_into_tensor"] == experts and "send" not in rank and "broadcast" not in rank
 
 
 def test_seeded_weights_are_normal_with_unit_norms_and_zero_biases():

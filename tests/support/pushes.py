@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from nemo_jepo.config.schema import VLLMConfig
 from nemo_jepo.rollout.sampler import GenerationRequest
 from nemo_jepo.rollout.vllm.pool import Pool
-from nemo_jepo.rollout.vllm.push import WeightTransfer
+from nemo_jepo.rollout.vllm.push import Pushed, WeightTransfer
 from nemo_jepo.types import Prompt, Rollout
 from tests.support.serving import KEY, VOCAB, logprobs
 from tests.support.vllm_processes import wait_until
@@ -62,15 +62,15 @@ def pushed_twice_and_again(url: str, old: PreTrainedModel, new: PreTrainedModel,
     """Through gloo, through a file, by a second trainer, and while requests are half done."""
     pool = Pool([url], VLLMConfig(), KEY, VOCAB)
     with transfer_of(pool, new, folder) as transfer:
-        assert transfer.push([url], stream(new), 1) == {url: None}
+        assert transfer.push([url], stream(new), 1) == Pushed(updated=(url,))
         assert_samples_with(pool, new, 1, [url])
-        assert transfer.push([url], stream(old), 2) == {url: None}
+        assert transfer.push([url], stream(old), 2) == Pushed(updated=(url,))
         assert_samples_with(pool, old, 2, [url])
     with transfer_of(pool, new, folder, weight_transfer="file") as transfer:
-        assert transfer.push([url], stream(new), 3) == {url: None}
+        assert transfer.push([url], stream(new), 3) == Pushed(updated=(url,))
         assert_samples_with(pool, new, 3, [url])
     with transfer_of(pool, new, folder) as transfer:  # another trainer, the same server
-        assert transfer.push([url], stream(old), 4) == {url: None}
+        assert transfer.push([url], stream(old), 4) == Pushed(updated=(url,))
         assert_samples_with(pool, old, 4, [url])
         push_in_flight(pool, transfer, url, old, new)
     pool.close()
@@ -82,7 +82,7 @@ def push_in_flight(pool: Pool, transfer: WeightTransfer, url: str, old: PreTrain
         done = pool.num_done
         work = pool.submit(PROMPTS * 4, request(max_tokens=80), (), only=url)
         wait_until(lambda done=done: pool.num_done > done)
-        assert transfer.push([url], stream(after), version) == {url: None}
+        assert transfer.push([url], stream(after), version) == Pushed(updated=(url,))
         crossed = 0
         for rollout in work.result():
             prompt = PROMPTS[rollout.group % 4].token_ids

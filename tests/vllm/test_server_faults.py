@@ -1,6 +1,7 @@
 """A push to servers of which one hangs or is not there, and one that breaks off: who has the weights is known."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Sequence
 
 import psutil
 import pytest
@@ -8,7 +9,8 @@ from torch import Tensor
 
 from nemo_jepo.config.schema import VLLMConfig
 from nemo_jepo.rollout.vllm.pool import Pool
-from tests.support.pushes import assert_samples_with, stream, transfer_of
+from nemo_jepo.rollout.vllm.push import Pushed
+from tests.support.pushes import PROMPTS, assert_samples_with, request, stream, transfer_of
 from tests.support.serving import KEY, VOCAB, Server, SharedServers
 from tests.support.vllm_processes import named, needs_vllm
 
@@ -23,36 +25,69 @@ def stopping(worker: psutil.Process, tensors: Iterator[tuple[str, Tensor]]) -> I
         yield item
 
 
-def test_a_worker_that_hangs_is_named_and_the_other_server_is_synced_all_the_same(servers, tmp_path):
+def test_a_worker_that_hangs_is_named_and_the_other_server_gets_the_weights_once_more(servers, tmp_path):
     (old, new), both = servers.models, servers.alike()
     urls = [server.url for server in both]
     worker = max(named(both[0].process.pid, "Worker"), key=lambda process: process.pid)
     pool = Pool(urls, VLLMConfig(), KEY, VOCAB)
-    with transfer_of(pool, new, tmp_path, sync_timeout_s=20.0) as transfer:  # a worker waits twice as long for tensors
-        assert transfer.push(urls, stream(old), 1) == {url: None for url in urls}
-        transfer._settings.sync_timeout_s = 5.0
+    with transfer_of(pool, new, tmp_path, sync_timeout_s=60.0) as transfer:  # a worker waits twice as long for tensors
+        assert transfer.push(urls, stream(old), 1) == Pushed(updated=tuple(urls))
+        transfer._settings.sync_timeout_s = 10.0
         try:
-            faults = transfer.push(urls, stopping(worker, stream(new)), 2)
+            pushed = transfer.push(urls, stopping(worker, stream(new)), 2)
         finally:
             worker.resume()
-        assert faults[urls[1]] is None
-        fault = faults[urls[0]]
-        assert fault is not None and "\n" not in fault
-        assert "missing rank 1 (has " in fault and " of 20 tensors, the last model." in fault
+        assert pushed.waiting == (urls[1],) and list(pushed.lost) == urls[:1], pushed
+        fault = pushed.lost[urls[0]]
+        assert "\n" not in fault and "missing rank 1 (has " in fault and " of 20 tensors, the last model." in fault
+        transfer._settings.sync_timeout_s = 60.0  # as at first: the other worker waits twice that long
+        assert transfer.push(pushed.waiting, stream(new), 2) == Pushed(updated=(urls[1],))
         assert_samples_with(pool, new, 2, urls[1:])
-        transfer._settings.sync_timeout_s = 20.0  # as at first: the other worker waits twice that long
         # Half-loaded weights: another push makes it whole, or the server stays out; never anything in between.
-        again = transfer.push(urls, stream(new), 3)
-        assert again[urls[1]] is None
-        assert_samples_with(pool, new, 3, [url for url, fault in again.items() if fault is None])
+        again = transfer.push(urls, stream(old), 3)
+        if again.waiting:
+            again = transfer.push(again.waiting, stream(old), 3)
+        assert urls[1] in again.updated
+        assert_samples_with(pool, old, 3, again.updated)
     pool.close()
     give_up_what_broke(servers, both, again)
 
 
-def give_up_what_broke(servers: SharedServers, used: Sequence[Server], faults: Mapping[str, str | None]) -> None:
+def give_up_what_broke(servers: SharedServers, used: Sequence[Server], pushed: Pushed) -> None:
     for server in used:
-        if faults.get(server.url) is not None:
+        if server.url not in pushed.updated:
             servers.give_up(server)
+
+
+def test_a_server_that_is_killed_in_mid_push_is_lost_at_once_and_requests_in_flight_at_the_other_go_on(
+    servers, tmp_path
+):
+    """The other's requests are paused meanwhile, and end with the new weights."""
+    (old, new), (other,) = servers.models, servers.alike(1)
+    lost = servers.start(servers.model_folder)
+    urls = [lost.url, other.url]
+    pool = Pool(urls, VLLMConfig(), KEY, VOCAB)
+
+    def killing() -> Iterator[tuple[str, Tensor]]:
+        for number, item in enumerate(stream(new)):
+            if number == 5:
+                for process in psutil.Process(lost.process.pid).children(recursive=True):
+                    process.kill()
+            yield item
+
+    with transfer_of(pool, new, tmp_path, sync_timeout_s=300.0) as transfer:
+        assert transfer.push(urls, stream(old), 1) == Pushed(updated=tuple(urls))
+        pool.admit(other.url, 1)
+        work = pool.submit(PROMPTS * 4, request(max_tokens=80), (), only=other.url)
+        began = time.monotonic()
+        pushed = transfer.push(urls, killing(), 2)
+        assert time.monotonic() - began < 100  # not the deadline
+        assert pushed.waiting == (other.url,) and list(pushed.lost) == [lost.url]
+        assert transfer.push(pushed.waiting, stream(new), 2) == Pushed(updated=(other.url,))
+        assert len(work.result()) == 32
+        assert_samples_with(pool, new, 2, [other.url])
+    pool.close()
+    lost.process.wait(60)
 
 
 def test_a_stream_that_breaks_off_ends_every_transfer_and_no_server_counts_as_synced(servers, tmp_path):
@@ -70,7 +105,7 @@ def test_a_stream_that_breaks_off_ends_every_transfer_and_no_server_counts_as_sy
         with pytest.raises(RuntimeError, match="a rank of the trainer is gone"):
             transfer.push(urls, broken(), 4)
         again = transfer.push(urls, stream(old), 5)
-        assert_samples_with(pool, old, 5, [url for url, fault in again.items() if fault is None])
+        assert_samples_with(pool, old, 5, again.updated)
     pool.close()
     give_up_what_broke(servers, one, again)
 
@@ -79,6 +114,6 @@ def test_a_server_without_the_weights_of_the_push_is_reported(servers, tmp_path)
     _, new = servers.models
     pool = Pool(["http://127.0.0.1:9"], VLLMConfig(), KEY, VOCAB)
     with transfer_of(pool, new, tmp_path, sync_timeout_s=5.0) as transfer:
-        ((url, fault),) = transfer.push(["http://127.0.0.1:9"], stream(new), 6).items()
-        assert fault is not None and url in fault and "No connection for weights was opened" in fault
+        ((url, fault),) = transfer.push(["http://127.0.0.1:9"], stream(new), 6).lost.items()
+        assert url in fault and "No connection for weights was opened" in fault
     pool.close()

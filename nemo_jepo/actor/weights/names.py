@@ -29,6 +29,11 @@ class ModelParameter:
         """What a pipeline stage holds as a whole: a layer ("decoder.layers.3"), or the parameter itself."""
         return place_of(self.name)
 
+    @property
+    def is_expert(self) -> bool:
+        """Whether it lies whole on one expert-parallel rank."""
+        return self.expert is not None
+
 
 def place_of(name: str) -> str:
     """The place of a parameter by its name."""

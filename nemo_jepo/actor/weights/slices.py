@@ -2,7 +2,6 @@
 
 Megatron lays query, key and value side by side per key/value group, [groups * (q_per_group + 2) * head, H], and the
 gated MLP as [gate; up], so that a slice along the partitioned dimension is a valid shard (each half of fc1 apart).
-What ranks gather at once is one part of a shard, such as one of these halves, so that no more is held.
 
 Shape letters: H hidden size, D head size, K key/value heads, V vocabulary; r of n: tensor-parallel rank and size.
 """
@@ -31,11 +30,11 @@ class Entry(Protocol):
     def read_shard(self, source: TensorSource, rank: int, size: int) -> Tensor:
         """Rank's slice of the Megatron parameter, read slice by slice."""
 
-    def parts(self, shard: Tensor) -> tuple[Tensor, ...]:
-        """A rank's slice as views, which ranks gather one after the other."""
+    def shard_shape(self, size: int) -> tuple[int, ...]:
+        """Shape of a rank's slice."""
 
-    def join(self, number: int, shards: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """One part of all ranks' slices, [n, ...], as whole Hugging Face tensors, in the order of hf_shapes."""
+    def join(self, shards: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """All ranks' slices, [n, ...], as whole Hugging Face tensors, in the order of hf_shapes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +50,10 @@ class Whole:
     def read_shard(self, source: TensorSource, rank: int, size: int) -> Tensor:
         return source.read(self.name)
 
-    def parts(self, shard: Tensor) -> tuple[Tensor, ...]:
-        return (shard,)
+    def shard_shape(self, size: int) -> tuple[int, ...]:
+        return self.shape
 
-    def join(self, number: int, shards: Tensor) -> Iterator[tuple[str, Tensor]]:
+    def join(self, shards: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield self.name, shards[0]
 
 
@@ -82,12 +81,14 @@ class Sliced:
             pieces = [torch.nn.functional.pad(piece, padding) for piece in pieces]
         return torch.cat(pieces) if len(pieces) > 1 else pieces[0]  # which may still lie in the file
 
-    def parts(self, shard: Tensor) -> tuple[Tensor, ...]:
-        return shard.chunk(len(self.names))
+    def shard_shape(self, size: int) -> tuple[int, ...]:
+        part = [-(-length // size) if dim == self.dim else length for dim, length in enumerate(self.shape)]
+        return (len(self.names) * part[0], *part[1:])
 
-    def join(self, number: int, shards: Tensor) -> Iterator[tuple[str, Tensor]]:
-        whole = shards.flatten(0, 1) if self.dim == 0 else torch.cat(tuple(shards), self.dim)
-        yield self.names[number], whole.narrow(self.dim, 0, self.shape[self.dim])
+    def join(self, shards: Tensor) -> Iterator[tuple[str, Tensor]]:
+        for name, pieces in zip(self.names, shards.chunk(len(self.names), dim=1), strict=True):
+            whole = pieces.flatten(0, 1) if self.dim == 0 else torch.cat(tuple(pieces), self.dim)
+            yield name, whole.narrow(self.dim, 0, self.shape[self.dim])
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,11 +120,11 @@ class GroupedQKV:
         ]
         return torch.cat(pieces, dim=1).flatten(0, 1)
 
-    def parts(self, shard: Tensor) -> tuple[Tensor, ...]:
-        return (shard,)
+    def shard_shape(self, size: int) -> tuple[int, ...]:
+        return (self.num_kv_heads // size * sum(count for _, count in self._rows()), *self.trailing)
 
-    def join(self, number: int, shards: Tensor) -> Iterator[tuple[str, Tensor]]:
+    def join(self, shards: Tensor) -> Iterator[tuple[str, Tensor]]:
         rows = [count for _, count in self._rows()]
-        pieces = shards.view(self.num_kv_heads, sum(rows), *self.trailing).split(rows, dim=1)
+        pieces = shards.reshape(self.num_kv_heads, sum(rows), *self.trailing).split(rows, dim=1)
         for (name, _), piece in zip(self._rows(), pieces, strict=True):
             yield name, piece.flatten(0, 1)

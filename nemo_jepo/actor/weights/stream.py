@@ -1,11 +1,17 @@
-"""The weight stream: the whole model as (Hugging Face name, tensor), gathered one tensor at a time.
+"""The weight stream: the whole model as (Hugging Face name, tensor), gathered one layer at a time for its one reader.
 
-Samplers and export read the same stream. Every rank of the world must drain it, because gathering is collective: over
-the tensor-parallel group of the stage that owns a parameter (an expert comes from its expert-parallel rank), then over
-the pipeline group. Expert-parallel groups reach across data-parallel replicas.
+Samplers and export read the same stream, on a replica's first rank. Every rank of the world must drain it all the same,
+because gathering is collective:
+
+    shards of a layer -> all-gather over the tensor-parallel group; experts: over the expert-parallel group
+                      -> a later pipeline stage sends the layer to the first one
+                      -> the replica's first rank joins shards into Hugging Face tensors
+
+Expert-parallel groups reach across data-parallel replicas, so that all of them gather at the same time.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,33 +25,25 @@ from nemo_jepo.actor.weights.parameters import named_parameters
 
 
 def weight_stream(chunks: Sequence[nn.Module], hf_config: Any, layout: Layout) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the model under its Hugging Face name, in the model's order and dtype, on every rank.
+    """Every tensor of the model under its Hugging Face name, in the model's order and dtype, on a replica's first rank.
 
-    A tied output matrix appears once, as model.embed_tokens.weight. Holds one tensor at a time and, while it is joined,
-    its shards; a tensor may be the model's own memory, so readers copy what they keep and write into nothing.
+    Other ranks take part and are given nothing. A tied output matrix appears once, as model.embed_tokens.weight. Holds
+    the shards of one layer (of its experts, apart), or of one large table; a tensor may be the model's own memory, so
+    readers copy what they keep and write into nothing.
 
     Args:
         chunks: this rank's GPTModels, unwrapped.
     """
-    shape = Shape.of(hf_config)
     own = {name: parameter.detach() for name, parameter in named_parameters(chunks, layout)}
     stages = _owning_stages(own, layout.pipeline_group)
-    like = next(iter(own.values()))
-    for parameter in model_parameters(shape):
-        stage = stages[parameter.place]
-        on_stage = stage == layout.pipeline_group.rank()
-        if on_stage and parameter.name in own:
-            tensors = _gather(own[parameter.name], parameter, layout)
-        else:
-            tensors = _unset(parameter, like)
-        for name, tensor in tensors:
-            tensor = tensor.contiguous()
-            if on_stage and parameter.expert is not None:
-                num_local = shape.num_experts // layout.expert_group.size()
-                dist.broadcast(tensor, group=layout.expert_group, group_src=parameter.expert // num_local)
-            dist.broadcast(tensor, group=layout.pipeline_group, group_src=stage)
-            yield name, tensor
-            del tensor  # before the next one is made
+    parameters = model_parameters(Shape.of(hf_config))
+    for (place, _), part in itertools.groupby(parameters, lambda parameter: (parameter.place, parameter.is_expert)):
+        together = list(part)
+        shards = _gather(together, own, stages[place], layout)
+        for parameter in together if layout.is_replica_head else ():
+            for name, tensor in parameter.entry.join(shards.pop(parameter.name)):
+                yield name, tensor.contiguous()
+                del tensor  # which may be a view of the whole layer's shards
 
 
 def _owning_stages(own: Iterable[str], group: dist.ProcessGroup) -> dict[str, int]:
@@ -55,20 +53,38 @@ def _owning_stages(own: Iterable[str], group: dist.ProcessGroup) -> dict[str, in
     return {place: stage for stage in reversed(range(group.size())) for place in places[stage]}
 
 
-def _gather(own: Tensor, parameter: ModelParameter, layout: Layout) -> Iterator[tuple[str, Tensor]]:
-    """A parameter's Hugging Face tensors from its shards on the tensor-parallel ranks; an expert has one shard."""
-    group = layout.tensor_group
-    for number, part in enumerate(parameter.entry.parts(own)):
-        if parameter.expert is not None or group.size() == 1:
-            yield from parameter.entry.join(number, part[None])
-            continue
-        shards = part.new_empty(group.size(), *part.shape)
-        dist.all_gather(list(shards), part.contiguous(), group=group)
-        yield from parameter.entry.join(number, shards)
-        del shards
+def _gather(
+    parameters: Sequence[ModelParameter], own: Mapping[str, Tensor], stage: int, layout: Layout
+) -> dict[str, Tensor]:
+    """Each parameter's shards, [n, ...], on the replica's first rank; parameters of one place, experts or none of them.
 
+    Args:
+        own: this rank's shards by name.
+        stage: the pipeline rank that holds the place.
+    """
+    is_expert, pipeline = parameters[0].is_expert, layout.pipeline_group
+    group = layout.expert_group if is_expert else layout.tensor_group
+    if group.size() == 1 and stage == 0:
+        return {name: own[name][None] for name in (p.name for p in parameters) if name in own}
 
-def _unset(parameter: ModelParameter, like: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Room for tensors that come from another rank."""
-    for name, size in parameter.entry.hf_shapes().items():
-        yield name, torch.empty(size, dtype=like.dtype, device=like.device)
+    # One tensor of each rank: its shards, or all of its experts
+    shapes = {p.name: p.entry.shard_shape(1 if is_expert else group.size()) for p in parameters}
+    count = sum(map(torch.Size.numel, map(torch.Size, shapes.values())))
+    like = next(iter(own.values()))
+    gathered = like.new_empty(group.size(), count // group.size() if is_expert else count)
+    if stage == pipeline.rank():
+        held = torch.cat([own[name].flatten() for name in shapes if name in own])[None]
+        dist.all_gather_into_tensor(gathered, held, group=group)
+
+    # To the replica's first rank
+    if stage != 0 and layout.in_heads_pipeline:
+        if stage == pipeline.rank():
+            dist.send(gathered, group=pipeline, group_dst=0)
+        elif pipeline.rank() == 0:
+            dist.recv(gathered, group=pipeline, group_src=stage)
+    if not layout.is_replica_head:
+        return {}
+    rows = gathered.view(1, -1) if is_expert else gathered  # an expert has one shard, and ranks hold them in order
+    sizes = [torch.Size(shape).numel() for shape in shapes.values()]
+    pieces = zip(shapes.items(), rows.split(sizes, dim=1), strict=True)
+    return {name: piece.view(len(rows), *shape) for (name, shape), piece in pieces}

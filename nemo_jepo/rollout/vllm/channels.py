@@ -1,13 +1,16 @@
-"""How weights reach one vLLM server: gloo without a GPU, vLLM's own NCCL trainer API with one, files as the fallback.
+"""How weights reach vLLM servers: gloo without a GPU, vLLM's own NCCL trainer API with one, files as the fallback.
 
-Every channel brings a paused server from its old weights to a numbered version of new ones, or raises.
+A channel brings paused servers from their old weights to a numbered version of new ones: all of them, or it raises and
+none counts. Over NCCL and gloo the trainer and every rank of every server are one group, rank 0 and then server by
+server, so that each tensor is sent once however many servers there are.
 """
 
+import ipaddress
+import itertools
 import os
 import shutil
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,82 +21,124 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_jepo.rollout.vllm import gloo
+from nemo_jepo.rollout.vllm.fleet import Fleet, answers_of, failures_of, first_fault, in_thread
 from nemo_jepo.utils.network import free_ports
 
 NamedTensor = tuple[str, Tensor]
 Shapes = Sequence[tuple[str, tuple[int, ...]]]
-Control = Callable[..., dict[str, Any]]
-"""`nemo_jepo.rollout.vllm.pool.Pool.control`: calls a control route of a server."""
+Remaining = Callable[[], float]
+"""Seconds that a push still has."""
+
+GRACE_S = 10.0
+"""Seconds in which a server must let go of a push that was given up. Its call lasts longer: a late answer is one."""
+NCCL_BUFFER_BYTES = 256 << 20
+"""Of each of the two buffers that vLLM's trainer and its servers pack tensors into. vLLM's own 1 GiB takes a server
+what its key-value cache has left of the GPU."""
 
 
 class Channel(Protocol):
-    """The open connection to one server."""
+    """The open connection to some servers."""
 
-    def send(self, tensors: Iterable[NamedTensor], version: int) -> None:
-        """Bring the server, which is paused, to these weights and this version."""
+    urls: tuple[str, ...]
+    updates: dict[str, "Future[Any]"]
+    """Each server's call that lasts as long as it receives; empty while none does."""
 
-    def missing(self, num_sent: int) -> str:
-        """Which of the server's ranks have not taken what was sent, as far as the backend can tell."""
+    def send(self, tensors: Iterable[NamedTensor], version: int, remaining_s: Remaining) -> None:
+        """Bring the servers, which are paused, to these weights and this version.
+
+        Raises:
+            ServersFailed: some could not; whatever else is raised does not say who is to blame.
+        """
+
+    def missing(self, url: str, num_sent: int) -> str:
+        """Which ranks of a server have not taken what was sent, as far as the backend can tell."""
+
+    def close(self) -> None:
+        """Leave the group; servers that wait in it for tensors are let go."""
 
 
-class GlooChannel:
-    """A gloo group with every rank of one server; the receivers are `nemo_jepo.rollout.vllm.plugin.GlooReceiver`.
+class _Group:
+    """What a gloo and an NCCL group have in common: where they meet, and who has which rank."""
+
+    def __init__(self, fleet: Fleet, timeout_s: float) -> None:
+        self.urls = fleet.urls
+        self.updates: dict[str, Future[Any]] = {}
+        self._fleet = fleet
+        sizes = [answer["world_size"] for answer in fleet.call("GET", "/get_world_size", timeout_s=timeout_s).values()]
+        self._first_ranks = dict(zip(self.urls, itertools.accumulate(sizes, initial=1), strict=False))
+        self._sizes = dict(zip(self.urls, sizes, strict=True))
+        self._world_size = 1 + sum(sizes)
+        self._address = meeting_address(self.urls)
+        self._store = gloo.open_store(self._address, self._world_size, timeout_s)
+        self._meeting = gloo.Meeting(self._address, self._store.port, self._world_size, timeout_s)
+
+    def _ranks_of(self, url: str) -> range:
+        return range(self._first_ranks[url], self._first_ranks[url] + self._sizes[url])
+
+
+class GlooChannel(_Group):
+    """A gloo group with every rank of the servers; the receivers are `nemo_jepo.rollout.vllm.plugin.GlooReceiver`.
 
     Args:
-        control: calls the server's routes.
-        url: of the server.
+        fleet: the servers.
         shapes: names and shapes of what will be sent, in order.
         dtype: of all of it.
-        timeout_s: for the meeting, and for every broadcast.
+        timeout_s: for the meeting, and for a receiver's wait for the next bucket.
     """
 
-    def __init__(self, control: Control, url: str, shapes: Shapes, dtype: torch.dtype, timeout_s: float) -> None:
-        self._control, self._url, self._timeout_s = control, url, timeout_s
+    def __init__(self, fleet: Fleet, shapes: Shapes, dtype: torch.dtype, timeout_s: float) -> None:
+        super().__init__(fleet, timeout_s)
         self._described = {
             "names": [name for name, _ in shapes],
             "dtype_name": str(dtype).removeprefix("torch."),
             "shapes": [list(shape) for _, shape in shapes],
         }
         self._shapes, self._dtype = [shape for _, shape in shapes], dtype
-        self._world_size = 1 + control(url, "GET", "/get_world_size")["world_size"]
-        address = gloo.own_address(urlsplit(url).hostname or "")
-        self._store = gloo.open_store(address, self._world_size, timeout_s)
-        meeting = gloo.Meeting(address, self._store.port, self._world_size, timeout_s)
-        asked = in_thread(lambda: self._post("/init_weight_transfer_engine", {"init_info": asdict(meeting)}))
-        met = in_thread(lambda: gloo.TransferGroup(meeting, 0, self._store))
-        self._group = first_fault(asked, met)[1]
+        inits = {
+            url: {"init_info": asdict(self._meeting) | {"rank_offset": first}}
+            for url, first in self._first_ranks.items()
+        }
+        asked = in_thread(lambda: fleet.call("POST", "/init_weight_transfer_engine", inits, timeout_s=timeout_s))
+        met = in_thread(lambda: gloo.TransferGroup(self._meeting, 0, self._store))
+        first_fault(asked, met)
+        self._group: gloo.TransferGroup = met.result()
 
-    def _post(self, route: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        return self._control(self._url, "POST", route, body, timeout_s=self._timeout_s)
-
-    def send(self, tensors: Iterable[NamedTensor], version: int) -> None:
+    def send(self, tensors: Iterable[NamedTensor], version: int, remaining_s: Remaining) -> None:
         """See `Channel`."""
+        fleet = self._fleet
         gloo.begin_count(self._store, self._world_size)
-        self._post("/start_weight_update")
-        taken = in_thread(lambda: self._post("/update_weights", {"update_info": self._described}))
+        fleet.call("POST", "/start_weight_update", timeout_s=remaining_s())
+        described = fleet.same({"update_info": self._described})
+        self.updates = fleet.begin("POST", "/update_weights", described, timeout_s=remaining_s() + 2 * GRACE_S)
         for bucket in gloo.packed((tensor for _, tensor in tensors), self._shapes, self._dtype):
-            if taken.done():
-                taken.result()
-                raise RuntimeError("the server ended the update early")
-            self._group.broadcast(bucket)
-        taken.result()
-        self._post("/finish_weight_update", {"weight_version": str(version)})
+            if failed := failures_of(self.updates):
+                raise RuntimeError("; ".join(failed.values()))
+            self._group.send(bucket, remaining_s())
+        answers_of(self.updates)
+        named = fleet.same({"weight_version": str(version)})
+        fleet.call("POST", "/finish_weight_update", named, timeout_s=remaining_s())
 
-    def missing(self, num_sent: int) -> str:
-        """See `Channel`."""
-        if num_sent == 0:
-            return f"the server did not begin to receive (ranks 1 to {self._world_size - 1})"
-        counts = gloo.received(self._store, self._world_size)
-        absent = [rank for rank, count in counts.items() if count is None]
-        late = [f"{rank} (has {count})" for rank, count in counts.items() if count is not None and count < num_sent]
-        told = [f"rank {rank} never joined" for rank in absent] + [f"missing rank {rank}" for rank in late]
+    def missing(self, url: str, num_sent: int) -> str:
+        """See `Channel`; receivers note in the group's store how far they are."""
+        counts = gloo.received(self._store, self._ranks_of(url))
+        told = [f"rank {rank} never joined" for rank, count in counts.items() if count is None]
+        late = {rank: count for rank, count in counts.items() if count is not None and count < num_sent}
+        told += [f"missing rank {rank} (has {count})" for rank, count in late.items()]
         return ", ".join(told) or "every rank has it all, and the server does not answer"
 
+    def close(self) -> None:
+        """See `Channel`: the connections end, and with them every wait for a tensor."""
+        del self._group
 
-class NCCLChannel:
-    """vLLM's own trainer for its NCCL weight transfer, with this process as rank 0. Arguments as GlooChannel."""
 
-    def __init__(self, control: Control, url: str, shapes: Shapes, dtype: torch.dtype, timeout_s: float) -> None:
+class NCCLChannel(_Group):
+    """vLLM's own trainer for its NCCL weight transfer, with this process as rank 0. Arguments as GlooChannel.
+
+    The receivers are `nemo_jepo.rollout.vllm.plugin.WatchedNCCLReceiver`, vLLM's own with one thing more: NCCL has no
+    timeout, so they look at the group's store whether the push was given up, and then leave the group.
+    """
+
+    def __init__(self, fleet: Fleet, shapes: Shapes, dtype: torch.dtype, timeout_s: float) -> None:
         from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
@@ -109,63 +154,99 @@ class NCCLChannel:
             def __iter__(self) -> Iterator[NamedTensor]:
                 return iter(self.tensors)
 
-        self._client = _SyncClient(control, url, timeout_s)
+        super().__init__(fleet, timeout_s)
+        self._client = _SyncClient(self, fleet, asdict(self._meeting), self._first_ranks, lambda: timeout_s)
         self._source = Source()
-        self._num_ranks = control(url, "GET", "/get_world_size")["world_size"]
-        address = gloo.own_address(urlsplit(url).hostname or "")
-        meeting = NCCLTrainerInitInfo(address, *free_ports(1, address), 1 + self._num_ranks, rank=0)
+        meeting = NCCLTrainerInitInfo(
+            self._address,
+            *free_ports(1, self._address),
+            self._world_size,
+            packed_buffer_size_bytes=NCCL_BUFFER_BYTES,
+            rank=0,
+        )
         self._engine = WeightTransferTrainerFactory.trainer_init(meeting, client=self._client, source=self._source)
 
-    def send(self, tensors: Iterable[NamedTensor], version: int) -> None:
+    def send(self, tensors: Iterable[NamedTensor], version: int, remaining_s: Remaining) -> None:
         """See `Channel`."""
-        self._source.tensors, self._client.version = tensors, version
+        self._source.tensors, self._client.version, self._client.remaining_s = tensors, version, remaining_s
         self._engine.send_weights()
 
-    def missing(self, num_sent: int) -> str:
+    def missing(self, url: str, num_sent: int) -> str:
         """See `Channel`."""
-        return f"missing one of the ranks 1 to {self._num_ranks} (NCCL does not say which)"
+        ranks = self._ranks_of(url)
+        return f"missing one of the ranks {ranks[0]} to {ranks[-1]} (NCCL does not say which)"
+
+    def close(self) -> None:
+        """See `Channel`: a broadcast that waits for a lost rank ends on both sides (ncclCommAbort)."""
+        gloo.give_up(self._store)
+        self._engine.shutdown()
 
 
 class _SyncClient:
-    """vLLM's VLLMWeightSyncClient over our control routes; the finished update gets its version."""
+    """vLLM's VLLMWeightSyncClient over the control routes of several servers; the finished update gets its version."""
 
-    def __init__(self, control: Control, url: str, timeout_s: float) -> None:
-        self._control, self._url, self._timeout_s = control, url, timeout_s
-        self.version = -1
-
-    def _post(self, route: str, body: Mapping[str, Any] | None = None) -> None:
-        self._control(self._url, "POST", route, body, timeout_s=self._timeout_s)
+    def __init__(
+        self,
+        channel: NCCLChannel,
+        fleet: Fleet,
+        watched: Mapping[str, Any],
+        first_ranks: Mapping[str, int],
+        remaining_s: Remaining,
+    ) -> None:
+        self._channel, self._fleet, self._watched, self._first_ranks = channel, fleet, watched, first_ranks
+        self.version, self.remaining_s = -1, remaining_s
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self._post("/init_weight_transfer_engine", {"init_info": init_info})
+        """Each server with its place in the group, and with the store that it has to look at."""
+        bodies = {
+            url: {"init_info": init_info | {"rank_offset": first, "watched": dict(self._watched)}}
+            for url, first in self._first_ranks.items()
+        }
+        self._fleet.call("POST", "/init_weight_transfer_engine", bodies, timeout_s=self.remaining_s())
 
     def start_weight_update(self) -> None:
-        self._post("/start_weight_update")
+        self._fleet.call("POST", "/start_weight_update", timeout_s=self.remaining_s())
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        self._post("/update_weights", {"update_info": update_info})
+        bodies, timeout_s = self._fleet.same({"update_info": update_info}), self.remaining_s() + 2 * GRACE_S
+        self._channel.updates = self._fleet.begin("POST", "/update_weights", bodies, timeout_s=timeout_s)
+        answers_of(self._channel.updates)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._post("/finish_weight_update", {"weight_version": weight_version or str(self.version)})
+        named = self._fleet.same({"weight_version": weight_version or str(self.version)})
+        self._fleet.call("POST", "/finish_weight_update", named, timeout_s=self.remaining_s())
 
 
 class FileChannel:
-    """Has the server read a folder that it shares with the trainer. Files are written by `write_files`."""
+    """Has servers read a folder that they share with the trainer. Files are written by `write_files`."""
 
-    def __init__(self, control: Control, url: str, folder: Path, timeout_s: float) -> None:
-        self._control, self._url, self._folder, self._timeout_s = control, url, folder, timeout_s
+    def __init__(self, fleet: Fleet, folder: Path) -> None:
+        self.urls = fleet.urls
+        self.updates: dict[str, Future[Any]] = {}
+        self._fleet, self._folder = fleet, folder
 
-    def send(self, tensors: Iterable[NamedTensor], version: int) -> None:
+    def send(self, tensors: Iterable[NamedTensor], version: int, remaining_s: Remaining) -> None:
         """See `Channel`; the tensors are in the files already."""
-        for route, body in (
-            ("/collective_rpc", {"method": "load_files", "kwargs": {"folder": str(self._folder)}}),
-            ("/update_weight_version", {"new_version": str(version)}),
-        ):
-            self._control(self._url, "POST", route, body, timeout_s=self._timeout_s)
+        load = self._fleet.same({"method": "load_files", "kwargs": {"folder": str(self._folder)}})
+        self.updates = self._fleet.begin("POST", "/collective_rpc", load, timeout_s=remaining_s())
+        answers_of(self.updates)
+        named = self._fleet.same({"new_version": str(version)})
+        self._fleet.call("POST", "/update_weight_version", named, timeout_s=remaining_s())
 
-    def missing(self, num_sent: int) -> str:
+    def missing(self, url: str, num_sent: int) -> str:
         """See `Channel`."""
         return f"it is still reading {self._folder}"
+
+    def close(self) -> None:
+        """See `Channel`; there is no group."""
+
+
+def meeting_address(urls: Sequence[str]) -> str:
+    """The address of this host that all servers reach: loopback only where every server is on this host."""
+    hosts = [urlsplit(url).hostname or "" for url in urls]
+    addresses = [gloo.own_address(host) for host in hosts]
+    outside = [address for address in addresses if not ipaddress.ip_address(address).is_loopback]
+    return (outside or addresses)[0]
 
 
 def write_files(tensors: Iterable[NamedTensor], folder: Path, shard_bytes: int = 1 << 30) -> None:
@@ -187,25 +268,3 @@ def write_files(tensors: Iterable[NamedTensor], folder: Path, shard_bytes: int =
         flush()
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(partial, folder)
-
-
-def in_thread(work: Callable[[], Any]) -> "Future[Any]":
-    """The result of a call in a thread that does not keep the program alive: a lost peer may hold it for long."""
-    future: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
-
-
-def first_fault(*futures: "Future[Any]") -> list[Any]:
-    """Every result, or the first exception as soon as there is one."""
-    done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-    for future in done:
-        future.result()
-    return [future.result() for future in futures]

@@ -1,15 +1,17 @@
-"""The wire of a weight push without a GPU: a gloo group of one trainer rank and one server's ranks.
+"""The wire of a weight push without a GPU: a gloo group of one trainer rank and the servers' ranks.
 
-Rank 0 sends. Tensors travel in buckets, one broadcast each; both ends cut the stream into the same ones. The receivers
-note in the group's store how far they are, so that whoever is missing can be named. Both ends use this module; it does
-not import vLLM, which would cost a trainer 8 s and 400 MB.
+Rank 0 sends. Tensors travel in buckets, from rank 0 to every other one itself: in gloo's broadcast receivers pass them
+on, and one that stands still would hold others where nobody can reach them. Both ends cut the stream into the same
+buckets. The receivers note in the group's store how far they are, so that whoever is missing can be named. Both ends
+use this module; it does not import vLLM, which would cost a trainer 8 s and 400 MB.
 """
 
 import math
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +19,7 @@ from torch import Tensor
 
 BUCKET_BYTES = 16 << 20
 """Most of a bucket, unless one tensor is larger. Below 32 MiB glibc gives freed memory out again, already touched; a
-larger buffer's pages are new each time, which costs the receiver more than fewer broadcasts save it."""
+larger buffer's pages are new each time, which costs the receiver more than fewer messages save it."""
 
 Shape = Sequence[int]
 
@@ -36,7 +38,7 @@ def buckets(shapes: Sequence[Shape], itemsize: int) -> Iterator[list[int]]:
 
 
 def packed(tensors: Iterator[Tensor], shapes: Sequence[Shape], dtype: torch.dtype) -> Iterator[Tensor]:
-    """What to broadcast: each bucket's tensors side by side on the host, in one buffer for all; a lone one as it is."""
+    """What to send: each bucket's tensors side by side on the host, in one buffer for all; a lone one as it is."""
     buffer = torch.empty(BUCKET_BYTES // dtype.itemsize, dtype=dtype)
     for bucket in buckets(shapes, dtype.itemsize):
         if len(bucket) == 1:
@@ -57,9 +59,9 @@ class Meeting:
     """Of the trainer, as the server's ranks reach it."""
     port: int
     world_size: int
-    """The trainer and every rank of the server."""
+    """The trainer and every rank of the servers."""
     timeout_s: float
-    """Of the meeting, and of every broadcast after it."""
+    """Of the meeting, and of a receiver's wait for a bucket."""
 
 
 def own_address(towards: str) -> str:
@@ -109,20 +111,23 @@ class TransferGroup:
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=own_address(meeting.address))]
         options._timeout = timedelta(seconds=meeting.timeout_s)
-        self._group = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, meeting.world_size, options)
+        self._group: Any = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, meeting.world_size, options)
 
-    def broadcast(self, tensor: Tensor) -> None:
-        """Rank 0's tensor into every rank's; it must be contiguous and on the host."""
-        options = torch._C._distributed_c10d.BroadcastOptions()
-        options.rootRank, options.rootTensor = 0, 0
-        self._group.broadcast([tensor], options).wait()  # type: ignore[attr-defined]
+    def send(self, tensor: Tensor, timeout_s: float) -> None:
+        """Rank 0's tensor to every other rank; it must be contiguous and on the host.
+
+        Raises:
+            RuntimeError: a rank is gone, or has not taken it in time; the connections to all of them have ended then.
+        """
+        for sent in [self._group.send([tensor], rank, 0) for rank in range(1, self._group.size())]:
+            sent.wait(timedelta(seconds=timeout_s))
 
     def receive(self, shapes: Sequence[Shape], dtype: torch.dtype) -> Iterator[list[Tensor]]:
         """Each bucket's tensors as they come, views of a buffer of its own; asking for the next notes these as here."""
         done = 0
         for bucket in buckets(shapes, dtype.itemsize):
             flat = torch.empty(sum(bucket), dtype=dtype)
-            self.broadcast(flat)
+            self._group.recv([flat], 0, 0).wait()
             parts = flat.split(bucket)
             yield [part.view(*shape) for part, shape in zip(parts, shapes[done : done + len(bucket)], strict=True)]
             done += len(bucket)
@@ -139,10 +144,20 @@ def begin_count(store: dist.TCPStore, world_size: int) -> None:
         store.set(f"received/{rank}", "0")
 
 
-def received(store: dist.TCPStore, world_size: int) -> dict[int, int | None]:
-    """How many tensors each receiving rank has noted; None for one that never came."""
-    counts: dict[int, int | None] = {}
-    for rank in range(1, world_size):
-        key = f"received/{rank}"
-        counts[rank] = int(store.get(key)) if store.check([key]) else None
-    return counts
+def received(store: dist.TCPStore, ranks: Iterable[int]) -> dict[int, int | None]:
+    """How many tensors each of these ranks has noted; None for one that never came."""
+    keys = {rank: f"received/{rank}" for rank in ranks}
+    return {rank: int(store.get(key)) if store.check([key]) else None for rank, key in keys.items()}
+
+
+def give_up(store: dist.TCPStore) -> None:
+    """Tell receivers that nothing more will come over this group."""
+    store.set("given_up", "yes")
+
+
+def given_up(store: dist.TCPStore) -> bool:
+    """Whether the trainer said so, or is gone with its store."""
+    try:
+        return store.check(["given_up"])
+    except dist.DistError:
+        return True

@@ -1,10 +1,12 @@
-"""What runs inside vLLM's processes: the receiving end of a weight push over gloo, and their end with their parent.
+"""What runs inside vLLM's processes: the receiving end of a weight push, and their end with their parent.
 
 vLLM calls `register` in each of its processes (entry point nemo_jepo of vllm.general_plugins, chosen by VLLM_PLUGINS).
-Over NCCL vLLM receives weights by itself; this adds its backend "gloo" for servers without a GPU.
+Over NCCL vLLM receives weights by itself; here it learns to leave a push that was given up. "gloo" is for servers
+without a GPU.
 """
 
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,20 +20,25 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferUpdateInfo
 
-from nemo_jepo.rollout.vllm.gloo import Meeting, TransferGroup, join_store
+from nemo_jepo.rollout.vllm.gloo import Meeting, TransferGroup, given_up, join_store
 from nemo_jepo.utils.processes import die_with_parent
 
 STOPS_WITH_PARENT = "NEMO_JEPO_VLLM_STOPS_WITH_PARENT"
 """Set in the environment of servers that `nemo-jepo serve` starts."""
+WATCH_INTERVAL_S = 0.5
+"""Between two looks at the trainer's store, while weights are received."""
 
 
 def register() -> None:
     """vLLM's entry point; may be called more than once in a process."""
     if STOPS_WITH_PARENT in os.environ:
         die_with_parent()
-    if "gloo" not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine("gloo", GlooReceiver)
+    for name, receiver in RECEIVERS.items():
+        if name not in WeightTransferEngineFactory._registry:
+            WeightTransferEngineFactory.register_engine(name, receiver)
 
 
 @dataclass(kw_only=True)
@@ -42,6 +49,8 @@ class GlooInit(WeightTransferInitInfo):
     port: int
     world_size: int
     timeout_s: float
+    rank_offset: int
+    """Of the server's first rank in the group."""
 
 
 @dataclass
@@ -64,7 +73,7 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
     def init_transfer_engine(self, init_info: GlooInit) -> None:
         """Join the trainer's group; the one from before, of a trainer that is gone, is dropped."""
         parallel = self.parallel_config
-        rank = 1 + parallel.data_parallel_index * parallel.world_size + parallel.rank
+        rank = init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
         meeting = Meeting(init_info.address, init_info.port, init_info.world_size, init_info.timeout_s)
         self._group = None
         self._group = TransferGroup(meeting, rank, join_store(meeting))
@@ -82,8 +91,12 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
         if self._group is None:
             raise RuntimeError("weights are sent before a group was opened")
         names = iter(update_info.names)
-        for tensors in self._group.receive(update_info.shapes, getattr(torch, update_info.dtype_name)):
-            self.model.load_weights([(next(names), tensor) for tensor in tensors])
+        try:
+            for tensors in self._group.receive(update_info.shapes, getattr(torch, update_info.dtype_name)):
+                self.model.load_weights([(next(names), tensor) for tensor in tensors])
+        except Exception:
+            self._group = None  # others learn of it by their connections
+            raise
 
     def finish_weight_update(self) -> None:
         """Make the received weights those of the model."""
@@ -94,11 +107,79 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
         self._group = None
 
 
+@dataclass(kw_only=True)
+class WatchedNCCLInit(NCCLWeightTransferInitInfo):
+    """vLLM's own, and the store to look at: fields of `nemo_jepo.rollout.vllm.gloo.Meeting`."""
+
+    watched: dict[str, Any]
+
+
+class WatchedNCCLReceiver(NCCLWeightTransferEngine):
+    """vLLM's receiving engine for NCCL, which leaves a push that the trainer gave up or did not survive.
+
+    NCCL waits for a lost rank for ever, and so would every server of its group.
+    """
+
+    init_info_cls = WatchedNCCLInit
+    update_info_cls = NCCLWeightTransferUpdateInfo
+
+    def init_transfer_engine(self, init_info: WatchedNCCLInit) -> None:
+        """Join the trainer's group; the one from before is left."""
+        self.shutdown()
+        self._store = join_store(Meeting(**init_info.watched))
+        super().init_transfer_engine(init_info)
+
+    def start_weight_update(self) -> None:
+        """See GlooReceiver."""
+        begin_reload(self.model)
+
+    def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
+        """As vLLM does it.
+
+        Raises:
+            RuntimeError: the push was given up; what has come of it is not to be used.
+        """
+        over, left = threading.Event(), threading.Event()
+
+        def watch() -> None:
+            while not over.wait(WATCH_INTERVAL_S):
+                if given_up(self._store):
+                    left.set()
+                    self.shutdown()  # ncclCommAbort: broadcasts that wait return, later ones do nothing
+                    return
+
+        watching = threading.Thread(target=watch, daemon=True)
+        watching.start()
+        try:
+            super().receive_weights(update_info)
+        finally:
+            over.set()
+            watching.join()
+        if left.is_set():
+            raise RuntimeError("the trainer gave this weight push up")
+
+
+RECEIVERS: dict[str, type[WeightTransferEngine[Any, Any]]] = {
+    "gloo": GlooReceiver,
+    "watched_nccl": WatchedNCCLReceiver,
+}
+"""Backends of vLLM's --weight-transfer-config that this module adds."""
+
+
 def begin_reload(model: nn.Module) -> None:
-    """Prepare a model for weights in checkpoint format."""
+    """Prepare a model for weights in checkpoint format; what is left of an update that broke off is forgotten.
+
+    vLLM 0.32 would count it among the new tensors, and take a layer for whole that is not.
+    """
     from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
     initialize_layerwise_reload(model)
+    for layer in model.modules():
+        info = get_layerwise_info(layer)
+        if info.can_load():
+            info.loaded_weights.clear()
+            info.load_numel = 0
 
 
 def end_reload(model: nn.Module, model_config: Any) -> None:

@@ -49,22 +49,22 @@ class VLLMSampler:
         self._start_timeout_s = start_timeout_s
         self._started = started
         self._policy_version: int | None = None
+        self._waiting: tuple[str, ...] = ()
+        """Own servers that want the last weights once more, because another was lost while they came."""
 
-    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
+    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], policy_version: int) -> bool:
         """Push the weights to the own servers; one that could not take them is out of the pool. See `Sampler`."""
-        if self._policy_version is None:
-            self._wait_for_servers()
-        elif self._started is not None:
-            self._started.restart_dead()
-        answering = self._pool.answering(self._own_servers)
-        for url, fault in self._transfer.push(answering, named_tensors, policy_version).items():
-            if fault is None:
-                self._pool.admit(url, policy_version)
-            else:
-                self._pool.take_out(url, fault)
-        for url in set(self._own_servers) - set(answering):
-            self._pool.take_out(url, self._ended().get(url, "/health does not answer"))
-        self._policy_version = policy_version
+        once_more = self._waiting and policy_version == self._policy_version
+        answering = self._waiting if once_more else self._answering()
+        pushed = self._transfer.push(answering, named_tensors, policy_version)
+        for url in pushed.updated:
+            self._pool.admit(url, policy_version)
+        for url, fault in pushed.lost.items():
+            self._pool.take_out(url, fault)
+        for url in pushed.waiting:
+            self._pool.take_out(url, "it waits for weights that another server's loss has held up")
+        self._waiting, self._policy_version = pushed.waiting, policy_version
+        return bool(self._waiting)
 
     def submit(
         self, prompts: Sequence[Prompt], request: GenerationRequest, stop: Callable[[], bool] = never
@@ -103,6 +103,17 @@ class VLLMSampler:
         """End requests and connections; the servers go on."""
         self._pool.close()
         self._transfer.close()
+
+    def _answering(self) -> tuple[str, ...]:
+        """The own servers that answer; the others are out."""
+        if self._policy_version is None:
+            self._wait_for_servers()
+        elif self._started is not None:
+            self._started.restart_dead()
+        answering = self._pool.answering(self._own_servers)
+        for url in set(self._own_servers) - set(answering):
+            self._pool.take_out(url, self._ended().get(url, "/health does not answer"))
+        return tuple(answering)
 
     def _ended(self) -> dict[str, str]:
         """Servers of this rank's own that are not running, and why."""

@@ -29,6 +29,8 @@ from nemo_jepo.utils.processes import SharedMemory, die_with_parent, end_session
 KEY_VARIABLE = "NEMO_JEPO_API_KEY"
 STOP = signal.SIGUSR2
 """Ends a server that a run has started itself."""
+RECEIVERS = {"nccl": "watched_nccl", "gloo": "gloo"}
+"""--weight-transfer -> vLLM's backend, which `nemo_jepo.rollout.vllm.plugin` adds."""
 GRACE_S = 20.0
 """Seconds that a server has to end by itself after SIGTERM."""
 
@@ -146,7 +148,7 @@ def server_command(args: argparse.Namespace, extra: Sequence[str], on_cpu: bool)
         "--load-format": args.load_format,
         "--generation-config": "vllm",  # no sampling defaults of the model's own
         "--logprobs-mode": "processed_logprobs",  # of the distribution that is sampled
-        "--weight-transfer-config": f'{{"backend": "{backend}"}}',
+        "--weight-transfer-config": f'{{"backend": "{RECEIVERS[backend]}"}}',
         "--worker-extension-cls": "nemo_jepo.rollout.vllm.plugin.WorkerExtension",
         "--middleware": "nemo_jepo.rollout.vllm.server.RequireKey",
         "--uvicorn-log-level": "warning",

@@ -1,6 +1,6 @@
 """What software gets out of the hardware: every constant of the time model that is not in a datasheet.
 
-Seven are fitted, to published numbers that docs/reference/planner.md marks; the other published ones are a check. The
+Five are fitted, to published numbers that docs/reference/planner.md marks; the other published ones are a check. The
 rest are assumptions of ordinary size, and are called so. "NeMo-RL" is its v0.3, "8B" Llama 3.1 8B on 8 H100.
 """
 
@@ -20,11 +20,9 @@ DECODE_STEP_SECONDS = 0.0066
 """Of one decoding step of vLLM beside reading weights and cache: scheduling, launches, sampling. Fitted to NeMo-RL's
 58 s of generation for 8B."""
 
-SYNC_BANDWIDTH = 14e9
-"""Bytes/s at which weights reach the samplers; fitted, with the next, to NeMo-RL's refit of 8B (5 s) and of Llama 3.1
-70B on 64 H100 (14 s). NeMo-RL hands weights over on the same GPU, this project over NCCL."""
-SYNC_SECONDS = 3.8
-"""Of a weight sync, whatever its size."""
+SYNC_SECONDS = 1.0
+"""Of a weight sync beside moving weights: pausing servers, dropping caches, the probe of the parity check. An
+assumption."""
 
 ENDLESS_SHARE = 0.002
 """Of generations, those that run into rollout.max_tokens whatever the mean. Chosen so that NeMo-RL's run with mean 749

@@ -1,6 +1,7 @@
 """One run on one cluster: does it fit, how long does a step take, what does it cost."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from nemo_jepo.config.schema import Config
 from nemo_jepo.tools.plan.calibration import (
     DECODE_STEP_SECONDS,
     EMBEDDED_STEP_SECONDS,
+    LINK_EFFICIENCY,
     OTHER_SECONDS,
     OURS,
     Software,
@@ -184,6 +186,7 @@ def estimate(config: Config, cluster: Cluster, means: MeanLengths, software: Sof
     keeps_reference = config.keeps_reference_policy
     batch_tokens = rows.count * rows.tokens
     memory = TrainerMemory(cluster.world_size, precision, rows.count, keeps_reference, batch_tokens)
+    memory = dataclasses.replace(memory, feeds_servers=config.rollout.kind.has_servers)
     if not config.rollout.kind.has_servers:
         weights, tokens = shape.num_parameters * sampler.dtype_bytes, sampler.cached_tokens
         cache = tokens * shape.key_value_bytes(sampler.dtype_bytes)
@@ -191,7 +194,7 @@ def estimate(config: Config, cluster: Cluster, means: MeanLengths, software: Sof
     one_pass = keeps_graph(shape, config.model, memory, cluster.gpu.memory)
     scoring = trainer.scoring(work)
     seconds: dict[str, Mapping[str, float]] = {
-        "weight sync": {"moving weights": sampler.sync_seconds(trainer.replicas)},
+        "weight sync": trainer.weight_sync(precision, _to_servers(config, cluster)),
         "generation": sampler.seconds(work),
         "log-probs": scoring,
     }
@@ -216,6 +219,14 @@ def estimate(config: Config, cluster: Cluster, means: MeanLengths, software: Sof
         sampler_memory=sampler_phase,
         seconds=seconds,
     )
+
+
+def _to_servers(config: Config, cluster: Cluster) -> float:
+    """Bytes/s from a replica's first rank to its servers."""
+    if not config.rollout.kind.has_servers:
+        return math.inf
+    gpu = cluster.gpu
+    return LINK_EFFICIENCY * (gpu.network_bandwidth if cluster.rollout_nodes else gpu.nvlink_bandwidth)
 
 
 def _sampler(config: Config, shape: ModelShape, cluster: Cluster, replicas: int) -> tuple[Sampler, Phase | None]:

@@ -1,4 +1,4 @@
-"""Seconds of sampling and of the weight sync.
+"""Seconds of sampling.
 
 A server with t GPUs holds C sequences at a time: as many as wait, as fit in its cache, as it is sent. A decoding step
 with b sequences of mean length s takes
@@ -24,8 +24,6 @@ from nemo_jepo.tools.plan.calibration import (
     LINK_EFFICIENCY,
     MATMUL_EFFICIENCY,
     MEMORY_EFFICIENCY,
-    SYNC_BANDWIDTH,
-    SYNC_SECONDS,
 )
 from nemo_jepo.tools.plan.hardware import GPU
 from nemo_jepo.tools.plan.shape import ModelShape
@@ -109,15 +107,6 @@ class Sampler:
         prompts = -(-work.num_prompts // self.num_servers) * work.prompt
         rate = self.gpu.bf16_flops * MATMUL_EFFICIENCY["bf16"] * self.tensor_parallel_size
         return prompts * self.shape.forward_flops(work.prompt, scored=0) / rate
-
-    def sync_seconds(self, replicas: int) -> float:
-        """Seconds of a weight sync: each replica's first rank feeds its share of the servers, side by side.
-
-        fixed + bytes / min(SYNC_BANDWIDTH, network bandwidth / servers of a replica)
-        """
-        servers = -(-self.num_servers // replicas)
-        bandwidth = min(SYNC_BANDWIDTH, self.gpu.network_bandwidth * LINK_EFFICIENCY / servers)
-        return SYNC_SECONDS + self.shape.num_parameters * self.dtype_bytes / bandwidth
 
 
 @lru_cache(maxsize=1024)

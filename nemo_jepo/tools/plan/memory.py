@@ -28,6 +28,8 @@ RESERVED = 4 * GIB
 """CUDA context, NCCL buffers, cuBLAS workspaces, allocator fragmentation. An assumption, not a measurement."""
 SAMPLER_RESERVED = 4 * GIB
 """What vLLM takes beside weights and cache: profiled activations, CUDA graphs, CUDA context. An assumption."""
+NCCL_BUFFER_BYTES = 256 * 2**20
+"""Of each of two buffers at either end of a weight push (`nemo_jepo.rollout.vllm.channels`)."""
 DEFAULT_UTILIZATION = 0.9
 """vLLM's gpu_memory_utilization where rollout.vllm.engine_args does not set it; vLLM's documented default."""
 
@@ -151,6 +153,8 @@ class TrainerMemory:
     """Bytes of an embedded sampler's weights on the rank, between steps as well."""
     sampler_cache: float = 0.0
     """Bytes of its key-value cache while it samples."""
+    feeds_servers: bool = False
+    """Weights go to servers."""
 
 
 def fixed_parts(shape: ModelShape, model: ModelConfig, run: TrainerMemory) -> dict[str, float]:
@@ -205,16 +209,28 @@ def trainer_phases(shape: ModelShape, model: ModelConfig, run: TrainerMemory, ca
     if keeps_graph(shape, model, run, capacity):
         kept = {"activations": _graph_bytes(shape, model, run) + tokens * layer_activations(shape, model, size)}
         scoring, training = passing | kept, training | kept
-    largest = max(shape.embedding, shape.expert_matrices) * size
     swap = {"swapped weight": max(shape.embedding, shape.expert_matrices) / model.tensor_model_parallel_size * size}
     phases: dict[str, dict[str, float]] = {
         "log-probs": scoring,
         "reference log-probs": passing | swap if run.keeps_reference else {},
         "training": training,
-        "weight sync": {"gathered weight": 2 * largest},  # its shards, and the tensor that they become
+        "weight sync": _sync(shape, size, run.feeds_servers),
         "generation": {"key-value cache": run.sampler_cache} if run.sampler_cache else {},
     }
     return [Phase(name, _positive(fixed | parts), capacity) for name, parts in phases.items() if parts]
+
+
+def _sync(shape: ModelShape, dtype_bytes: int, feeds_servers: bool) -> dict[str, float]:
+    """Of a weight sync on a replica's first rank: shards of a layer's dense part, of its experts or of a table, and the
+    tensors that they become; what NCCL sends from."""
+    experts = shape.num_experts * shape.expert_matrices
+    largest = max(shape.embedding, shape.dense_matrices, experts) * dtype_bytes
+    return {"gathered weights": 2 * largest, "packed weights": 2 * NCCL_BUFFER_BYTES if feeds_servers else 0.0}
+
+
+def largest_tensor(shape: ModelShape) -> int:
+    """Parameters of the largest Hugging Face tensor."""
+    return max(shape.embedding, shape.hidden_size * max(shape.inner_size, shape.query_width))
 
 
 def _positive(parts: Parts) -> Parts:
@@ -237,6 +253,8 @@ def sampler_memory(
 
         cache = utilization * memory - weights / t - reserved,   a token takes 2 L k 2 bytes / t
 
+    Beside all that, what weights of a push arrive in: two buffers, each full but for the largest tensor, and that.
+
     Source: vLLM's documentation of gpu_memory_utilization; Kwon et al., arXiv 2309.06180, for the bytes of a token.
 
     Args:
@@ -249,5 +267,7 @@ def sampler_memory(
     token = shape.key_value_bytes(dtype_bytes) / shards
     left = utilization * memory - weights - SAMPLER_RESERVED
     cache = max(left, longest * token)
-    parts = {"weights": weights, "key-value cache": cache, "reserved": SAMPLER_RESERVED}
-    return SamplerMemory(Phase("generation", parts, utilization * memory), math.floor(cache / token))
+    arriving = 2 * (NCCL_BUFFER_BYTES + largest_tensor(shape) * dtype_bytes)
+    parts = {"weights": weights, "key-value cache": cache, "reserved": SAMPLER_RESERVED, "arriving weights": arriving}
+    capacity = min(memory, utilization * memory + arriving)
+    return SamplerMemory(Phase("generation", parts, capacity), math.floor(cache / token))

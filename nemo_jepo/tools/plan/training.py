@@ -30,6 +30,7 @@ from nemo_jepo.tools.plan.calibration import (
     HOST_COPY_EFFICIENCY,
     LINK_EFFICIENCY,
     MATMUL_EFFICIENCY,
+    SYNC_SECONDS,
     Software,
 )
 from nemo_jepo.tools.plan.hardware import GPU
@@ -216,3 +217,20 @@ class Trainer:
         if self.model.reference_policy == "cpu":
             return 2 * size / (self.gpu.host_bandwidth * HOST_COPY_EFFICIENCY)
         return 2 * 6 * size / self.gpu.memory_bandwidth  # three copies in an exchange, each read and written
+
+    def weight_sync(self, precision: str, to_servers: float) -> Seconds:
+        """Seconds of a weight sync: a replica's first rank takes weights in and hands them on at the same time.
+
+            taking in     (t - 1)/t of its stage and (p - 1)/p of the model over their links, joined in three copies
+            handing on    the model once, however many servers there are
+
+        Args:
+            to_servers: bytes/s at which it reaches the servers; infinite for a sampler in its own process.
+        """
+        model, size = self.model, (2 if precision == "bf16" else 4) * self.shape.num_parameters
+        tensor, stages = self._tensor, model.pipeline_model_parallel_size
+        gathered = size / stages * (tensor - 1) / tensor / self.link(tensor)
+        from_stages = size * (stages - 1) / stages / self.link(self.world_size)
+        joined = 2 * 3 * size / self.gpu.memory_bandwidth
+        moving = max(gathered + from_stages + joined, size / to_servers)
+        return {"moving weights": moving, "pause and parity check": SYNC_SECONDS}

@@ -58,6 +58,7 @@ def push_through(producer: Callable[..., None], size: Sizes) -> int:
     """How many tensors of one push arrive damaged, over vLLM's producer and a group that keeps what it is sent."""
     from nemo_jepo.config.schema import VLLMConfig
     from nemo_jepo.rollout.vllm import push
+    from nemo_jepo.rollout.vllm.fleet import Fleet
 
     received: list[Tensor] = []
 
@@ -70,13 +71,15 @@ def push_through(producer: Callable[..., None], size: Sizes) -> int:
     class Channel:
         """A server."""
 
-        def __init__(self, *_: Any) -> None: ...
+        updates: dict[str, Any] = {}
 
-        def send(self, tensors: Any, version: int) -> None:
+        def __init__(self, fleet: Fleet, *_: Any) -> None:
+            self.urls = fleet.urls
+
+        def send(self, tensors: Any, version: int, remaining_s: Any) -> None:
             producer(iter(tensors), Group(), 0, lambda item: item[1], buffer_size_bytes=8 * size.race_elements)
 
-        def missing(self, num_sent: int) -> str:
-            return ""
+        def close(self) -> None: ...
 
     def stream() -> Iterator[tuple[str, Tensor]]:
         for number in range(size.race_tensors):
@@ -90,8 +93,8 @@ def push_through(producer: Callable[..., None], size: Sizes) -> int:
     with mock.patch.object(push, "NCCLChannel", Channel), tempfile.TemporaryDirectory() as folder:
         settings = VLLMConfig(weight_transfer="nccl")
         transfer = push.WeightTransfer(lambda *_, **__: {"success": True}, settings, names, torch.float32, Path(folder))
-        faults = transfer.push(["http://server"], stream(), 1)
-    assert faults == {"http://server": None}, faults
+        pushed = transfer.push(["http://server"], stream(), 1)
+    assert pushed == push.Pushed(updated=("http://server",)), pushed
     torch.cuda.synchronize()
     values = torch.cat(received).view(torch.float32).view(size.race_tensors, -1)
     expected = torch.arange(size.race_tensors, device=values.device, dtype=torch.float32)[:, None]

@@ -95,6 +95,15 @@ def test_sampling_ahead_hides_the_shorter_of_sampling_and_training(capsys):
     assert found["step_seconds"] == pytest.approx(longer + seconds["weight sync"] + seconds["other"])
 
 
+def test_weights_of_70b_reach_all_servers_within_five_seconds_however_many_there_are(capsys):
+    syncs = []
+    for nodes in ("4", "8"):
+        _, found, _ = run(capsys, "--config-name", "jepo_70b", "--rollout-nodes", nodes)
+        assert found["trainer_gpus"] == 64
+        syncs.append(sum(found["seconds"]["weight sync"].values()))
+    assert syncs[0] == syncs[1] <= 5
+
+
 def test_an_embedded_sampler_lives_on_the_trainers_gpus(capsys):
     code, found, _ = run(capsys, "--config-name", "demo")
     assert (code, found["num_gpus"], found["rollout_gpus"], found["rollout_memory_bytes"]) == (0, 1, 1, None)

@@ -6,8 +6,10 @@ import pytest
 
 from nemo_jepo.actor.activations import activation_bytes_per_token, layer_activations
 from nemo_jepo.config.schema import ModelConfig, OptimConfig
+from nemo_jepo.rollout.vllm import channels
 from nemo_jepo.tools.plan.hardware import GIB
 from nemo_jepo.tools.plan.memory import (
+    NCCL_BUFFER_BYTES,
     RESERVED,
     SAMPLER_RESERVED,
     TrainerMemory,
@@ -207,3 +209,16 @@ def test_a_server_without_room_for_one_sequence_is_short():
     needed = 4 * SHAPE.num_parameters + SAMPLER_RESERVED + 2**26 * 128
     assert memory.phase.short == max(0, needed - 10 * GIB)
     assert sampler_memory(SHAPE, 1, 0.5, 2**27, 20 * GIB, 4).phase.short > 0
+
+
+def test_a_push_needs_room_at_both_ends():
+    """Two buffers each; a server's hold the largest tensor (32 x 8) beside what fills them. 576 parameters a layer."""
+    (sync,) = (phase for phase in trainer_phases(SHAPE, layout(), RUN, GIB) if phase.name == "weight sync")
+    assert sync.parts["gathered weights"] == 2 * 2 * 576 and "packed weights" not in sync.parts
+    feeding = dataclasses.replace(RUN, feeds_servers=True)
+    (sync,) = (phase for phase in trainer_phases(SHAPE, layout(), feeding, GIB) if phase.name == "weight sync")
+    assert sync.parts["packed weights"] == 2 * NCCL_BUFFER_BYTES == 2 * channels.NCCL_BUFFER_BYTES
+    server = sampler_memory(SHAPE, 1, 0.9, 10, 80 * GIB, 2).phase
+    assert server.parts["arriving weights"] == 2 * (NCCL_BUFFER_BYTES + 2 * 256)
+    assert server.capacity == pytest.approx(72 * GIB + server.parts["arriving weights"]) and not server.short
+    assert sampler_memory(SHAPE, 1, 0.999, 10, 80 * GIB, 2).phase.short > 0

@@ -24,7 +24,7 @@ def errors(what: str, *, fitted: bool = False) -> dict[str, float]:
 
 def test_constants_meet_the_figures_that_they_were_fitted_to():
     fitted = errors("", fitted=True)
-    assert len(fitted) >= 4
+    assert len(fitted) >= 3
     assert all(abs(error) <= 0.02 for error in fitted.values())
 
 
@@ -37,7 +37,6 @@ def test_constants_meet_the_figures_that_they_were_fitted_to():
         ("training", "64 H100", 0.15),
         ("log-probs", "Llama 3.1", 0.10),
         ("generation", "", 0.25),
-        ("refit", "", 0.35),
         ("step", "", 0.10),
     ],
 )

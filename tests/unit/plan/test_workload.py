@@ -1,5 +1,7 @@
 """Lengths and time against closed forms and numerical integrals."""
 
+import math
+
 import pytest
 
 from nemo_jepo.config.errors import ConfigError
@@ -10,8 +12,6 @@ from nemo_jepo.tools.plan.calibration import (
     LINK_EFFICIENCY,
     MATMUL_EFFICIENCY,
     OURS,
-    SYNC_BANDWIDTH,
-    SYNC_SECONDS,
     Software,
 )
 from nemo_jepo.tools.plan.generation import Sampler
@@ -218,7 +218,12 @@ def test_a_longer_limit_makes_a_longer_wait():
     assert sum(sampler().seconds(long).values()) > 2 * sum(sampler().seconds(short).values())
 
 
-def test_the_sync_takes_longer_where_a_replica_feeds_many_servers():
+def test_a_weight_sync_takes_as_long_as_taking_in_or_handing_on_whichever_is_longer():
+    """Two stages of TP 2 on two nodes: half of a stage over NVLink, half of the model over the network."""
+    layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+    trainer = Trainer(SHAPE, ModelConfig(**layout), H100, 16, 8, OURS)
     size = 2 * SHAPE.num_parameters
-    assert sampler().sync_seconds(replicas=4) == pytest.approx(SYNC_SECONDS + size / SYNC_BANDWIDTH)
-    assert sampler().sync_seconds(replicas=1) == pytest.approx(SYNC_SECONDS + size * 4 / (50e9 * LINK_EFFICIENCY))
+    taken = size / 4 / (LINK_EFFICIENCY * 450e9) + size / 2 / (LINK_EFFICIENCY * 50e9) + 6 * size / 3.35e12
+    assert trainer.weight_sync("bf16", 1e9)["moving weights"] == pytest.approx(size / 1e9)
+    assert trainer.weight_sync("bf16", math.inf)["moving weights"] == pytest.approx(taken)
+    assert trainer.weight_sync("fp32", math.inf)["moving weights"] == pytest.approx(2 * taken)

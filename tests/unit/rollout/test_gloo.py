@@ -23,7 +23,7 @@ def test_a_bucket_holds_neighbours_that_fit_and_a_larger_tensor_goes_alone():
     assert list(gloo.buckets([], 4)) == []
 
 
-def test_what_arrives_is_what_was_sent_one_broadcast_a_bucket():
+def test_what_arrives_is_what_was_sent_one_message_a_bucket():
     """A transposed tensor among them; the receiver keeps all of them, as vLLM keeps those of an unfinished layer."""
     sent = [torch.randn(*shape) for shape in SHAPES]
     sent[0] = torch.randn(3, 2).t()
@@ -34,7 +34,7 @@ def test_what_arrives_is_what_was_sent_one_broadcast_a_bucket():
         group = gloo.TransferGroup(meeting, 1, gloo.join_store(meeting))
         noted, arrived = [], []
         for tensors in group.receive(SHAPES, torch.float32):
-            noted.append(gloo.received(store, 2)[1])
+            noted.append(gloo.received(store, [1])[1])
             arrived += tensors
         return noted, arrived
 
@@ -42,10 +42,10 @@ def test_what_arrives_is_what_was_sent_one_broadcast_a_bucket():
         receiving = executor.submit(receive)
         group = gloo.TransferGroup(meeting, 0, store)
         for bucket in gloo.packed(iter(sent), SHAPES, torch.float32):
-            group.broadcast(bucket)
+            group.send(bucket, 20.0)
         noted, arrived = receiving.result()
     assert noted == [0, 2, 3, 4, 6]
-    assert gloo.received(store, 2) == {1: 7}
+    assert gloo.received(store, [1]) == {1: 7}
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(sent, arrived, strict=True))
 
 
@@ -60,4 +60,4 @@ def test_counts_of_an_earlier_update_are_forgotten():
     store.set("received/1", "7")
     store.set("received/2", "7")
     gloo.begin_count(store, 3)
-    assert gloo.received(store, 3) == {1: 0, 2: 0}
+    assert gloo.received(store, [1, 2]) == {1: 0, 2: 0}

@@ -1,65 +1,185 @@
-"""A weight push to several servers, one of which stands still."""
+"""A weight push to several servers of one group: what becomes of the others when one is lost."""
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from nemo_jepo.config.schema import VLLMConfig
-from nemo_jepo.rollout.vllm.channels import Channel, NamedTensor
-from nemo_jepo.rollout.vllm.push import WeightTransfer
+from nemo_jepo.rollout.vllm import push
+from nemo_jepo.rollout.vllm.channels import Channel, NamedTensor, Remaining, meeting_address
+from nemo_jepo.rollout.vllm.fleet import Fleet
+from nemo_jepo.rollout.vllm.push import Pushed, WeightTransfer
 
 SHAPES = [(f"layer.{number}", (2,)) for number in range(12)]
-TIMEOUT_S = 4.0
+TIMEOUT_S = 1.0
+NEVER_S = 600.0
 
 
-class Connection:
-    """A server that takes tensors; the one that stands still takes three, the other works on after the last one."""
+class Servers:
+    """Their control routes; `refuses` has (server, route) pairs that fail."""
 
-    def __init__(self, stands_still: bool, the_end: threading.Event) -> None:
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, str]] = []
+        self.refuses: set[tuple[str, str]] = set()
+
+    def __call__(self, url: str, method: str, route: str, *_: Any, **__: Any) -> dict[str, Any]:
+        self.calls.append((url, route))
+        if (url, route) in self.refuses:
+            raise RuntimeError(f"{url}{route} refused")
+        return {"success": True}
+
+    def told(self, url: str) -> list[str]:
+        """Routes that changed something at a server, since the last time."""
+        told = [route for server, route in self.calls if server == url and route != "/health"]
+        self.calls = [call for call in self.calls if call[0] != url]
+        return told
+
+
+class Group:
+    """Servers that receive together: one that fails stops the others, until the trainer lets go of them."""
+
+    def __init__(self, urls: Sequence[str]) -> None:
+        self.urls = tuple(urls)
+        self.updates: dict[str, Future[Any]] = {}
         self.taken: list[str] = []
-        self._stands_still, self._the_end = stands_still, the_end
+        self.closed = threading.Event()
+        self.stands_still: set[str] = set()
+        self.dies: set[str] = set()
 
-    def send(self, tensors: Iterable[NamedTensor], version: int) -> None:
+    def send(self, tensors: Iterable[NamedTensor], version: int, remaining_s: Remaining) -> None:
+        self.updates = {url: Future() for url in self.urls}
         for name, _ in tensors:
-            if self._stands_still and len(self.taken) == 3:
-                self._the_end.wait()
+            if len(self.taken) == 3 and (self.stands_still or self.dies):
+                for url in self.dies:
+                    self.updates[url].set_exception(ConnectionError("connection reset"))
+                self.closed.wait()
+                raise RuntimeError("the group is gone")
             self.taken.append(name)
-        time.sleep(TIMEOUT_S / 8)
+        for update in self.updates.values():
+            update.set_result({})
 
-    def missing(self, num_sent: int) -> str:
-        return "missing rank 1"
+    def missing(self, url: str, num_sent: int) -> str:
+        return f"missing rank 1 of {url}"
+
+    def close(self) -> None:
+        """Every server fails that waited, but not the one that stands still."""
+        for url in set(self.updates) - self.stands_still - self.dies:
+            if not self.updates[url].done():
+                self.updates[url].set_exception(RuntimeError("connection closed by peer"))
+        self.closed.set()
 
 
 class Transfer(WeightTransfer):
-    """With connections of ours."""
+    """With groups of ours; the first one has a server that stands still or dies."""
 
-    connections: dict[str, Connection]
+    def __init__(self, servers: Servers, timeout_s: float, folder: Path) -> None:
+        settings = VLLMConfig(sync_timeout_s=timeout_s, weight_transfer="gloo")
+        super().__init__(servers, settings, SHAPES, torch.float32, folder)
+        self.groups: list[Group] = []
+        self.stands_still: set[str] = set()
+        self.dies: set[str] = set()
 
-    def _open(self, url: str) -> Channel:
-        return self.connections[url]
+    def _open(self, fleet: Fleet) -> Channel:
+        group = Group(fleet.urls)
+        if not self.groups:
+            group.stands_still, group.dies = self.stands_still, self.dies
+        self.groups.append(group)
+        return group
 
 
-def control(url: str, method: str, route: str, *_: Any, **__: Any) -> dict[str, Any]:
-    """Every route of every server says yes."""
-    return {"success": True}
+def weights() -> Iterator[NamedTensor]:
+    for name, shape in SHAPES:
+        yield name, torch.zeros(shape)
 
 
-def test_a_server_that_stands_still_costs_the_others_none_of_their_time(tmp_path):
-    """The stream waits for it until the deadline; the other two still need a part of theirs."""
-    the_end = threading.Event()
-    settings = VLLMConfig(sync_timeout_s=TIMEOUT_S, weight_transfer="gloo")
-    transfer = Transfer(control, settings, SHAPES, torch.float32, tmp_path)
-    transfer.connections = {url: Connection(url == "b", the_end) for url in "abc"}
-    try:
-        faults = transfer.push("abc", ((name, torch.zeros(shape)) for name, shape in SHAPES), version=1)
-    finally:
-        the_end.set()
-    assert faults["a"] is None and faults["c"] is None
-    assert faults["b"] == (
-        "no weight sync within rollout.vllm.sync_timeout_s. Sent 4 of 12 tensors, the last layer.3; missing rank 1"
+@pytest.fixture
+def servers(monkeypatch) -> Servers:
+    monkeypatch.setattr(push, "GRACE_S", 0.3)
+    return Servers()
+
+
+def test_all_servers_take_one_stream_and_keep_their_group_for_the_next(servers, tmp_path):
+    transfer = Transfer(servers, NEVER_S, tmp_path)
+    for version in (1, 2):
+        assert transfer.push("abc", weights(), version) == Pushed(updated=("a", "b", "c"))
+        for url in "abc":
+            assert servers.told(url) == ["/pause", "/reset_prefix_cache", "/resume"]
+    (group,) = transfer.groups
+    assert group.taken == [name for name, _ in SHAPES] * 2
+
+
+def test_a_server_that_stands_still_is_lost_at_the_deadline_and_the_others_wait_for_the_stream_once_more(
+    servers, tmp_path
+):
+    transfer = Transfer(servers, TIMEOUT_S, tmp_path)
+    transfer.stands_still = {"b"}
+    pushed = transfer.push("abc", weights(), version=1)
+    assert pushed.waiting == ("a", "c") and pushed.updated == ()
+    assert pushed.lost == {
+        "b": "no weight sync within rollout.vllm.sync_timeout_s. Sent 4 of 12 tensors, the last layer.3; "
+        "missing rank 1 of b"
+    }
+    # Those that wait hold no half-done update and stay paused; the lost one's requests come to an end
+    assert servers.told("a") == servers.told("c") == ["/pause", "/update_weights"]
+    assert servers.told("b") == ["/pause", "/resume"]
+    assert transfer.push(pushed.waiting, weights(), version=1) == Pushed(updated=("a", "c"))
+    assert [group.urls for group in transfer.groups] == [("a", "b", "c"), ("a", "c")]
+    assert servers.told("a") == ["/pause", "/reset_prefix_cache", "/resume"]
+
+
+def test_a_server_that_dies_ends_the_push_at_once(servers, tmp_path):
+    transfer = Transfer(servers, NEVER_S, tmp_path)
+    transfer.dies = {"b"}
+    servers.refuses = {("b", "/health")}
+    began = time.monotonic()
+    pushed = transfer.push("abc", weights(), version=1)
+    assert time.monotonic() - began < NEVER_S / 10
+    assert pushed.waiting == ("a", "c") and "ConnectionError: connection reset. Sent 4 of 12" in pushed.lost["b"]
+
+
+def test_servers_are_all_lost_where_nobody_can_tell_whose_fault_it_was(servers, tmp_path):
+    transfer = Transfer(servers, TIMEOUT_S, tmp_path)
+    transfer.stands_still = {"nobody"}
+    pushed = transfer.push("ab", weights(), version=1)
+    assert set(pushed.lost) == {"a", "b"} and not pushed.waiting
+
+
+@pytest.mark.parametrize("route", ["/pause", "/reset_prefix_cache", "/resume"])
+def test_a_server_that_refuses_a_route_is_lost_alone(servers, tmp_path, route):
+    transfer = Transfer(servers, NEVER_S, tmp_path)
+    servers.refuses = {("a", route)}
+    pushed = transfer.push("ab", weights(), version=1)
+    assert pushed.waiting == ("b",) and f"a{route} refused" in pushed.lost["a"]
+
+
+def test_the_whole_stream_is_read_where_no_server_is_left(servers, tmp_path):
+    stream = weights()
+    assert Transfer(servers, NEVER_S, tmp_path).push("", stream, version=1) == Pushed()
+    assert next(stream, None) is None
+
+
+def test_a_stream_that_breaks_off_lets_go_of_the_servers_before_it_is_raised(servers, tmp_path):
+    transfer = Transfer(servers, NEVER_S, tmp_path)
+
+    def broken() -> Iterator[NamedTensor]:
+        yield from list(weights())[:5]
+        raise RuntimeError("a rank is gone")
+
+    with pytest.raises(RuntimeError, match="a rank is gone"):
+        transfer.push("ab", broken(), version=1)
+    assert transfer.groups[0].closed.is_set()
+    assert transfer.push("ab", weights(), version=1) == Pushed(updated=("a", "b"))
+
+
+def test_a_group_meets_on_loopback_only_where_all_servers_are_on_this_host(monkeypatch):
+    monkeypatch.setattr(
+        "nemo_jepo.rollout.vllm.gloo.own_address", lambda host: "127.0.0.1" if host == "127.0.0.1" else "10.0.0.2"
     )
-    for url in "ac":
-        assert transfer.connections[url].taken == [name for name, _ in SHAPES]
+    assert meeting_address(["http://127.0.0.1:1", "http://127.0.0.1:2"]) == "127.0.0.1"
+    assert meeting_address(["http://127.0.0.1:1", "http://10.0.0.9:2"]) == "10.0.0.2"

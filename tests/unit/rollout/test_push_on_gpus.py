@@ -13,6 +13,7 @@ import torch
 from nemo_jepo.config.schema import VLLMConfig
 from nemo_jepo.rollout.vllm import push
 from nemo_jepo.rollout.vllm.channels import NamedTensor
+from nemo_jepo.rollout.vllm.fleet import Fleet
 
 SHAPES = [(f"layer.{number}", (2,)) for number in range(4)]
 GPU = 4
@@ -60,34 +61,33 @@ class Event:
         self.after = self.cuda.current_stream().told[-1]
 
 
-class Server:
+class Group:
     """Packs on a stream of its own, as vLLM's trainer does."""
 
-    opened: list["Server"] = []
+    opened: list["Group"] = []
     cuda: Cuda
+    updates: dict[str, object] = {}
 
-    def __init__(self, *_: object) -> None:
+    def __init__(self, fleet: Fleet, *_: object) -> None:
+        self.urls = fleet.urls
         self.devices = [self.cuda.current_device()]
         self.side = Stream()
         self.opened.append(self)
 
-    def send(self, tensors: Iterable[NamedTensor], version: int) -> None:
+    def send(self, tensors: Iterable[NamedTensor], version: int, remaining_s: object) -> None:
         self.devices.append(self.cuda.current_device())
         stream = iter(tensors)
         with self.cuda.stream(self.side):
             while (item := next(stream, None)) is not None:
                 self.side.told.append(("pack", item[0]))
 
-    def missing(self, num_sent: int) -> str:
-        return ""
-
 
 @pytest.fixture
 def cuda(monkeypatch) -> Cuda:
     """A trainer on GPU 4."""
     cuda = Cuda()
-    Event.cuda = Server.cuda = cuda
-    Server.opened = []
+    Event.cuda = Group.cuda = cuda
+    Group.opened = []
     cuda.set_device(GPU)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name in ("current_device", "set_device", "current_stream", "stream"):
@@ -96,7 +96,7 @@ def cuda(monkeypatch) -> Cuda:
     monkeypatch.setattr(
         torch.Tensor, "record_stream", lambda tensor, stream: stream.told.append(("keeps", len(tensor))), raising=False
     )
-    monkeypatch.setattr(push, "NCCLChannel", Server)
+    monkeypatch.setattr(push, "NCCLChannel", Group)
     return cuda
 
 
@@ -106,24 +106,25 @@ def weights(cuda: Cuda) -> Iterator[NamedTensor]:
         yield name, torch.zeros(shape)
 
 
-def pushed(cuda: Cuda, folder, times: int) -> list[Server]:
+def pushed(cuda: Cuda, folder, times: int) -> list[Group]:
     settings = VLLMConfig(weight_transfer="nccl")
     transfer = push.WeightTransfer(lambda *_, **__: {"success": True}, settings, SHAPES, torch.bfloat16, folder)
     for version in range(times):
-        assert transfer.push(["http://a", "http://b"], weights(cuda), version) == {"http://a": None, "http://b": None}
-    return Server.opened
+        urls = ("http://a", "http://b")
+        assert transfer.push(urls, weights(cuda), version) == push.Pushed(updated=urls)
+    return Group.opened
 
 
 def test_every_push_runs_on_the_trainers_gpu(cuda, tmp_path):
     """A push has threads of its own, and a thread begins on device 0."""
-    for server in pushed(cuda, tmp_path, times=3):
-        assert server.devices == [GPU] * 4
+    for group in pushed(cuda, tmp_path, times=3):
+        assert group.devices == [GPU] * 4
 
 
-def test_a_servers_stream_waits_for_a_tensor_and_keeps_its_memory(cuda, tmp_path):
+def test_the_sending_stream_waits_for_a_tensor_and_keeps_its_memory(cuda, tmp_path):
     """Else it packs what another stream has not written yet, or what is written over meanwhile."""
-    for server in pushed(cuda, tmp_path, times=1):
+    for group in pushed(cuda, tmp_path, times=1):
         expected = []
         for name, shape in SHAPES:
             expected += [("wait", ("write", name)), ("keeps", shape[0]), ("pack", name)]
-        assert server.side.told == expected
+        assert group.side.told == expected

@@ -28,6 +28,8 @@ class Recorder:
         self.asked: list[tuple[list[int], int]] = []
         self.fault = fault
         self.weights: list[str] = []
+        self.losses = 0
+        """Times that it wants the weights once more."""
         self.futures: list[Future[list[Rollout]]] = []
 
     def submit(
@@ -42,8 +44,10 @@ class Recorder:
         self.futures.append(future)
         return future
 
-    def load_weights(self, weights, version: int) -> None:
+    def load_weights(self, weights, version: int) -> bool:
         self.weights += [name for name, _ in weights]
+        self.losses -= 1
+        return self.losses >= 0
 
     def counts(self) -> dict[str, float]:
         return {"failed_samples": float(len(self.asked))}
@@ -144,15 +148,31 @@ def test_what_is_still_to_come_is_given_up_where_the_run_is_told_to_stop_after_a
     assert sampler.futures[1].cancelled()
 
 
-def test_every_rank_reads_the_weight_stream_to_its_end():
-    sampler, read = Recorder(), []
+class Replicas(OneRank):
+    """This rank's vote, and those of the other replicas: the next one of `others` each time."""
+
+    def __init__(self, others: Sequence[bool]) -> None:
+        super().__init__()
+        votes = iter([*others, False])
+        self.any_over_world = lambda flag: next(votes) | flag
+
+
+@pytest.mark.parametrize(
+    ("losses", "others", "given", "read"),
+    [(0, [True], 1, 1), (1, [True, False], 2, 2), (0, [True, True, True], 1, 3), (None, [True, True], 0, 2)],
+    ids=["once", "a server of ours was lost", "servers of others were lost", "a rank without a sampler"],
+)
+def test_every_rank_reads_the_weight_stream_to_its_end_as_often_as_any_sampler_wants_it(losses, others, given, read):
+    sampler, streamed = Recorder() if losses is not None else None, []
 
     def stream():
         for name in ("a", "b"):
-            read.append(name)
+            streamed.append(name)
             yield name, None
 
-    for one in (queue(sampler), queue(None)):
-        one.load_weights(stream(), 4)
-        assert one.version == 4
-    assert sampler.weights == ["a", "b"] and read == ["a", "b"] * 2
+    if sampler is not None:
+        sampler.losses = losses
+    one = queue(sampler, layout=Replicas(others))
+    one.load_weights(stream, 4)
+    assert one.version == 4
+    assert streamed == ["a", "b"] * read and (sampler is None or sampler.weights == ["a", "b"] * given)

@@ -10,7 +10,7 @@ import torch
 from nemo_jepo.config.schema import VLLMConfig
 from nemo_jepo.rollout.sampler import GenerationRequest, SamplersLost, SamplingStopped
 from nemo_jepo.rollout.vllm.pool import Pool
-from nemo_jepo.rollout.vllm.push import WeightTransfer
+from nemo_jepo.rollout.vllm.push import Pushed, WeightTransfer
 from nemo_jepo.rollout.vllm.sampler import VLLMSampler
 from nemo_jepo.types import Prompt
 from tests.support.fake_vllm import KEY, VOCAB, FakeVLLM
@@ -26,13 +26,17 @@ def request(stop_at_marker: bool = False) -> GenerationRequest:
 
 
 class Transfer(WeightTransfer):
-    """Reads the stream; the servers in `faults` do not take it."""
+    """Reads the stream; the servers in `faults` do not take it, and those of their group only the next time."""
 
     faults: dict[str, str] = {}
+    pushes: list[tuple[str, ...]]
 
     def push(self, urls, named_tensors, version):
         assert [name for name, _ in named_tensors] == ["weight"]
-        return {url: self.faults.get(url) for url in urls}
+        self.pushes.append(tuple(urls))
+        lost = {url: self.faults[url] for url in urls if url in self.faults}
+        well = tuple(url for url in urls if url not in lost)
+        return Pushed(waiting=well, lost=lost) if lost else Pushed(updated=well)
 
 
 @pytest.fixture
@@ -45,6 +49,7 @@ def sampler_of(tmp_path) -> Iterator[Callable[[int, int], tuple[VLLMSampler, Tra
             urls, settings = [fake.url for fake in fakes], VLLMConfig(weight_transfer="gloo")
             pool = Pool(urls, settings, KEY, VOCAB)
             transfer = Transfer(pool.control, settings, [("weight", (1,))], torch.float32, tmp_path)
+            transfer.pushes = []
             sampler = VLLMSampler(pool, transfer, urls[:num_own], "Answer:", 5.0, None)
             stack.callback(sampler.close)
             return sampler, transfer, fakes
@@ -53,7 +58,8 @@ def sampler_of(tmp_path) -> Iterator[Callable[[int, int], tuple[VLLMSampler, Tra
 
 
 def sync(sampler: VLLMSampler, version: int = SYNCED) -> None:
-    sampler.load_weights([("weight", torch.zeros(1))], version)
+    while sampler.load_weights([("weight", torch.zeros(1))], version):
+        pass
 
 
 def test_without_weights_there_is_nothing_to_sample_from(sampler_of):
@@ -80,12 +86,33 @@ def test_a_server_of_another_replica_with_other_weights_is_not_sampled_from(samp
     assert own.requests and not other.requests
 
 
-def test_a_server_that_did_not_take_the_weights_is_out(sampler_of):
+def test_a_server_that_did_not_take_the_weights_is_out_and_the_other_gets_them_once_more(sampler_of):
     sampler, transfer, (first, second) = sampler_of(2, 2)
     transfer.faults = {first.url: "no weight sync in time"}
     sync(sampler)
     sampler.submit(PROMPTS, request()).result(DEADLINE_S)
     assert not first.requests and len(second.requests) == 12
+    transfer.faults = {}
+    sync(sampler)  # the first one answers again
+    both = (first.url, second.url)
+    assert transfer.pushes == [both, (second.url,), both]
+
+
+def test_a_server_that_waits_for_the_weights_is_not_sampled_from(sampler_of):
+    sampler, transfer, (first, second) = sampler_of(2, 2)
+    transfer.faults = {first.url: "no weight sync in time"}
+    assert sampler.load_weights([("weight", torch.zeros(1))], SYNCED)
+    with pytest.raises(SamplersLost, match="waits for weights that another server's loss has held up"):
+        sampler.submit(PROMPTS, request()).result(DEADLINE_S)
+
+
+def test_servers_that_waited_for_older_weights_are_given_the_new_ones_with_all_others(sampler_of):
+    sampler, transfer, (first, second) = sampler_of(2, 2)
+    transfer.faults = {first.url: "no weight sync in time"}
+    assert sampler.load_weights([("weight", torch.zeros(1))], SYNCED)
+    transfer.faults = {}
+    assert not sampler.load_weights([("weight", torch.zeros(1))], SYNCED + 1)
+    assert transfer.pushes == [(first.url, second.url)] * 2
 
 
 def test_the_markers_spellings_end_a_completion_only_where_it_is_asked_to(sampler_of):

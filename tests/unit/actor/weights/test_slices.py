@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from nemo_jepo.actor.weights.families import Shape
 from nemo_jepo.actor.weights.load import hf_shapes
+from nemo_jepo.actor.weights.names import model_parameters
 from nemo_jepo.actor.weights.slices import GroupedQKV, Sliced
 from tests.support.hf_models import SHAPES, on_disk, random_model
 
@@ -33,7 +35,7 @@ def test_query_key_value_lie_side_by_side_per_group():
     assert entry.read_shard(source, 0, 1).flatten().tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
     shards = [entry.read_shard(source, rank, 2) for rank in range(2)]
     assert [shard.flatten().tolist() for shard in shards] == [[0, 1, 10, 20], [2, 3, 11, 21]]
-    joined = dict(entry.join(0, torch.stack(shards)))
+    joined = dict(entry.join(torch.stack(shards)))
     assert all(torch.equal(joined[name], source.read(name)) for name in ("q_proj.w", "k_proj.w", "v_proj.w"))
 
 
@@ -42,9 +44,8 @@ def test_gate_and_up_are_sliced_apart():
     entry = Sliced(("gate", "up"), (4, 1), 0)
     shards = [entry.read_shard(source, rank, 2) for rank in range(2)]
     assert [shard.flatten().tolist() for shard in shards] == [[0, 1, 10, 11], [2, 3, 12, 13]]
-    for number, name in enumerate(("gate", "up")):
-        gathered = torch.stack([entry.parts(shard)[number] for shard in shards])
-        assert [(n, t.tolist()) for n, t in entry.join(number, gathered)] == [(name, source.read(name).tolist())]
+    joined = [(name, tensor.tolist()) for name, tensor in entry.join(torch.stack(shards))]
+    assert joined == [(name, source.read(name).tolist()) for name in ("gate", "up")]
 
 
 def test_a_vocabulary_is_padded_with_zeros_that_never_leave():
@@ -52,4 +53,14 @@ def test_a_vocabulary_is_padded_with_zeros_that_never_leave():
     entry = Sliced(("table",), (5, 1), 0)
     shards = [entry.read_shard(source, rank, 3) for rank in range(3)]
     assert [shard.flatten().tolist() for shard in shards] == [[1, 2], [3, 4], [5, 0]]
-    assert torch.equal(dict(entry.join(0, torch.stack(shards)))["table"], source.read("table"))
+    assert torch.equal(dict(entry.join(torch.stack(shards)))["table"], source.read("table"))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_shard_has_the_shape_that_others_expect_of_it(size):
+    """A rank of another pipeline stage makes room for it without having seen it."""
+    for shape in SHAPES:
+        source, model = Named(**on_disk(random_model(shape))), random_model(shape)
+        for parameter in model_parameters(Shape.of(model.config)):
+            shard = parameter.entry.read_shard(source, 0, size)
+            assert parameter.entry.shard_shape(size) == tuple(shard.shape), parameter.name
