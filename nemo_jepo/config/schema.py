@@ -112,8 +112,9 @@ class VLLMConfig:
     """Attempts at one completion, each on another server where there is one; after that the sample has failed."""
     max_concurrency: int = setting(256, ge=1)
     """Completions that one data-parallel replica keeps in flight at one server."""
-    weight_transfer: str = setting("auto", choices=("auto", "nccl", "gloo", "file"))
-    """auto (nccl with GPUs, gloo without), nccl, gloo, or file (safetensors in the run folder, which servers share)."""
+    weight_transfer: str = setting("auto", choices=("auto", "nccl", "gloo", "shared_memory", "file"))
+    """auto (nccl with GPUs, gloo without), nccl, gloo, shared_memory (servers on the trainer's node), or file
+    (safetensors in the run folder, which servers share)."""
     sync_timeout_s: float = setting(600.0, ge=0)
     """Seconds until a weight sync must be over."""
     parity_tolerance: float | None = setting(None, ge=0)

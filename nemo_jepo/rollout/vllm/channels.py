@@ -1,4 +1,5 @@
-"""How weights reach vLLM servers: gloo without a GPU, vLLM's own NCCL trainer API with one, files as the fallback.
+"""How weights reach vLLM servers: gloo without a GPU, vLLM's own NCCL trainer API with one, memory of the node where
+servers share the trainer's GPUs, files as the fallback.
 
 A channel brings paused servers from their old weights to a numbered version of new ones: all of them, or it raises and
 none counts. Over NCCL and gloo the trainer and every rank of every server are one group, rank 0 and then server by
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from nemo_jepo.rollout.vllm import gloo
 from nemo_jepo.rollout.vllm.fleet import Fleet, answers_of, failures_of, first_fault, in_thread
+from nemo_jepo.rollout.vllm.shared_memory import SharedSlots
 from nemo_jepo.utils.network import free_ports
 
 NamedTensor = tuple[str, Tensor]
@@ -215,6 +217,52 @@ class _SyncClient:
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         named = self._fleet.same({"weight_version": weight_version or str(self.version)})
         self._fleet.call("POST", "/finish_weight_update", named, timeout_s=self.remaining_s())
+
+
+class SharedMemoryChannel:
+    """Memory that the servers of this node map; the receivers are `nemo_jepo.rollout.vllm.plugin.MemoryReceiver`.
+
+    Servers read a slot while the next one is filled, and none of them hangs on another. Arguments as GlooChannel.
+    """
+
+    def __init__(self, fleet: Fleet, shapes: Shapes, dtype: torch.dtype, timeout_s: float) -> None:
+        self.urls = fleet.urls
+        self.updates: dict[str, Future[Any]] = {}
+        self._fleet, self._shapes = fleet, shapes
+        self._dtype_name = str(dtype).removeprefix("torch.")
+        self._memory = SharedSlots([shape for _, shape in shapes], dtype)
+        place = fleet.same({"init_info": asdict(self._memory.place)})
+        fleet.call("POST", "/init_weight_transfer_engine", place, timeout_s=timeout_s)
+
+    def send(self, tensors: Iterable[NamedTensor], version: int, remaining_s: Remaining) -> None:
+        """See `Channel`."""
+        fleet, stream = self._fleet, (tensor for _, tensor in tensors)
+        fleet.call("POST", "/start_weight_update", timeout_s=remaining_s())
+        done = 0
+        for number, bucket in enumerate(self._memory.buckets):
+            start = self._memory.fill(number, stream)
+            answers_of(self.updates)  # of the bucket before: the other slot is free for the one behind
+            part = self._shapes[done : done + len(bucket)]
+            described = {
+                "names": [name for name, _ in part],
+                "dtype_name": self._dtype_name,
+                "shapes": [list(shape) for _, shape in part],
+                "start": start,
+            }
+            bodies = fleet.same({"update_info": described})
+            self.updates = fleet.begin("POST", "/update_weights", bodies, timeout_s=remaining_s() + 2 * GRACE_S)
+            done += len(bucket)
+        answers_of(self.updates)
+        named = fleet.same({"weight_version": str(version)})
+        fleet.call("POST", "/finish_weight_update", named, timeout_s=remaining_s())
+
+    def missing(self, url: str, num_sent: int) -> str:
+        """See `Channel`."""
+        return "it is still reading the shared memory"
+
+    def close(self) -> None:
+        """See `Channel`; nobody waits for the trainer but between its calls."""
+        self._memory.close()
 
 
 class FileChannel:

@@ -24,12 +24,17 @@ larger buffer's pages are new each time, which costs the receiver more than fewe
 Shape = Sequence[int]
 
 
-def buckets(shapes: Sequence[Shape], itemsize: int) -> Iterator[list[int]]:
-    """Elements of each tensor, bucket by bucket: as many neighbours as fit, or one tensor that is larger."""
+def buckets(shapes: Sequence[Shape], itemsize: int, limit: int | None = None) -> Iterator[list[int]]:
+    """Elements of each tensor, bucket by bucket: as many neighbours as fit, or one tensor that is larger.
+
+    Args:
+        limit: bytes of a bucket; None for BUCKET_BYTES.
+    """
+    limit = limit or BUCKET_BYTES
     bucket: list[int] = []
     for shape in shapes:
         count = math.prod(shape)
-        if bucket and (sum(bucket) + count) * itemsize > BUCKET_BYTES:
+        if bucket and (sum(bucket) + count) * itemsize > limit:
             yield bucket
             bucket = []
         bucket.append(count)

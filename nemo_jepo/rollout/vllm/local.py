@@ -63,6 +63,7 @@ class LocalServers:
             "--load-format": "dummy",
             "--port": self._ports[index],
             "--tensor-parallel-size": size,
+            "--weight-transfer": "auto" if self._settings.weight_transfer == "file" else self._settings.weight_transfer,
         }
         command = [sys.executable, "-m", "nemo_jepo.cli", "serve", str(model.folder), "--stop-with-parent"]
         command += [str(part) for option in options.items() for part in option]

@@ -24,6 +24,7 @@ from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitI
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferUpdateInfo
 
 from nemo_jepo.rollout.vllm.gloo import Meeting, TransferGroup, given_up, join_store
+from nemo_jepo.rollout.vllm.shared_memory import Place, mapped, tensors_at, unpin
 from nemo_jepo.utils.processes import die_with_parent
 
 STOPS_WITH_PARENT = "NEMO_JEPO_VLLM_STOPS_WITH_PARENT"
@@ -108,6 +109,64 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
 
 
 @dataclass(kw_only=True)
+class MemoryInit(WeightTransferInitInfo):
+    """Fields of `nemo_jepo.rollout.vllm.shared_memory.Place`, as they come over HTTP."""
+
+    path: str
+    num_bytes: int
+
+
+@dataclass
+class MemoryUpdate(GlooUpdate):
+    """One bucket."""
+
+    start: int
+    """Of the bucket in the memory, bytes."""
+
+
+class MemoryReceiver(WeightTransferEngine[MemoryInit, MemoryUpdate]):
+    """vLLM's receiving engine of the backend "shared_memory": as GlooReceiver, with a call for each bucket."""
+
+    init_info_cls = MemoryInit
+    update_info_cls = MemoryUpdate
+    _memory: torch.Tensor | None = None
+
+    def init_transfer_engine(self, init_info: MemoryInit) -> None:
+        """Map the trainer's memory; that of a trainer that is gone is dropped."""
+        self.shutdown()
+        self._memory = mapped(Place(init_info.path, init_info.num_bytes))
+
+    def start_weight_update(self) -> None:
+        """See GlooReceiver."""
+        begin_reload(self.model)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Read a bucket; it has been read when this returns."""
+        self.receive_weights(self.parse_update_info(update_info))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def receive_weights(self, update_info: MemoryUpdate) -> None:
+        """The bucket's tensors into the model; copies of them, because vLLM keeps those of an unfinished layer."""
+        if self._memory is None:
+            raise RuntimeError("weights are sent before the memory was shared")
+        dtype = getattr(torch, update_info.dtype_name)
+        views = tensors_at(self._memory, update_info.start, update_info.shapes, dtype)
+        copies = [view.to(self.device, copy=True, non_blocking=True) for view in views]
+        self.model.load_weights(list(zip(update_info.names, copies, strict=True)))
+
+    def finish_weight_update(self) -> None:
+        """See GlooReceiver."""
+        end_reload(self.model, self.model_config)
+
+    def shutdown(self) -> None:
+        """Drop the memory."""
+        if self._memory is not None:
+            unpin(self._memory)
+            self._memory = None
+
+
+@dataclass(kw_only=True)
 class WatchedNCCLInit(NCCLWeightTransferInitInfo):
     """vLLM's own, and the store to look at: fields of `nemo_jepo.rollout.vllm.gloo.Meeting`."""
 
@@ -161,6 +220,7 @@ class WatchedNCCLReceiver(NCCLWeightTransferEngine):
 
 RECEIVERS: dict[str, type[WeightTransferEngine[Any, Any]]] = {
     "gloo": GlooReceiver,
+    "shared_memory": MemoryReceiver,
     "watched_nccl": WatchedNCCLReceiver,
 }
 """Backends of vLLM's --weight-transfer-config that this module adds."""

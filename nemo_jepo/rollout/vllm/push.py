@@ -32,6 +32,7 @@ from nemo_jepo.rollout.vllm.channels import (
     NamedTensor,
     NCCLChannel,
     Shapes,
+    SharedMemoryChannel,
     write_files,
 )
 from nemo_jepo.rollout.vllm.fleet import Control, Fleet, ServersFailed, failures_of
@@ -158,6 +159,8 @@ class WeightTransfer:
             return FileChannel(fleet, self._folder)
         if self._backend == "gloo":
             return GlooChannel(fleet, self._shapes, self._dtype, timeout_s)
+        if self._backend == "shared_memory":
+            return SharedMemoryChannel(fleet, self._shapes, self._dtype, timeout_s)
         return NCCLChannel(fleet, self._shapes, self._dtype, timeout_s)
 
     def leave(self) -> None:

@@ -29,7 +29,7 @@ from nemo_jepo.utils.processes import SharedMemory, die_with_parent, end_session
 KEY_VARIABLE = "NEMO_JEPO_API_KEY"
 STOP = signal.SIGUSR2
 """Ends a server that a run has started itself."""
-RECEIVERS = {"nccl": "watched_nccl", "gloo": "gloo"}
+RECEIVERS = {"nccl": "watched_nccl", "gloo": "gloo", "shared_memory": "shared_memory"}
 """--weight-transfer -> vLLM's backend, which `nemo_jepo.rollout.vllm.plugin` adds."""
 GRACE_S = 20.0
 """Seconds that a server has to end by itself after SIGTERM."""
@@ -111,7 +111,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--dtype", default="auto", help="as trainer.precision: bfloat16, float32 (%(default)s)")
     parser.add_argument("--max-model-len", type=int, help="longest prompt and completion together, tokens")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs of the server (%(default)s)")
-    parser.add_argument("--weight-transfer", choices=("auto", "nccl", "gloo"), default="auto", help="%(default)s")
+    parser.add_argument("--weight-transfer", choices=("auto", *RECEIVERS), default="auto", help="%(default)s")
     parser.add_argument("--load-format", default="auto", help="dummy: random weights until the first sync")
     parser.add_argument("--stop-with-parent", action="store_true", help="end when the starting process ends")
     return parser.parse_args(ours), theirs
