@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -92,9 +93,9 @@ def run(check: Check, dry: bool) -> dict[str, Any]:
     return {"status": "failed", "reason": reason, "faults": [], "found": {}, "wall_seconds": took, "log": tail}
 
 
-def page(outcomes: dict[str, dict[str, Any]]) -> str:
+def page(title: str, outcomes: dict[str, dict[str, Any]]) -> str:
     """The outcomes as Markdown."""
-    lines = ["# Acceptance on one GPU", "", "| check | outcome | seconds |", "| --- | --- | --- |"]
+    lines = [f"# {title}", "", "| check | outcome | seconds |", "| --- | --- | --- |"]
     for name, outcome in outcomes.items():
         lines.append(f"| {name} | {outcome['status']} | {outcome['wall_seconds']:.0f} |")
     for name, outcome in outcomes.items():
@@ -129,16 +130,22 @@ def shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [check.name for check in CHECKS]
-    parser.add_argument("--out", type=Path, default=Path("acceptance"))
+def main(
+    arguments: list[str] | None = None,
+    checks: Sequence[Check] = CHECKS,
+    description: str | None = __doc__,
+    out: str = "acceptance",
+) -> int:
+    """Run the checks; the description's first line, up to its colon, is the title of the page."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names, title = [check.name for check in checks], str(description).partition(":")[0]
+    parser.add_argument("--out", type=Path, default=Path(out))
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--side-by-side", type=int, default=4)
     parser.add_argument("--dry-run", action="store_true", help="small sizes on a CPU, also where there is a GPU")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    chosen = [check for check in CHECKS if check.name in options.only]
+    chosen = [check for check in checks if check.name in options.only]
     outcomes: dict[str, dict[str, Any]] = {}
 
     def work(check: Check) -> None:
@@ -152,7 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
             print("    " + outcomes[check.name]["reason"].strip().replace("\n", "\n    ")[-1200:], flush=True)
         ordered = {name: outcomes[name] for name in names if name in outcomes}
         (options.out / "acceptance.json").write_text(json.dumps(ordered, indent=1))
-        (options.out / "acceptance.md").write_text(page(ordered))
+        (options.out / "acceptance.md").write_text(page(title, ordered))
 
     with ThreadPoolExecutor(options.side_by_side) as pool:
         list(pool.map(work, [check for check in chosen if not check.times]))

@@ -3,7 +3,7 @@
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -60,15 +60,15 @@ class Server:
         self.process.wait(60)
 
 
-def start_server(model_folder: Path, *options: str, log: Path) -> Server:
-    """`nemo-jepo serve`, not waited for; options of vLLM's own after "--"."""
+def start_server(model_folder: Path, *options: str, log: Path, environment: Mapping[str, str] | None = None) -> Server:
+    """`nemo-jepo serve`, not waited for; options of vLLM's own after "--", variables beside those of this process."""
     (port,) = free_ports(1)
     command = [sys.executable, "-m", "nemo_jepo.cli", "serve", str(model_folder), "--port", str(port)]
     command += ["--dtype", "float32", "--max-model-len", "256", *options]
     with log.open("ab") as file:
         process = subprocess.Popen(
             command,
-            env=ENVIRONMENT | {KEY_VARIABLE: KEY},
+            env=ENVIRONMENT | {KEY_VARIABLE: KEY} | dict(environment or {}),
             stdout=file,
             stderr=file,
             preexec_fn=partial(die_with_parent, signal.SIGTERM),

@@ -1,4 +1,4 @@
-"""The checks of `tests.gpu.accept`, each in a process of its own.
+"""The checks of `tests.gpu.accept` and `tests.gpu.accept_four`, each in a process of its own.
 
 python -m tests.gpu.checks NAME OUT.json [--dry-run]
 
@@ -23,6 +23,7 @@ from tests.gpu.checks.machine import ceilings, versions
 from tests.gpu.checks.parity import parity, suite
 from tests.gpu.checks.race import race
 from tests.gpu.checks.runs import cpu_checkpoint, run, vllm_round_trip
+from tests.gpu.checks.several import layouts, refit, run_with_servers
 from tests.gpu.checks.updates import (
     plain_transformers,
     updates,
@@ -52,6 +53,10 @@ CHECKS: dict[str, Callable[[Report, Sizes], None]] = {
     "updates_fp8_tensorwise": partial(updates_fp8, recipe="tensorwise"),
     "updates_fp8_blockwise": partial(updates_fp8, recipe="blockwise"),
     "vllm": vllm_round_trip,
+    "layouts_fp32": partial(layouts, precision="fp32"),
+    "layouts_bf16": partial(layouts, precision="bf16"),
+    "refit": refit,
+    "run_with_servers": run_with_servers,
 }
 
 

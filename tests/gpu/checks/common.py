@@ -65,6 +65,8 @@ class Sizes:
     run_prompts: int = 32
     warmup_steps: int = 150
     validation: int = 64
+    layout_cases: int = 3
+    layouts: int = 100
 
     @classmethod
     def dry(cls) -> "Sizes":
@@ -94,6 +96,8 @@ class Sizes:
             run_prompts=2,
             warmup_steps=2,
             validation=4,
+            layout_cases=1,
+            layouts=1,
         )
 
 
