@@ -141,7 +141,7 @@ def unmet_requirements() -> Iterator[Finding]:
         version = installed(name)
         fix = f"pip install '{name}{wanted.specifier}'"
         if version is None and name in OPTIONAL:
-            yield Finding(WARNING, "versions", f"{name} is missing: {OPTIONAL[name]}", fix)
+            yield Finding(WARNING, "versions", f"{name} is missing: {OPTIONAL[name]}", "Install it for them")
         elif version is None:
             yield Finding(BLOCKER, "versions", f"{name} is missing, which nemo-jepo needs", fix)
         elif name not in ranges and not _fits(wanted.specifier, version):
