@@ -1,15 +1,20 @@
-"""The images' versions agree with the project's."""
+"""The images' versions agree with the project's, and so does what the guide installs on an NGC image."""
 
 import re
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
+from nemo_jepo.tools.doctor.versions import SUPPORTED
 from tests.support.command_line import ROOT
 
 FOLDER = ROOT / "containers"
 GPU, CPU = FOLDER / "Dockerfile", FOLDER / "cpu.Dockerfile"
+ON_NGC, GUIDE = FOLDER / "ngc.txt", ROOT / "docs" / "guides" / "ngc.md"
 
 PACKAGES = {
     "TORCH_VERSION": "torch",
@@ -31,10 +36,14 @@ def arguments(dockerfile: Path) -> dict[str, str]:
     return dict(re.findall(r"^ARG (\w+)=(\S+)$", above, re.MULTILINE))
 
 
+def dependencies() -> list[str]:
+    """Those of pyproject.toml."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+
+
 def project_pins() -> dict[str, str]:
     """name: version of the dependencies that pyproject.toml pins exactly."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    pins = (re.fullmatch(r"([\w-]+)(?:\[.*\])?==(\S+)", line) for line in project["dependencies"])
+    pins = (re.fullmatch(r"([\w-]+)(?:\[.*\])?==(\S+)", line) for line in dependencies())
     return {pin[1]: pin[2] for pin in pins if pin}
 
 
@@ -79,3 +88,37 @@ def test_the_base_image_has_the_cuda_that_torch_was_built_for():
     checked = re.search(r"torch\.version\.cuda\.startswith\('(\S+)'\)", text)
     assert base is not None and checked is not None and base[1] == checked[1]
     assert f"transformer_engine_cu{base[1].partition('.')[0]}" in text
+
+
+def needed(line: str) -> set[str]:
+    """Every package that a requirement brings, by the metadata of what is installed here."""
+    found, waiting = set(), [Requirement(line)]
+    while waiting:
+        wanted = waiting.pop()
+        name = canonicalize_name(wanted.name)
+        if name in found:
+            continue
+        found.add(name)
+        extras = wanted.extras or {""}
+        below = map(Requirement, metadata.requires(name) or ())
+        waiting += [
+            each for each in below if each.marker is None or any(each.marker.evaluate({"extra": e}) for e in extras)
+        ]
+    return found
+
+
+def test_what_the_guide_installs_on_an_ngc_image_is_all_that_does_not_ask_for_torch():
+    """The rest is torch itself and what is installed with --no-deps; so pip has no reason to replace the image's."""
+    listed = [line for line in ON_NGC.read_text().splitlines() if not line.startswith("#")]
+    assert listed == [line for line in dependencies() if "torch" not in needed(line)]
+    left_out = {Requirement(line).name for line in dependencies() if line not in listed}
+    assert left_out == {"torch", "megatron-core", "nemo_toolkit"}
+
+
+def test_the_guide_pins_what_the_project_pins_and_names_every_range_of_the_doctor():
+    guide, pins = GUIDE.read_text(), project_pins()
+    pinned = set(re.findall(r"\b(torch|megatron-core|nemo_toolkit)==([\w.]+)", guide))
+    assert pinned == {(name, pins[name]) for name in ("megatron-core", "nemo_toolkit")}
+    assert f"containers/{ON_NGC.name}" in guide
+    for supported in SUPPORTED:
+        assert f"`{supported.versions}`" in guide

@@ -31,7 +31,7 @@ from nemo_jepo.tools.doctor.machine import (
 )
 from nemo_jepo.tools.doctor.run import blocker, check_data, check_settings, count_parameters, look_up
 from nemo_jepo.tools.doctor.samples import check_samples
-from nemo_jepo.tools.doctor.versions import check_versions
+from nemo_jepo.tools.doctor.versions import check_versions, check_weight_push
 from nemo_jepo.utils.exit_codes import BAD_SETTINGS, DONE
 
 MEETING_TIMEOUT = timedelta(minutes=3)
@@ -95,6 +95,7 @@ def look(config: Config, samples: bool = False) -> list[Finding]:
             yield from check_disk(folder, num_parameters, config)
             yield from check_file_system(folder)
         yield from check_ports(config)
+        yield from check_weight_push(config)
         if is_first and local is not None:
             yield from check_data(local, world_size)
             if samples:
