@@ -45,6 +45,9 @@ class Channel(Protocol):
     updates: dict[str, "Future[Any]"]
     """Each server's call that lasts as long as it receives; empty while none does."""
 
+    def is_open(self, timeout_s: float) -> bool:
+        """Whether the servers' processes are those that it was opened with: one that was started again has no part."""
+
     def send(self, tensors: Iterable[NamedTensor], version: int, remaining_s: Remaining) -> None:
         """Bring the servers, which are paused, to these weights and this version.
 
@@ -73,6 +76,10 @@ class _Group:
         self._address = meeting_address(self.urls)
         self._store = gloo.open_store(self._address, self._world_size, timeout_s)
         self._meeting = gloo.Meeting(self._address, self._store.port, self._world_size, timeout_s)
+
+    def is_open(self, timeout_s: float) -> bool:
+        """See `Channel`."""
+        return all_joined(self._fleet, self._meeting.name, timeout_s)
 
     def _ranks_of(self, url: str) -> range:
         return range(self._first_ranks[url], self._first_ranks[url] + self._sizes[url])
@@ -234,6 +241,10 @@ class SharedMemoryChannel:
         place = fleet.same({"init_info": asdict(self._memory.place)})
         fleet.call("POST", "/init_weight_transfer_engine", place, timeout_s=timeout_s)
 
+    def is_open(self, timeout_s: float) -> bool:
+        """See `Channel`."""
+        return all_joined(self._fleet, self._memory.place.path, timeout_s)
+
     def send(self, tensors: Iterable[NamedTensor], version: int, remaining_s: Remaining) -> None:
         """See `Channel`."""
         fleet, stream = self._fleet, (tensor for _, tensor in tensors)
@@ -273,6 +284,10 @@ class FileChannel:
         self.updates: dict[str, Future[Any]] = {}
         self._fleet, self._folder = fleet, folder
 
+    def is_open(self, timeout_s: float) -> bool:
+        """See `Channel`; nothing is kept open."""
+        return True
+
     def send(self, tensors: Iterable[NamedTensor], version: int, remaining_s: Remaining) -> None:
         """See `Channel`; the tensors are in the files already."""
         load = self._fleet.same({"method": "load_files", "kwargs": {"folder": str(self._folder)}})
@@ -287,6 +302,13 @@ class FileChannel:
 
     def close(self) -> None:
         """See `Channel`; there is no group."""
+
+
+def all_joined(fleet: Fleet, name: str, timeout_s: float) -> bool:
+    """Whether every rank of every server says that it is in the group, or has the memory, of this name."""
+    asked = fleet.same({"method": "joined_group"})
+    answers = fleet.call("POST", "/collective_rpc", asked, timeout_s=timeout_s)
+    return all(set(answer["results"]) == {name} for answer in answers.values())
 
 
 def meeting_address(urls: Sequence[str]) -> str:

@@ -68,6 +68,11 @@ class Meeting:
     timeout_s: float
     """Of the meeting, and of a receiver's wait for a bucket."""
 
+    @property
+    def name(self) -> str:
+        """Tells one group from another."""
+        return f"{self.address}:{self.port}"
+
 
 def own_address(towards: str) -> str:
     """This host's address on the way to another host: the only one that is opened."""

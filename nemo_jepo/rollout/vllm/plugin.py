@@ -70,14 +70,17 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
     init_info_cls = GlooInit
     update_info_cls = GlooUpdate
     _group: TransferGroup | None = None
+    joined = ""
+    """Name of the group; as of the other receivers of this module."""
 
     def init_transfer_engine(self, init_info: GlooInit) -> None:
         """Join the trainer's group; the one from before, of a trainer that is gone, is dropped."""
         parallel = self.parallel_config
         rank = init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
         meeting = Meeting(init_info.address, init_info.port, init_info.world_size, init_info.timeout_s)
-        self._group = None
+        self._group, self.joined = None, ""
         self._group = TransferGroup(meeting, rank, join_store(meeting))
+        self.joined = meeting.name
 
     def start_weight_update(self) -> None:
         """See vLLM's NCCLWeightTransferEngine, whose lifecycle this is."""
@@ -96,7 +99,7 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
             for tensors in self._group.receive(update_info.shapes, getattr(torch, update_info.dtype_name)):
                 self.model.load_weights([(next(names), tensor) for tensor in tensors])
         except Exception:
-            self._group = None  # others learn of it by their connections
+            self.shutdown()  # others learn of it by their connections
             raise
 
     def finish_weight_update(self) -> None:
@@ -105,7 +108,7 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
 
     def shutdown(self) -> None:
         """Leave the group."""
-        self._group = None
+        self._group, self.joined = None, ""
 
 
 @dataclass(kw_only=True)
@@ -130,11 +133,12 @@ class MemoryReceiver(WeightTransferEngine[MemoryInit, MemoryUpdate]):
     init_info_cls = MemoryInit
     update_info_cls = MemoryUpdate
     _memory: torch.Tensor | None = None
+    joined = ""
 
     def init_transfer_engine(self, init_info: MemoryInit) -> None:
         """Map the trainer's memory; that of a trainer that is gone is dropped."""
         self.shutdown()
-        self._memory = mapped(Place(init_info.path, init_info.num_bytes))
+        self._memory, self.joined = mapped(Place(init_info.path, init_info.num_bytes)), init_info.path
 
     def start_weight_update(self) -> None:
         """See GlooReceiver."""
@@ -163,7 +167,7 @@ class MemoryReceiver(WeightTransferEngine[MemoryInit, MemoryUpdate]):
         """Drop the memory."""
         if self._memory is not None:
             unpin(self._memory)
-            self._memory = None
+            self._memory, self.joined = None, ""
 
 
 @dataclass(kw_only=True)
@@ -181,12 +185,15 @@ class WatchedNCCLReceiver(NCCLWeightTransferEngine):
 
     init_info_cls = WatchedNCCLInit
     update_info_cls = NCCLWeightTransferUpdateInfo
+    joined = ""
 
     def init_transfer_engine(self, init_info: WatchedNCCLInit) -> None:
         """Join the trainer's group; the one from before is left."""
         self.shutdown()
-        self._store = join_store(Meeting(**init_info.watched))
+        meeting = Meeting(**init_info.watched)
+        self._store = join_store(meeting)
         super().init_transfer_engine(init_info)
+        self.joined = meeting.name
 
     def start_weight_update(self) -> None:
         """See GlooReceiver."""
@@ -216,6 +223,11 @@ class WatchedNCCLReceiver(NCCLWeightTransferEngine):
             watching.join()
         if left.is_set():
             raise RuntimeError("the trainer gave this weight push up")
+
+    def shutdown(self) -> None:
+        """Leave the group."""
+        self.joined = ""
+        super().shutdown()
 
 
 RECEIVERS: dict[str, type[WeightTransferEngine[Any, Any]]] = {
@@ -260,6 +272,10 @@ def end_reload(model: nn.Module, model_config: Any) -> None:
 
 class WorkerExtension:
     """Methods that `/collective_rpc` reaches in every worker (--worker-extension-cls)."""
+
+    def joined_group(self) -> str:
+        """Name of the group or memory that weights come through; empty where none was joined."""
+        return self.weight_transfer_engine.joined  # type: ignore[attr-defined]
 
     def load_files(self, folder: str) -> None:
         """Take the weights from a folder of safetensors.

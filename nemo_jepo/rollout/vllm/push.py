@@ -108,7 +108,11 @@ class WeightTransfer:
         """All that is said to the servers, in the feed's thread."""
         if self._cuda_device is not None:
             torch.cuda.set_device(self._cuda_device)  # a new thread begins on device 0
-        channel = feed.take(self._channel or self._open(fleet))
+        channel = self._channel
+        if channel is not None and not channel.is_open(feed.remaining_s()):
+            channel.close()
+            channel = None
+        channel = feed.take(channel or self._open(fleet))
         fleet.call("POST", "/pause", params={"mode": "keep"}, timeout_s=feed.remaining_s())
         channel.send(feed, version, feed.remaining_s)
         reset = {"reset_running_requests": "true"}

@@ -79,6 +79,9 @@ def push_through(producer: Callable[..., None], size: Sizes) -> int:
         def send(self, tensors: Any, version: int, remaining_s: Any) -> None:
             producer(iter(tensors), Group(), 0, lambda item: item[1], buffer_size_bytes=8 * size.race_elements)
 
+        def is_open(self, timeout_s: float) -> bool:
+            return True
+
         def close(self) -> None: ...
 
     def stream() -> Iterator[tuple[str, Tensor]]:

@@ -51,6 +51,10 @@ class Group:
         self.closed = threading.Event()
         self.stands_still: set[str] = set()
         self.dies: set[str] = set()
+        self.has_strangers = False
+
+    def is_open(self, timeout_s: float) -> bool:
+        return not self.has_strangers
 
     def send(self, tensors: Iterable[NamedTensor], version: int, remaining_s: Remaining) -> None:
         self.updates = {url: Future() for url in self.urls}
@@ -162,6 +166,15 @@ def test_the_whole_stream_is_read_where_no_server_is_left(servers, tmp_path):
     stream = weights()
     assert Transfer(servers, NEVER_S, tmp_path).push("", stream, version=1) == Pushed()
     assert next(stream, None) is None
+
+
+def test_a_server_that_was_started_again_is_taken_into_a_new_group(servers, tmp_path):
+    """It has the same address and has never heard of the old one."""
+    transfer = Transfer(servers, NEVER_S, tmp_path)
+    transfer.push("ab", weights(), version=1)
+    transfer.groups[0].has_strangers = True
+    assert transfer.push("ab", weights(), version=2) == Pushed(updated=("a", "b"))
+    assert len(transfer.groups) == 2 and transfer.groups[0].closed.is_set()
 
 
 def test_a_stream_that_breaks_off_lets_go_of_the_servers_before_it_is_raised(servers, tmp_path):

@@ -74,6 +74,9 @@ class Group:
         self.side = Stream()
         self.opened.append(self)
 
+    def is_open(self, timeout_s: float) -> bool:
+        return True
+
     def send(self, tensors: Iterable[NamedTensor], version: int, remaining_s: object) -> None:
         self.devices.append(self.cuda.current_device())
         stream = iter(tensors)
