@@ -1,7 +1,7 @@
 """A Hugging Face config becomes a megatron-core GPTModel whose last stage returns hidden states.
 
 The families are those of weights/families.py, tied or untied, with plain or llama3 RoPE. With Transformer Engine on a
-GPU its layers serve; otherwise megatron-core's local layers with packed SDPA attention.
+GPU its layers serve in bf16; otherwise megatron-core's local layers with packed SDPA attention.
 """
 
 import logging
@@ -76,9 +76,18 @@ def _check_family(config: PretrainedConfig) -> None:
         )
 
 
+def use_transformer_engine(dtype: torch.dtype) -> bool:
+    """True where Transformer Engine's layers will serve: half precision, CUDA and the package.
+
+    In fp32 Transformer Engine 2.11 attends to packed rows by whole score matrices alone, and under context parallelism
+    not at all (get_attention_backend).
+    """
+    return dtype in (torch.bfloat16, torch.float16) and has_transformer_engine()
+
+
 @cache
-def use_transformer_engine() -> bool:
-    """True where Transformer Engine's layers will serve: CUDA and the package both present."""
+def has_transformer_engine() -> bool:
+    """CUDA and the package both present."""
     if not torch.cuda.is_available():
         return False
     try:
@@ -91,8 +100,8 @@ def use_transformer_engine() -> bool:
 
 def transformer_config(hf_config: PretrainedConfig, model: ModelConfig, dtype: torch.dtype) -> TransformerConfig:
     """Megatron's TransformerConfig of a Hugging Face shape in a parallel layout; no dropout anywhere."""
-    on_gpu, fused = torch.cuda.is_available(), use_transformer_engine()
-    cudnn = fused and dtype == torch.bfloat16 and torch.cuda.get_device_capability() >= (9, 0)
+    on_gpu, fused = torch.cuda.is_available(), use_transformer_engine(dtype)
+    cudnn = fused and torch.cuda.get_device_capability() >= (9, 0)
     interleaved = model.virtual_pipeline_model_parallel_size is not None
     shape = Shape.of(hf_config)
     return TransformerConfig(
@@ -133,7 +142,7 @@ def transformer_config(hf_config: PretrainedConfig, model: ModelConfig, dtype: t
         **_parallel_options(model),
         **_recompute_options(model),
         **fp8_options(model),
-        **(_expert_options(hf_config, shape, model) if shape.num_experts else {}),
+        **(_expert_options(hf_config, shape, model, fused) if shape.num_experts else {}),
     )
 
 
@@ -159,8 +168,12 @@ def _recompute_options(model: ModelConfig) -> dict[str, Any]:
     return {}
 
 
-def _expert_options(hf_config: PretrainedConfig, shape: Shape, model: ModelConfig) -> dict[str, Any]:
-    """Experts as the families compute them: no token is dropped, no auxiliary loss joins the objective."""
+def _expert_options(hf_config: PretrainedConfig, shape: Shape, model: ModelConfig, grouped: bool) -> dict[str, Any]:
+    """Experts as the families compute them: no token is dropped, no auxiliary loss joins the objective.
+
+    Args:
+        grouped: Transformer Engine's products of all experts together.
+    """
     return {
         "num_moe_experts": shape.num_experts,
         "moe_ffn_hidden_size": shape.inner_size,
@@ -170,7 +183,7 @@ def _expert_options(hf_config: PretrainedConfig, shape: Shape, model: ModelConfi
         "moe_router_load_balancing_type": "none",
         "moe_router_dtype": "fp32",
         "moe_token_dispatcher_type": "alltoall",
-        "moe_grouped_gemm": use_transformer_engine(),
+        "moe_grouped_gemm": grouped,
         "expert_model_parallel_size": model.expert_model_parallel_size,
         "expert_tensor_parallel_size": 1,
     }
@@ -179,7 +192,7 @@ def _expert_options(hf_config: PretrainedConfig, shape: Shape, model: ModelConfi
 def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> ModuleSpec | TransformerBlockSubmodules:
     """Transformer Engine's layers where they can run, else local layers with packed SDPA attention."""
     options = {"num_experts": config.num_moe_experts, "moe_grouped_gemm": config.moe_grouped_gemm}
-    if use_transformer_engine():
+    if use_transformer_engine(config.params_dtype):
         from nemo_jepo.actor.te_attention import RowAttention
 
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm, **options)

@@ -88,7 +88,7 @@ class TrainerConfig:
     devices: int = setting(1, ge=1)
     """Trainer processes on a node: GPUs, or CPU processes over gloo."""
     precision: str = setting("bf16", choices=("bf16", "fp32"))
-    """bf16 (with fp32 main weights and gradients), or fp32 (tests and CPU)."""
+    """bf16 (with fp32 main weights and gradients), or fp32 (tests and CPU; never Transformer Engine's layers)."""
     jepo: LoopConfig = field(default_factory=LoopConfig)
 
 

@@ -67,7 +67,7 @@ def test_a_transformer_config_carries_format_and_recipe(format_, recipe):
     ],
 )
 def test_cudnns_attention_is_asked_for_where_it_takes_packed_rows(engine, capability, dtype, expected, monkeypatch):
-    monkeypatch.setattr(actor_model, "use_transformer_engine", lambda: engine)
+    monkeypatch.setattr(actor_model, "has_transformer_engine", lambda: engine)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     config = transformer_config(load_hf_config(SHAPES["llama untied"]), ModelConfig(), dtype)
     assert config.attention_backend.name == expected

@@ -195,17 +195,22 @@ def test_the_gpu_recipes_give_configs_that_megatron_accepts(recipe, expected, fo
 
 def test_in_bf16_transformer_engine_has_cudnns_attention_or_none(found):
     attention = found(f"bf16 attention, {ENGINE}")
-    assert attention["backend"] == "fused"
+    assert (attention["layers"], attention["backend"]) == (["RowAttention"], "fused")
     assert attention["variables"] == ["0", "1", "0"]  # flash, fused, unfused
     assert [attention[f"{row}, cuDNN"] for row in ROWS] == ["fused"] * 3
     assert [attention[f"{row}, no cuDNN"] for row in ROWS] == ["none"] * 3
 
 
-def test_in_fp32_the_unfused_attention_serves_which_has_no_context_parallelism(found):
+def test_fp32_has_local_layers_for_transformer_engine_has_slow_attention_or_none(found):
     attention = found(f"fp32 attention, {ENGINE}")
-    assert attention["backend"] == "auto"
-    assert attention["variables"] == ["1", "1", "1"]
     assert [attention[f"{row}, cuDNN"] for row in ROWS] == ["unfused", "unfused", "none"]
+    assert attention["layers"] == ["PackedAttention"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_layer_of_an_fp32_model_is_transformer_engines(family, found):
+    """Experts too: their products are grouped in Transformer Engine alone."""
+    assert found(f"fp32 layers of {family}") == []
 
 
 def test_local_layers_leave_the_choice_to_megatron(found):

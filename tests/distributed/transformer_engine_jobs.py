@@ -71,6 +71,7 @@ def main(file: str) -> None:
             parts |= {f"{p} attention, {kind}": partial(of_attention, kind, p) for p in ("bf16", "fp32")}
             parts |= {f"{name} from {kind}": partial(of_checkpoint, name, kind, other, folder) for name in FAMILIES}
         parts |= {f"layers of {name}": partial(of_layers, name, folder) for name in FAMILIES}
+        parts |= {f"fp32 layers of {name}": partial(of_fp32, name) for name in FAMILIES}
         parts |= {f"weights of {name}": partial(of_weights, name, folder) for name in FAMILIES}
         found = {name: outcome(part) for name, part in parts.items()}
     Path(file).write_text(json.dumps(found, default=str))
@@ -121,10 +122,20 @@ def of_layers(name: str, folder: Path) -> dict[str, Any]:
     classes = {}
     for path, module in actor.chunks[0].decoder.named_modules():
         if any(True for _ in module.parameters(recurse=False)) or path.endswith("core_attention"):
-            packages = {kind.__module__.partition(".")[0] for kind in type(module).__mro__}
-            classes[path] = (type(module).__name__, "transformer_engine" in packages)
+            classes[path] = (type(module).__name__, is_transformer_engines(module))
     shapes = {path: parameter.shape for path, parameter in named_parameters(actor.chunks, actor.layout)}
     return {"parameters": shapes, "classes": classes}
+
+
+def of_fp32(name: str) -> list[str]:
+    """Modules of an fp32 model that are Transformer Engine's, where it is there."""
+    modules = build(ENGINE, name, precision="fp32").chunks[0].named_modules()
+    return [path for path, module in modules if is_transformer_engines(module)]
+
+
+def is_transformer_engines(module: torch.nn.Module) -> bool:
+    """Whether a class of the module is from its package."""
+    return "transformer_engine" in {kind.__module__.partition(".")[0] for kind in type(module).__mro__}
 
 
 def of_weights(name: str, folder: Path) -> dict[str, Any]:
@@ -188,7 +199,7 @@ def of_recipe(name: str) -> dict[str, Any]:
 
 
 def of_attention(kind: str, precision: str) -> dict[str, Any]:
-    """What Megatron asks for; and what Transformer Engine then takes where cuDNN has kernels, and where it has none."""
+    """The actor's choice; and what Transformer Engine would take where cuDNN has kernels, and where it has none."""
     from transformer_engine.pytorch.attention.dot_product_attention import utils
 
     backends = te_kernels.NVTE_Fused_Attn_Backend
@@ -198,6 +209,7 @@ def of_attention(kind: str, precision: str) -> dict[str, Any]:
     with layers(kind):
         (gpt,) = MegatronJEPOActor(load_hf_config(SHAPES["llama untied"]), model, precision, layout).chunks
         found: dict[str, Any] = {
+            "layers": sorted({type(layer.self_attention.core_attention).__name__ for layer in gpt.decoder.layers}),
             "backend": gpt.config.attention_backend.name,
             "variables": [os.environ[name] for name in ATTENTION_VARIABLES],
         }

@@ -5,7 +5,6 @@ after it show every gradient, also where the distributed optimizer keeps only a 
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from nemo_jepo.objective.records import Scored, UpdateRule
 from nemo_jepo.objective.tables import group_scores
 from nemo_jepo.objective.update import sample_weights, token_weights
 from nemo_jepo.types import Spliced, SplicedBatch
-from tests.support.layer_kinds import local_layers
+from tests.support.layer_kinds import attention_chosen_anew
 
 
 def build(job: dict[str, Any], layout: parallel.Layout, model: ModelConfig, seed: int) -> MegatronJEPOActor:
@@ -51,7 +50,7 @@ def share(job: dict[str, Any], layout: parallel.Layout) -> SplicedBatch:
 
 def update(job: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Every weight before the update and its movement, the metrics, and the log-probs of this rank's sequences."""
-    with local_layers() if job.get("local_layers") else nullcontext():
+    with attention_chosen_anew():
         return _update(job)
 
 

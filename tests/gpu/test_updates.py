@@ -20,8 +20,9 @@ def gpu() -> Iterator[RankPool]:
 
 
 @pytest.mark.parametrize("shape", ALL_SHAPES)
-def test_local_layers_in_fp32_give_the_update_of_the_cpu(shape, gpu):
-    (found,) = gpu.run(update, job_of(shape, local_layers=True))
+def test_fp32_gives_the_update_of_the_cpu(shape, gpu):
+    """With local layers, also where Transformer Engine is installed."""
+    (found,) = gpu.run(update, job_of(shape))
     assert_same_update(found, one_process(shape), relative=2e-4)
 
 

@@ -22,5 +22,5 @@ def local_layers() -> Iterator[None]:
     """Without Transformer Engine, also where it is installed."""
     from nemo_jepo.actor import model
 
-    with attention_chosen_anew(), mock.patch.object(model, "use_transformer_engine", lambda: False):
+    with attention_chosen_anew(), mock.patch.object(model, "has_transformer_engine", lambda: False):
         yield

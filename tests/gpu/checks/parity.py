@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.gpu.checks.common import GPU, ROOT, Report, Sizes, Skip, relative_error
-from tests.support.layer_kinds import local_layers
+from tests.support.layer_kinds import attention_chosen_anew
 
 
 def parity(report: Report, size: Sizes) -> None:
@@ -32,7 +32,7 @@ def parity(report: Report, size: Sizes) -> None:
             given = [weights[str(number)] for number in range(len(weights))]
             expected = by_transformers(model, weights)
             rounded = by_transformers(random_model(f"{family} untied").bfloat16(), weights)
-            with local_layers():  # no packed attention of Transformer Engine computes in fp32
+            with attention_chosen_anew():
                 found = scoring_jobs.scores_and_gradients(job | {"token_weights": given})
             in_bf16 = scoring_jobs.scores_and_gradients(job | {"precision": "bf16", "token_weights": None})
             names = [name for name in expected if name.startswith("logprob/")]

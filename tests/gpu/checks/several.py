@@ -37,7 +37,7 @@ def layouts(report: Report, size: Sizes, precision: str) -> None:
     ]
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault(fork_server.FOLDER, folder)
-        settings = {"precision": precision, "local_layers": precision == "fp32"}
+        settings = {"precision": precision}
         with RankPool(1, forked=False) as one:
             alone = {shape: one.run(update, job_of(shape, **settings))[0] for _, shape, _ in cases}
         for ranks, shape, named in cases:
