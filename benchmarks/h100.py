@@ -101,8 +101,7 @@ class Variant:
 
 
 VARIANTS = {"bf16": Variant()} | {
-    f"fp8 {recipe}": Variant(fp8={"fp8": "hybrid", "fp8_recipe": recipe})
-    for recipe in ("tensorwise", "blockwise", "delayed")
+    f"fp8 {recipe}": Variant(fp8={"fp8": "hybrid", "fp8_recipe": recipe}) for recipe in ("tensorwise", "blockwise")
 }
 DRY_VARIANTS = {"bf16": Variant(), "fp32": Variant(precision="fp32"), "fp8 tensorwise": VARIANTS["fp8 tensorwise"]}
 

@@ -1,5 +1,7 @@
 """FP8 through Transformer Engine: Megatron's settings, what they need, and proof that FP8 layers really serve.
 
+Every recipe takes its scales from the numbers that it rounds. Megatron's delayed scaling, which takes them from earlier
+passes with gradients, is left out: a run's first scores would have scale 1, and any score would depend on those passes.
 Megatron-core takes `fp8` with its local layers as well, and then trains in bf16 without a word (megatron-core 0.16.1,
 fp8_utils.get_fp8_context). So every rule is checked before a model is built, and `assert_fp8_is_used` after it.
 """
@@ -16,9 +18,9 @@ from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.layouts import check_fp8_settings
 from nemo_jepo.config.schema import ModelConfig
 
-OLDEST_TRANSFORMER_ENGINE = {"delayed": (1, 0), "tensorwise": (2, 2), "blockwise": (2, 3)}
+OLDEST_TRANSFORMER_ENGINE = {"tensorwise": (2, 2), "blockwise": (2, 3)}
 """Major and minor version that each recipe needs (fp8_utils.get_fp8_recipe)."""
-LOWEST_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0)}
+LOWEST_CAPABILITY = {"tensorwise": (8, 9), "blockwise": (9, 0)}
 """Compute capability of the GPU: Ada has FP8 matrix products, Hopper the block-scaled ones."""
 
 
@@ -30,10 +32,6 @@ def fp8_options(model: ModelConfig) -> dict[str, Any]:
     if model.fp8 is None:
         return {}
     options: dict[str, Any] = {"fp8": model.fp8, "fp8_recipe": model.fp8_recipe}
-    # Replicas run different numbers of rows: a reduction of largest values over them would wait for ever.
-    options["tp_only_amax_red"] = True
-    if model.fp8_recipe == "delayed":  # scales from the last 1024 largest values; Megatron's default is the last one
-        options |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
     if model.first_last_layers_bf16:
         options |= {
             "first_last_layers_bf16": True,

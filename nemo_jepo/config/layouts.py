@@ -141,9 +141,6 @@ def check_fp8_settings(model: ModelConfig, precision: str) -> None:
     if precision != "bf16":
         rule = "FP8 matrix products belong to bf16 training"
         raise ConfigError("trainer.precision", precision, rule, "Use bf16, or model.fp8=null")
-    if model.first_last_layers_bf16 and model.fp8_recipe == "delayed":
-        rule = "delayed scaling keeps one state for all layers, so none of them can be left out"
-        raise ConfigError("model.first_last_layers_bf16", True, rule, "Use model.fp8_recipe=tensorwise or blockwise")
     shards, tokens = model.row_shards, fp8_tokens(model)
     if model.tokens_per_micro_batch % (tokens * shards):
         rule = f"FP8 needs a multiple of {tokens} tokens in each of the {shards} shards of a row"

@@ -71,11 +71,14 @@ class ModelConfig:
     """Shard activations between tensor-parallel regions along the tokens."""
     fp8: str | None = setting(None, choices=("hybrid", "e4m3"))
     """FP8 matrix products through Transformer Engine: hybrid (e4m3 forward, e5m2 backward) or e4m3; null for none."""
-    fp8_recipe: str = setting("tensorwise", choices=("delayed", "tensorwise", "blockwise"))
-    """Where the scales of FP8 come from: tensorwise (the tensor; fastest on Hopper), blockwise (blocks of it), or
-    delayed (the tensors before)."""
+    fp8_recipe: str = setting(
+        "tensorwise",
+        choices=("tensorwise", "blockwise"),
+        fix="Choose one of these; delayed is gone, and tensorwise takes its place",
+    )
+    """Where the scales of FP8 come from: tensorwise (the tensor; fastest on Hopper), or blockwise (blocks of it)."""
     first_last_layers_bf16: bool = False
-    """Keep the first and the last layers in BF16. Not with fp8_recipe=delayed."""
+    """Keep the first and the last layers in BF16."""
     num_layers_at_start_in_bf16: int = setting(1, ge=0)
     """With first_last_layers_bf16: how many of the first layers stay in BF16."""
     num_layers_at_end_in_bf16: int = setting(1, ge=0)

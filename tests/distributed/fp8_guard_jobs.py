@@ -40,7 +40,7 @@ def _guarded(job: dict[str, Any]) -> dict[str, Any]:
     layout = parallel.Layout()
     first, count = sum(job["split"][: layout.data_parallel_rank]), job["split"][layout.data_parallel_rank]
     mine = [s for s in sequences() if first <= s.group < first + count]
-    fp8 = {"fp8": "hybrid", "fp8_recipe": job["recipe"]}
+    fp8 = {"fp8": "hybrid"}
     actor = build(job, layout, **fp8, fp8_guard_ratio=0.0, fp8_guard_action="bf16")
     bf16_actor = build(job, layout)
     quiet = build(job, layout, **fp8, fp8_guard_ratio=1e9)

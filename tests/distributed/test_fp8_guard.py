@@ -70,7 +70,7 @@ LLAMA = TINY | {"model_type": "llama"}
 EXPERTS = LLAMA | {"model_type": "qwen3_moe", "num_local_experts": 4, "num_experts_per_tok": 2}
 EXPERTS |= {"moe_intermediate_size": 24, "norm_topk_prob": True}
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
-    1: {"one process": {}, "delayed scaling": {"recipe": "delayed"}, "experts": {"shape": EXPERTS}},
+    1: {"one process": {}, "experts": {"shape": EXPERTS}},
     2: {
         "DP2, 3 prompts and 1": {"split": [3, 1]},
         "DP2, 4 prompts and none": {"split": [4, 0]},
@@ -93,7 +93,7 @@ NAMES = [name for layouts in LAYOUTS.values() for name in layouts]
 def found() -> dict[str, list[dict[str, Any]]]:
     """Every layout's facts, a list over its data-parallel replicas."""
     outcomes: dict[str, list[dict[str, Any]]] = {}
-    default = {"model": {}, "split": [NUM_PROMPTS], "shape": LLAMA, "recipe": "blockwise"}
+    default = {"model": {}, "split": [NUM_PROMPTS], "shape": LLAMA}
     for world_size, layouts in LAYOUTS.items():
         for name, layout in layouts.items():
             of_ranks = on_ranks(world_size, guarded, default | layout)

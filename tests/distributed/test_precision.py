@@ -49,12 +49,12 @@ def test_without_fp8_no_option_is_given():
     check_fp8(ModelConfig(), "fp32")
 
 
-@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise"])
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
 @pytest.mark.parametrize("format_", ["hybrid", "e4m3"])
 def test_a_transformer_config_carries_format_and_recipe(format_, recipe):
     config = config_of(settings(fp8=format_, fp8_recipe=recipe))
     assert (config.fp8, config.fp8_recipe) == (format_, recipe)
-    assert config.tp_only_amax_red and not config.first_last_layers_bf16
+    assert not config.first_last_layers_bf16
 
 
 @pytest.mark.parametrize(
@@ -73,11 +73,6 @@ def test_cudnns_attention_is_asked_for_where_it_takes_packed_rows(engine, capabi
     assert config.attention_backend.name == expected
 
 
-def test_delayed_scaling_looks_back_further_than_one_value():
-    config = config_of(settings(fp8_recipe="delayed"))
-    assert (config.fp8_amax_history_len, config.fp8_amax_compute_algo) == (1024, "max")
-
-
 def test_a_transformer_config_carries_bf16_layers_and_fp8_weights():
     config = config_of(settings(first_last_layers_bf16=True, num_layers_at_end_in_bf16=2))
     assert config.first_last_layers_bf16
@@ -87,7 +82,7 @@ def test_a_transformer_config_carries_bf16_layers_and_fp8_weights():
 # ---- refusals -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise"])
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
 def test_right_settings_on_a_right_machine_pass(recipe, gpu):
     check_fp8(settings(fp8_recipe=recipe), "bf16")
 
@@ -105,7 +100,6 @@ def test_fp8_without_transformer_engine_is_refused():
         ("blockwise", (2, 2), False),
         ("blockwise", (2, 3), True),
         ("blockwise", (2, 10), True),
-        ("delayed", (1, 13), True),
     ],
 )
 def test_a_recipe_needs_its_transformer_engine(recipe, version, passes, gpu, monkeypatch):
@@ -116,7 +110,7 @@ def test_a_recipe_needs_its_transformer_engine(recipe, version, passes, gpu, mon
         assert f"fp8_recipe='{recipe}': needs Transformer Engine 2." in refusal(settings(fp8_recipe=recipe))
 
 
-@pytest.mark.parametrize("capability, recipe", [(None, "delayed"), ((8, 0), "delayed"), ((8, 9), "blockwise")])
+@pytest.mark.parametrize("capability, recipe", [(None, "tensorwise"), ((8, 0), "tensorwise"), ((8, 9), "blockwise")])
 def test_a_gpu_without_such_products_is_refused(capability, recipe, gpu, monkeypatch):
     monkeypatch.setattr(precision, "gpu_capability", lambda: capability)
     assert "needs compute capability" in refusal(settings(fp8_recipe=recipe))
@@ -124,11 +118,6 @@ def test_a_gpu_without_such_products_is_refused(capability, recipe, gpu, monkeyp
 
 def test_fp8_in_an_fp32_run_is_refused(gpu):
     assert refusal(settings(), "fp32").startswith("trainer.precision='fp32'")
-
-
-def test_bf16_layers_with_delayed_scaling_are_refused(gpu):
-    line = refusal(settings(fp8_recipe="delayed", first_last_layers_bf16=True))
-    assert line.startswith("model.first_last_layers_bf16=True")
 
 
 @pytest.mark.parametrize(

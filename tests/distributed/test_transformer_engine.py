@@ -115,7 +115,6 @@ def test_a_checkpoint_of_one_kind_of_layers_is_read_by_the_other(family, writer,
 @pytest.mark.parametrize(
     ("settings", "layers", "format_"),
     [
-        ("delayed", ["DelayedScaling HYBRID max of 1024"] * 4, "hybrid"),
         ("tensorwise", ["Float8CurrentScaling E4M3"] * 4, "e4m3"),
         ("blockwise", ["Float8BlockScaling HYBRID"] * 4, "hybrid"),
         (
@@ -136,6 +135,12 @@ def test_experts_enter_and_leave_fp8_with_their_layers(found):
     with_fp8 = {"layers": ["Float8BlockScaling HYBRID"] * NUM_LAYERS, "configs": ["hybrid"]}
     without = {"layers": ["bf16"] * NUM_LAYERS, "configs": ["None"]}
     assert found("fp8 of experts") == {"set": with_fp8, "without": without, "afterwards": with_fp8}
+
+
+def test_a_checkpoint_of_delayed_scaling_goes_on_with_todays_recipe(found):
+    """Earlier versions had it, and Transformer Engine keeps its state beside the weights."""
+    state = found("state of delayed scaling")
+    assert state == {"read": ["Float8Quantizer"], "next pass": ["Float8CurrentScalingQuantizer"]}
 
 
 def test_blockwise_scaling_gathers_shards_of_whole_blocks_in_fp8(found):
@@ -161,7 +166,6 @@ IN_FP8 = {
     "first_last_layers_bf16": True,
     "num_layers_at_start_in_bf16": 1,
     "num_layers_at_end_in_bf16": 1,
-    "tp_only_amax_red": True,
 }
 ON_A_GPU = {
     "num_query_groups": 8,

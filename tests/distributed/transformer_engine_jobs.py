@@ -34,7 +34,6 @@ from tests.support.layer_kinds import ATTENTION_VARIABLES, attention_chosen_anew
 ENGINE, LOCAL = "Transformer Engine", "local"
 FAMILIES = ("llama untied", "llama tied", "qwen2 untied", "qwen3 untied", "qwen3_moe untied", "mixtral untied")
 FP8: dict[str, dict[str, Any]] = {
-    "delayed": {"fp8_recipe": "delayed"},
     "tensorwise": {"fp8_recipe": "tensorwise", "fp8": "e4m3"},
     "blockwise": {"fp8_recipe": "blockwise"},
     "tensorwise, the first and the last in bf16": {"fp8_recipe": "tensorwise", "first_last_layers_bf16": True},
@@ -63,6 +62,7 @@ def main(file: str) -> None:
         parts: dict[str, Callable[[], Any]] = {
             "version": partial(importlib.metadata.version, "transformer_engine"),
             "tokens of FP8 gathers": tokens_of_fp8_gathers,
+            "state of delayed scaling": of_delayed_state,
             "fp8 of experts": partial(of_fp8, "qwen3_moe untied", FP8["blockwise"]),
         }
         parts |= {f"fp8, {name}": partial(of_fp8, "llama untied", settings) for name, settings in FP8.items()}
@@ -183,10 +183,30 @@ def fp8_by_layer(gpt: HiddenStateGPTModel) -> dict[str, Any]:
 
 
 def described(recipe: Any) -> str:
-    """Class and format of a recipe of Transformer Engine, and how a delayed one looks back."""
+    """Class and format of a recipe of Transformer Engine."""
     name = next(kind.__name__ for kind in type(recipe).__mro__ if kind.__module__ == "transformer_engine.common.recipe")
-    history = f" {recipe.amax_compute_algo} of {recipe.amax_history_len}" if recipe.delayed() else ""
-    return f"{name} {recipe.fp8_format.name}{history}"
+    return f"{name} {recipe.fp8_format.name}"
+
+
+def of_delayed_state() -> dict[str, list[str]]:
+    """What a layer rounds with once it has read an older version's state of delayed scaling, and in the next pass."""
+    from transformer_engine.common.recipe import DelayedScaling, Float8CurrentScaling
+    from transformer_engine.pytorch import fp8_autocast
+
+    old, layer = (build(ENGINE, "llama untied", fp8="hybrid").chunks[0].decoder.layers[0].mlp.linear_fc2 for _ in "12")
+    with te_stub.hopper():
+        with fp8_autocast(enabled=True, fp8_recipe=DelayedScaling()):
+            old.init_fp8_metadata()
+            layer.set_extra_state(old.get_extra_state())
+        found = {"read": quantizers(layer)}
+        with fp8_autocast(enabled=True, fp8_recipe=Float8CurrentScaling()):
+            layer.init_fp8_metadata()
+    return found | {"next pass": quantizers(layer)}
+
+
+def quantizers(layer: Any) -> list[str]:
+    """Classes of what rounds a layer's inputs, weight and gradients."""
+    return sorted({type(one).__name__ for several in layer.quantizers.values() for one in several})
 
 
 def of_recipe(name: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from benchmarks import logprob_memory
 from tests.gpu.marks import needs_hopper, needs_transformer_engine
 from tests.support.ranks import run_ranks
 
-RECIPES = ("tensorwise", "blockwise", "delayed")
+RECIPES = ("tensorwise", "blockwise")
 
 
 def run_case(name: str, folder: Path) -> dict[str, Any]:

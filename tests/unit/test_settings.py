@@ -209,6 +209,13 @@ def test_a_broken_rule_between_settings_names_its_key(overrides, world_size, beg
     assert error_of(*overrides, world_size=world_size).startswith(beginning)
 
 
+def test_delayed_scaling_of_earlier_versions_is_refused_with_what_takes_its_place():
+    assert error_of("model.fp8_recipe=delayed") == (
+        "model.fp8_recipe='delayed': must be one of tensorwise, blockwise. "
+        "Choose one of these; delayed is gone, and tensorwise takes its place."
+    )
+
+
 def test_truncated_sampling_can_be_accepted_and_a_verifiable_reward_needs_no_permission():
     vllm = ("rollout=vllm", "rollout.top_p=0.9", "rollout.top_k=50")
     check(load(*vllm, "rollout.allow_truncated_sampling=true"), world_size=1)
