@@ -38,14 +38,14 @@ def stream(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 @contextmanager
 def transfer_of(pool: Pool, model: PreTrainedModel, folder: Path, **settings: object) -> Iterator[WeightTransfer]:
     shapes = [(name, tuple(tensor.shape)) for name, tensor in stream(model)]
-    transfer = WeightTransfer(pool.control, VLLMConfig(**settings), shapes, torch.float32, folder)
+    transfer = WeightTransfer(pool.control, VLLMConfig(**settings), shapes, model.dtype, folder)
     yield transfer
     transfer.close()
 
 
-def differences(model: PreTrainedModel, rollout: Rollout) -> Tensor:
+def differences(model: PreTrainedModel, rollout: Rollout, temperature: float = 1.0) -> Tensor:
     own = torch.tensor(rollout.generation_logprobs)
-    return (own - logprobs(model, PROMPTS[rollout.group].token_ids, rollout.token_ids)).abs()
+    return (own - logprobs(model, PROMPTS[rollout.group].token_ids, rollout.token_ids, temperature)).abs()
 
 
 def assert_samples_with(pool: Pool, model: PreTrainedModel, version: int, urls: Sequence[str]) -> None:
@@ -76,8 +76,18 @@ def pushed_twice_and_again(url: str, old: PreTrainedModel, new: PreTrainedModel,
     pool.close()
 
 
-def push_in_flight(pool: Pool, transfer: WeightTransfer, url: str, old: PreTrainedModel, new: PreTrainedModel) -> None:
-    """Requests that a push finds half done: each token's log-prob is exactly that of the weights that drew it."""
+def push_in_flight(
+    pool: Pool,
+    transfer: WeightTransfer,
+    url: str,
+    old: PreTrainedModel,
+    new: PreTrainedModel,
+    rounding: float = 1e-4,
+) -> None:
+    """Requests that a push finds half done: each token's log-prob is that of the weights that drew it.
+
+    The server has the old weights as version 4.
+    """
     for version, (before, after) in zip(range(5, 25), cycle([(old, new), (new, old)]), strict=False):
         done = pool.num_done
         work = pool.submit(PROMPTS * 4, request(max_tokens=80), (), only=url)
@@ -87,9 +97,12 @@ def push_in_flight(pool: Pool, transfer: WeightTransfer, url: str, old: PreTrain
         for rollout in work.result():
             prompt = PROMPTS[rollout.group % 4].token_ids
             own = torch.tensor(rollout.generation_logprobs)
-            by_before, by_after = ((own - logprobs(m, prompt, rollout.token_ids)).abs() < 1e-4 for m in (before, after))
+            by_before, by_after = (
+                (own - logprobs(m, prompt, rollout.token_ids)).abs() < rounding for m in (before, after)
+            )
             num_before = int(by_before.long().cumprod(0).sum())
             assert by_after[num_before:].all()
+            assert by_after.all() or rollout.policy_version == version - 1
             crossed += 0 < num_before < len(own)
         if crossed:
             return

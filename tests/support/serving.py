@@ -1,5 +1,6 @@
 """Tiny models on disk and real vLLM servers for them."""
 
+import copy
 import signal
 import subprocess
 import sys
@@ -149,8 +150,11 @@ class SharedServers:
         return start_server(model_folder, *options, log=self.folder / f"server_{self.num_started}.log")
 
 
-def logprobs(model: PreTrainedModel, prompt: tuple[int, ...], token_ids: tuple[int, ...]) -> torch.Tensor:
-    """transformers' log-probs of a completion, [T], nats."""
+def logprobs(
+    model: PreTrainedModel, prompt: tuple[int, ...], token_ids: tuple[int, ...], temperature: float = 1.0
+) -> torch.Tensor:
+    """transformers' log-probs of a completion, [T], nats; in fp32, also of bf16 weights."""
+    exact = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
     with torch.no_grad():
-        logits = model(torch.tensor([prompt + token_ids])).logits[0, len(prompt) - 1 : -1]
-    return logits.log_softmax(-1).gather(1, torch.tensor(token_ids)[:, None])[:, 0]
+        logits = exact(torch.tensor([prompt + token_ids])).logits[0, len(prompt) - 1 : -1]
+    return (logits / temperature).log_softmax(-1).gather(1, torch.tensor(token_ids)[:, None])[:, 0]
