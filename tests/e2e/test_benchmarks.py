@@ -135,7 +135,7 @@ def test_the_h100_benchmark_runs_dry_and_writes_every_figure(tmp_path):
     assert variants["bf16"]["agreement"]["fp8_logprob_error"] == 0
     assert 0 < variants["fp32"]["agreement"]["fp8_error_ratio"] < 0.1
     assert set(found["logprobs"]) == {"size", "naive", "chunked", "fused"}
-    assert set(found["packing"]["1b"]) == {"packed", "padded batch", "padded"}
+    assert set(found["packing"]["1b"]) == {"shared prompts", "packed", "padded batch", "padded"}
     for word in ("of peak", "fp8 tensorwise", "log-probs, bf16", "packed is faster by"):
         assert word in done.stdout
 

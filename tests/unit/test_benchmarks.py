@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
-from benchmarks import h100, logprob_memory, step
+from benchmarks import logprob_memory, step
+from benchmarks.h100 import __main__ as h100
+from benchmarks.h100.workload import MODELS, TOY, model_flops
 from benchmarks.peers import __main__ as peers
 from benchmarks.peers import workload
 from benchmarks.report import medians, paired_ratio
@@ -92,21 +94,21 @@ def test_a_padded_batch_gives_every_sequence_a_slot_of_the_longest():
 
 def test_model_flops_count_every_matrix_product_once():
     """By hand: 2 layers, hidden 64, 4 query and 2 key-value heads of 16, MLP 128, vocabulary 2048."""
-    shape = h100.MODELS["8b_shape"] | h100.TOY
+    shape = MODELS["8b_shape"] | TOY
     lengths = {"prompt_length": 3, "chain_length": 5, "answer_length": 2}
     one = step.Spliced(0, 0, tuple(range(10)), **lengths, valid=True, has_marker=True)
     layer = 64 * 64 + 64 * 32 + 64 * 32 + 64 * 64 + 3 * 64 * 128  # q, k, v, output; gate, up, down
     head = 7 * 64 * 2048  # at scored tokens
     pairs = 10 * 10 / 2 * 64  # of positions, causal; scores, and once more the weighted values
     forward = 2 * (2 * 10 * layer + head + 2 * 2 * pairs)
-    assert h100.model_flops(shape, [one]) == 3 * forward
-    assert h100.model_flops(shape, [one, one]) == 6 * forward
+    assert model_flops(shape, [one]) == 3 * forward
+    assert model_flops(shape, [one, one]) == 6 * forward
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("8b_shape", 8.03e9 - 28 * 218.1e6), ("1b", 1.236e9)])
 def test_the_benchmark_models_have_the_shapes_that_they_are_named_after(name, parameters):
     """Llama 3.1 8B has 8.03e9 parameters, 218.1e6 in each of its 32 layers; Llama 3.2 1B has 1.236e9."""
-    shapes = hf_shapes(load_hf_config(h100.MODELS[name]))
+    shapes = hf_shapes(load_hf_config(MODELS[name]))
     assert sum(math.prod(shape) for shape in shapes.values()) == pytest.approx(parameters, rel=1e-3)
 
 

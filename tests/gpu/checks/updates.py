@@ -47,9 +47,9 @@ class DeviceWeights:
 
 def shape_of(size: Sizes, layers: int) -> dict[str, Any]:
     """Llama 3.1 8B with fewer layers, or a toy on a CPU."""
-    from benchmarks import h100
+    from benchmarks.h100 import workload
 
-    return h100.MODELS["8b_shape"] | ({} if GPU else h100.TOY) | {"num_hidden_layers": layers}
+    return workload.MODELS["8b_shape"] | ({} if GPU else workload.TOY) | {"num_hidden_layers": layers}
 
 
 def build_actor(shape: dict[str, Any], tokens: int, **settings: Any) -> Any:
@@ -73,11 +73,11 @@ def build_actor(shape: dict[str, Any], tokens: int, **settings: Any) -> Any:
 
 def batch_of(size: Sizes, tokens: int) -> list[Any]:
     """The sequences that every update reads."""
-    from benchmarks import h100
+    from benchmarks.h100 import workload
 
     prompt, chain, answer = size.lengths
-    return h100.batch_of(
-        h100.Size(
+    return workload.batch_of(
+        workload.Size(
             prompts=size.prompts,
             generations=size.generations,
             tokens_per_row=tokens,
@@ -90,7 +90,7 @@ def batch_of(size: Sizes, tokens: int) -> list[Any]:
 
 def measure_updates(report: Report, size: Sizes, layers: int, rows_of: Sequence[int], **settings: Any) -> None:
     """Scoring and updates of the shape over rows of some sizes, and a profile of an update of two rows."""
-    from benchmarks import h100
+    from benchmarks.h100 import workload
     from nemo_jepo.data.packing import pack
 
     shape = shape_of(size, layers)
@@ -101,8 +101,8 @@ def measure_updates(report: Report, size: Sizes, layers: int, rows_of: Sequence[
     report["parameters"] = sum(p.numel() for chunk in actor.chunks for p in chunk.parameters())
     report["layers"] = type(actor.chunks[0].decoder.layers[0].self_attention.core_attention).__name__
     sequences = batch_of(size, min(rows_of))
-    weights = h100.mean_nll_weights(sequences)
-    tokens, flops = sum(s.length for s in sequences), h100.model_flops(shape, sequences)
+    weights = workload.mean_nll_weights(sequences)
+    tokens, flops = sum(s.length for s in sequences), workload.model_flops(shape, sequences)
     report["tokens"], report["model_tflop"] = tokens, flops / 1e12
     for length in rows_of:
         rows = pack(sequences, replace(actor.row_shape, max_tokens=length, share_prompts=False))
@@ -126,7 +126,7 @@ def measure_updates(report: Report, size: Sizes, layers: int, rows_of: Sequence[
             "peak_gib": peak_gib(),
             "losses": losses,
         }
-        few, few_weights = rows[:2], h100.mean_nll_weights(sequences)
+        few, few_weights = rows[:2], workload.mean_nll_weights(sequences)
 
         def gradients(few: Sequence[Any] = few, few_weights: Sequence[Tensor] = few_weights) -> None:
             actor.prepare_for_training_step()
@@ -239,11 +239,11 @@ def plain_transformers(report: Report, size: Sizes) -> None:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from benchmarks import h100
+    from benchmarks.h100 import workload
 
     shape = dict(shape_of(size, size.layers))
     sequences = batch_of(size, min(size.rows))
-    tokens, flops = sum(s.length for s in sequences), h100.model_flops(shape, sequences)
+    tokens, flops = sum(s.length for s in sequences), workload.model_flops(shape, sequences)
     config = AutoConfig.for_model(shape.pop("model_type"), **shape)
     with torch.device(DEVICE):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
