@@ -6,8 +6,7 @@
 Each replica's first rank holds one. All of them draw from every server; each feeds some of the servers.
 """
 
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 
 from torch import Tensor
@@ -52,18 +51,16 @@ class VLLMSampler:
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
         """Push the weights to the own servers; one that could not take them is out of the pool. See `Sampler`."""
-        if self._policy_version is None:
-            self._wait_for_servers()
-        elif self._started is not None:
-            self._started.restart_dead()
-        answering = self._pool.answering(self._own_servers)
+        self._look_after_servers()
+        unreachable = {url: fault for url, fault in self._reach().items() if fault is not None}
+        answering = [url for url in self._own_servers if url not in unreachable]
         for url, fault in self._transfer.push(answering, named_tensors, policy_version).items():
             if fault is None:
                 self._pool.admit(url, policy_version)
             else:
                 self._pool.take_out(url, fault)
-        for url in set(self._own_servers) - set(answering):
-            self._pool.take_out(url, self._ended().get(url, "/health does not answer"))
+        for url, fault in unreachable.items():
+            self._pool.take_out(url, fault)
         self._policy_version = policy_version
 
     def submit(
@@ -108,15 +105,18 @@ class VLLMSampler:
         """Servers of this rank's own that are not running, and why."""
         return self._started.ended() if self._started is not None else {}
 
-    def _wait_for_servers(self) -> None:
-        """Until every own server answers or has ended, or rollout.vllm.start_timeout_s has passed."""
-        deadline = time.monotonic() + self._start_timeout_s
-        waiting = list(self._own_servers)
-        while waiting and time.monotonic() < deadline:
-            gone = {*self._pool.answering(waiting), *self._ended()}
-            waiting = [url for url in waiting if url not in gone]
-            if waiting:
-                time.sleep(0.5)
+    def _look_after_servers(self) -> None:
+        """Before the first weights wait for the own servers, later start again those that ended."""
+        if self._policy_version is None:
+            self._pool.wait_for(self._own_servers, self._ended, self._start_timeout_s)
+        elif self._started is not None:
+            self._started.restart_dead()
+
+    def _reach(self) -> Mapping[str, str | None]:
+        """For each own server None, or why it can be given no weights."""
+        answering, ended = self._pool.answering(self._own_servers), self._ended()
+        silent = "/health does not answer"
+        return {url: None if url in answering else ended.get(url, silent) for url in self._own_servers}
 
     def _admit_fed_by_others(self) -> None:
         """Servers that another replica gave the current weights, by what they say themselves."""
