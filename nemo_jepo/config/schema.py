@@ -94,7 +94,7 @@ class TrainerConfig:
 
 @dataclass(kw_only=True, slots=True)
 class VLLMConfig:
-    """The vLLM servers and how a run talks to them; read by rollout=vllm alone."""
+    """The vLLM servers and how a run talks to them; read by rollout=vllm and rollout=vllm_colocated alone."""
 
     num_servers: int = setting(1, ge=1)
     """Servers that rollout.servers=auto starts on this node."""
@@ -141,7 +141,8 @@ class RolloutConfig:
     """How completions are sampled (config group `rollout=`)."""
 
     name: str = setting("embedded", choices=tuple(SAMPLERS))
-    """embedded: transformers in the trainer's process, one copy per data-parallel replica. vllm: vLLM servers."""
+    """embedded: transformers in the trainer's process, one copy per data-parallel replica. vllm: vLLM servers.
+    vllm_colocated: vLLM servers on the trainer's own GPUs, which sleep while it trains."""
     temperature: float = setting(1.0, gt=0, fix="Use 1.0, as the paper does")
     """Sampling temperature."""
     top_p: float = setting(1.0, gt=0, le=1, fix="Use 1.0, as the paper does")
