@@ -114,6 +114,9 @@ class VLLMConfig:
     """Completions that one data-parallel replica keeps in flight at one server."""
     weight_transfer: str = setting("auto", choices=("auto", "nccl", "gloo", "file"))
     """auto (nccl with GPUs, gloo without), nccl, gloo, or file (safetensors in the run folder, which servers share)."""
+    sleep_level: int = setting(2, ge=1, le=2)
+    """vLLM's, of vllm_colocated. 2: sleeping servers drop their weights; 1: they keep them in host memory, for models
+    of which level 2 loses more than the push brings back (the parity check says so)."""
     sync_timeout_s: float = setting(600.0, ge=0)
     """Seconds until a weight sync must be over."""
     parity_tolerance: float | None = setting(None, ge=0)

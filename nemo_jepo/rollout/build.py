@@ -135,8 +135,10 @@ def open_sampler(
         pool.control, config.rollout.vllm, shapes, dtype, servers.folder / f"weights_{layout.data_parallel_rank}"
     )
     own = urls[layout.data_parallel_rank :: layout.data_parallel_size]
-    kind = ColocatedSampler if config.rollout.kind.shares_gpus else VLLMSampler
-    return kind(pool, transfer, own, config.answer.marker, config.rollout.vllm.start_timeout_s, servers.started)
+    parts = pool, transfer, own, config.answer.marker, config.rollout.vllm.start_timeout_s, servers.started
+    if config.rollout.kind.shares_gpus:
+        return ColocatedSampler(*parts, config.rollout.vllm.sleep_level)
+    return VLLMSampler(*parts)
 
 
 def share_gpus(config: Config, actor: MegatronJEPOActor, layout: Layout, sampler: Sampler | None) -> SharedGPUs | None:

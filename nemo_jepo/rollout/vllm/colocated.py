@@ -2,7 +2,7 @@
 
     asleep --wake_weights--> weights --(push) wake_cache--> awake      sleep: back to asleep, from anywhere
 
-vLLM 0.32 sleeps at level 2: it drops weights and cache and keeps its CUDA graphs; the next push makes it useful again.
+Asleep, vLLM 0.32 keeps its CUDA graphs and no cache, at level 2 no weights either: the next push makes it useful again.
 It wakes in two parts, because a push needs memory of its own, which the cache takes afterwards. With both parts awake
 it takes requests. Source: vLLM 0.32, v1/engine/core.py (EngineCore.sleep, wake_up) and v1/worker/gpu_worker.py.
 """
@@ -47,11 +47,12 @@ class SleepingServers:
     Args:
         control: calls a server's routes.
         urls: of the servers.
+        level: rollout.vllm.sleep_level.
         stage: of all of them; a server starts awake.
     """
 
-    def __init__(self, control: Control, urls: Iterable[str], stage: Stage) -> None:
-        self._control = control
+    def __init__(self, control: Control, urls: Iterable[str], level: int, stage: Stage) -> None:
+        self._control, self._level = control, level
         self.stages = dict.fromkeys(urls, stage)
 
     def wake_weights(self, urls: Sequence[str]) -> Faults:
@@ -67,9 +68,11 @@ class SleepingServers:
     def sleep(self, urls: Sequence[str]) -> Faults:
         """Have servers drop all they hold; requests in flight are given up. Also of a server that sleeps already."""
 
+        how = {"level": str(self._level), "mode": "abort"}
+
         def sleep(url: str) -> None:
             self._forget_version(url)
-            self._control(url, "POST", "/sleep", params={"level": "2", "mode": "abort"}, timeout_s=TURN_TIMEOUT_S)
+            self._control(url, "POST", "/sleep", params=how, timeout_s=TURN_TIMEOUT_S)
 
         faults = self._ask(urls, sleep)
         self.stages |= {url: Stage.ASLEEP for url in urls if url not in faults}
@@ -110,7 +113,11 @@ class SleepingServers:
 
 
 class ColocatedSampler(VLLMSampler):
-    """Samples from servers that sleep from `sleep` to the next `load_weights`; arguments as VLLMSampler."""
+    """Samples from servers that sleep from `sleep` to the next `load_weights`.
+
+    Args:
+        sleep_level: rollout.vllm.sleep_level; the others are as VLLMSampler's.
+    """
 
     def __init__(
         self,
@@ -120,9 +127,10 @@ class ColocatedSampler(VLLMSampler):
         marker: str,
         start_timeout_s: float,
         started: LocalServers | None,
+        sleep_level: int,
     ) -> None:
         super().__init__(pool, transfer, own_servers, marker, start_timeout_s, started)
-        self.servers = SleepingServers(pool.control, own_servers, Stage.ASLEEP)
+        self.servers = SleepingServers(pool.control, own_servers, sleep_level, Stage.ASLEEP)
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
         """Wake the own servers and push the weights; what does not wake is out of the pool. See `Sampler`."""
@@ -167,7 +175,8 @@ def put_to_sleep(servers: LocalServers, settings: VLLMConfig, key: str, vocab_si
     with closing(Pool(servers.urls, settings, key, vocab_size)) as pool:
         late = pool.wait_for(servers.urls, servers.ended, settings.start_timeout_s)
         faults = dict.fromkeys(late, "no answer within rollout.vllm.start_timeout_s") | servers.ended()
-        faults = faults or SleepingServers(pool.control, servers.urls, Stage.AWAKE).sleep(servers.urls)
+        sleeping = SleepingServers(pool.control, servers.urls, settings.sleep_level, Stage.AWAKE)
+        faults = faults or sleeping.sleep(servers.urls)
     if faults:
         rule = "every server must start and sleep before the trainers take the GPUs, and " + "; ".join(
             f"{url}: {fault}" for url, fault in faults.items()

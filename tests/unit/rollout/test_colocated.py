@@ -100,21 +100,22 @@ class Run:
 
 
 @pytest.fixture
-def run_of(tmp_path) -> Iterator[Callable[[int], Run]]:
-    """Number of servers, which sleep already -> a run."""
+def run_of(tmp_path) -> Iterator[Callable[..., Run]]:
+    """Number of servers, which sleep already, and of those among them that another replica feeds -> a run."""
     with ExitStack() as stack:
 
-        def make(num_servers: int) -> Run:
+        def make(num_servers: int, num_others: int = 0) -> Run:
             log: list[str] = []
             fakes = [stack.enter_context(FakeVLLM()) for _ in range(num_servers)]
             for fake in fakes:
                 fake.log, fake.asleep, fake.version = log, {"weights", "kv_cache"}, "none"
                 fake.answer = lambda body, fake=fake: good_answer(body, fake.version)
             urls, settings = [fake.url for fake in fakes], VLLMConfig(weight_transfer="file", start_timeout_s=5.0)
+            own = urls[: num_servers - num_others]
             pool = Pool(urls, settings, KEY, VOCAB)
             transfer = WeightTransfer(pool.control, settings, [("weight", (1,))], torch.float32, tmp_path / "weights")
             servers, actor = FakeServers(urls), FakeActor(log)
-            sampler = ColocatedSampler(pool, transfer, urls, "Answer:", 5.0, servers)
+            sampler = ColocatedSampler(pool, transfer, own, "Answer:", 5.0, servers, sleep_level=2)
             stack.callback(sampler.close)
             shared, layout = SharedGPUs(actor, OneRank(), sampler), OneRank()
             queue = RolloutQueue(sampler, layout, lambda number: REQUEST, lambda ahead: PROMPTS, 0, None, shared)
@@ -181,6 +182,19 @@ def test_a_server_whose_cache_does_not_wake_is_not_taken_for_one_with_weights(ru
     bad.refused = {"/wake_up?tags=kv_cache"}
     run.sync(0)
     assert bad.version == "none" and run.fakes[1].version == "0"
+
+
+def test_a_server_of_another_replica_is_asked_again_each_turn_whether_it_has_the_weights(run_of):
+    """It had those of step 0 in the turn before; in this one its replica could not wake it."""
+    run = run_of(2, num_others=1)
+    other = run.fakes[1]
+    other.asleep, other.version = set(), "0"
+    run.turn(0)
+    assert other.requests
+    other.asleep, other.version = {"weights", "kv_cache"}, "none"
+    asked = len(other.requests)
+    run.turn(0)
+    assert len(other.requests) == asked
 
 
 def test_a_server_that_did_not_wake_is_given_no_weights_when_the_same_push_is_made_again(run_of):
@@ -264,9 +278,12 @@ def test_a_rank_without_a_sampler_gives_way_and_comes_back_with_the_others():
 
 def test_a_wrong_order_is_an_error_and_asks_the_server_nothing():
     asked = []
-    servers = SleepingServers(
-        lambda url, *request, **rest: asked.append(url) or {"status": "awake"}, ["a"], Stage.AWAKE
-    )
+
+    def control(url: str, *request: object, **rest: object) -> dict[str, str]:
+        asked.append(url)
+        return {"status": "awake"}
+
+    servers = SleepingServers(control, ["a"], 2, Stage.AWAKE)
     for wrong, stage in ((servers.wake_weights, "awake"), (servers.wake_cache, "awake")):
         with pytest.raises(RuntimeError, match=f"a is {stage}, and should be"):
             wrong(["a"])
@@ -283,8 +300,9 @@ def test_a_wrong_order_is_an_error_and_asks_the_server_nothing():
 
 def test_servers_sleep_before_the_model_is_built_and_one_that_does_not_start_is_named():
     with FakeVLLM() as first, FakeVLLM() as second:
-        servers, settings = FakeServers([first.url, second.url]), VLLMConfig(start_timeout_s=5.0)
+        servers, settings = FakeServers([first.url, second.url]), VLLMConfig(start_timeout_s=5.0, sleep_level=1)
         put_to_sleep(servers, settings, KEY, VOCAB)
+        assert first.log == second.log == ["sleep?level=1&mode=abort"]
         assert first.asleep == second.asleep == {"weights", "kv_cache"} and first.version == "none"
         servers.kill(second)
         with pytest.raises(ConfigError, match=f"{second.url}: ended with exit code 1.*Look into"):
