@@ -13,6 +13,7 @@ from nemo_jepo.tools.plan.calibration import (
     EMBEDDED_STEP_SECONDS,
     OTHER_SECONDS,
     OURS,
+    TURN_SECONDS,
     Software,
 )
 from nemo_jepo.tools.plan.generation import Sampler
@@ -35,7 +36,7 @@ MOST_SEQUENCES = 1024
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """The machines of a run: trainer nodes, and rollout nodes or servers beside the trainer."""
+    """The machines of a run: trainer nodes, and rollout nodes or servers beside the trainer or on its GPUs."""
 
     gpu: GPU
     gpus_per_node: int
@@ -155,6 +156,7 @@ def planned_shape(config: Config) -> ModelShape:
 
 def _check_gpus(config: Config, cluster: Cluster) -> None:
     own = config.rollout.kind.has_servers and not cluster.rollout_nodes
+    own = own and not config.rollout.kind.shares_gpus
     needed = cluster.devices + (cluster.num_servers * config.rollout.vllm.tensor_parallel_size if own else 0)
     if needed > cluster.gpus_per_node:
         key = "trainer.devices + rollout.vllm.num_servers * rollout.vllm.tensor_parallel_size"
@@ -188,6 +190,8 @@ def estimate(config: Config, cluster: Cluster, means: MeanLengths, software: Sof
         weights, tokens = shape.num_parameters * sampler.dtype_bytes, sampler.cached_tokens
         cache = tokens * shape.key_value_bytes(sampler.dtype_bytes)
         memory = dataclasses.replace(memory, sampler=weights, sampler_cache=cache)
+    elif config.rollout.kind.shares_gpus and sampler_phase is not None:
+        memory = dataclasses.replace(memory, server=sampler_phase.parts)
     one_pass = keeps_graph(shape, config.model, memory, cluster.gpu.memory)
     scoring = trainer.scoring(work)
     seconds: dict[str, Mapping[str, float]] = {
@@ -198,9 +202,13 @@ def estimate(config: Config, cluster: Cluster, means: MeanLengths, software: Sof
     if keeps_reference:
         seconds["reference log-probs"] = {**scoring, "swapping weights": trainer.reference_swap(precision)}
     seconds |= {"training": trainer.training(work, precision, one_pass)}
+    if memory.server is not None:
+        seconds["weight sync"] = {"moving weights": sampler.host_sync_seconds()}
+        seconds["turns"] = {"moving optimizer state": trainer.offload(precision), "servers": TURN_SECONDS}
     seconds |= {"other": {"data, rewards, logging": OTHER_SECONDS}}
     on_servers = sampler.num_servers * sampler.tensor_parallel_size if config.rollout.kind.has_servers else 0
-    rented = cluster.rollout_nodes * cluster.gpus_per_node or on_servers
+    beside = 0 if config.rollout.kind.shares_gpus else on_servers
+    rented = cluster.rollout_nodes * cluster.gpus_per_node or beside
     return Plan(
         config=config,
         cluster=cluster,

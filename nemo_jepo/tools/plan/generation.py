@@ -21,6 +21,7 @@ from functools import lru_cache
 from nemo_jepo.tools.plan.calibration import (
     ALL_REDUCE_SECONDS,
     DECODE_STEP_SECONDS,
+    HOST_COPY_EFFICIENCY,
     LINK_EFFICIENCY,
     MATMUL_EFFICIENCY,
     MEMORY_EFFICIENCY,
@@ -117,6 +118,11 @@ class Sampler:
         """
         servers = -(-self.num_servers // replicas)
         bandwidth = min(SYNC_BANDWIDTH, self.gpu.network_bandwidth * LINK_EFFICIENCY / servers)
+        return SYNC_SECONDS + self.shape.num_parameters * self.dtype_bytes / bandwidth
+
+    def host_sync_seconds(self) -> float:
+        """The same through host memory, which servers on the trainers' GPUs share: every GPU has a bus of its own."""
+        bandwidth = min(SYNC_BANDWIDTH, self.gpu.host_bandwidth * HOST_COPY_EFFICIENCY)
         return SYNC_SECONDS + self.shape.num_parameters * self.dtype_bytes / bandwidth
 
 

@@ -28,6 +28,8 @@ RESERVED = 4 * GIB
 """CUDA context, NCCL buffers, cuBLAS workspaces, allocator fragmentation. An assumption, not a measurement."""
 SAMPLER_RESERVED = 4 * GIB
 """What vLLM takes beside weights and cache: profiled activations, CUDA graphs, CUDA context. An assumption."""
+ASLEEP = 2 * GIB
+"""What a sleeping vLLM server keeps on its GPU: CUDA context, CUDA graphs, NCCL buffers. An assumption."""
 DEFAULT_UTILIZATION = 0.9
 """vLLM's gpu_memory_utilization where rollout.vllm.engine_args does not set it; vLLM's documented default."""
 
@@ -151,6 +153,8 @@ class TrainerMemory:
     """Bytes of an embedded sampler's weights on the rank, between steps as well."""
     sampler_cache: float = 0.0
     """Bytes of its key-value cache while it samples."""
+    server: Parts | None = None
+    """Bytes of a server on the same GPU while it is awake."""
 
 
 def fixed_parts(shape: ModelShape, model: ModelConfig, run: TrainerMemory) -> dict[str, float]:
@@ -162,6 +166,7 @@ def fixed_parts(shape: ModelShape, model: ModelConfig, run: TrainerMemory) -> di
         "gradients": 4 * stage.total,
         "optimizer": optimizer_bytes(stage, model, run.world_size, run.precision),
         "embedded sampler": run.sampler,
+        "sleeping server": ASLEEP if run.server else 0.0,
         "reserved": RESERVED,
     }
     if run.keeps_reference and model.reference_policy == "gpu":
@@ -189,6 +194,9 @@ def trainer_phases(shape: ModelShape, model: ModelConfig, run: TrainerMemory, ca
 
     The first stage has most activations, the last the output head: with an equal share of layers one rank is charged
     with both, which is at most the output head too much.
+
+    Where a server on the same GPU is awake, the trainer has given up optimizer state and gradients; it scores a row of
+    the weight sync's probe.
     """
     size = 2 if run.precision == "bf16" else 4
     fixed = fixed_parts(shape, model, run)
@@ -214,7 +222,13 @@ def trainer_phases(shape: ModelShape, model: ModelConfig, run: TrainerMemory, ca
         "weight sync": {"gathered weight": 2 * largest},  # its shards, and the tensor that they become
         "generation": {"key-value cache": run.sampler_cache} if run.sampler_cache else {},
     }
-    return [Phase(name, _positive(fixed | parts), capacity) for name, parts in phases.items() if parts]
+    held = dict.fromkeys(phases, fixed)
+    if run.server is not None:
+        given_up = {name: fixed[name] for name in ("weights", "reserved")}
+        phases["weight sync"] |= {"server's weights": run.server["weights"], "server's own": run.server["reserved"]}
+        phases["generation"] = passing | {"server": sum(run.server.values())}
+        held |= {"weight sync": given_up, "generation": given_up}
+    return [Phase(name, _positive(held[name] | parts), capacity) for name, parts in phases.items() if parts]
 
 
 def _positive(parts: Parts) -> Parts:
