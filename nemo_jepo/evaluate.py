@@ -137,6 +137,7 @@ def evaluate(
     metrics |= oracle_accuracies(t, mine, rollouts)
     if answered and config.evaluation.greedy:
         greedy = replace(request, num_generations_per_prompt=1, temperature=0.0)
+        sync_weights(t)  # servers that sleep after every batch have none
         (likeliest,) = t.rollouts.sample(mine, greedy, stop)
         metrics |= greedy_answers(t, mine, likeliest)
     means = merge(metrics, layout.sum_over_data_parallel) | medians(t, scored.groups, gain, place, len(prompts))

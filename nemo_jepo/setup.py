@@ -37,7 +37,7 @@ from nemo_jepo.objective.records import UpdateRule
 from nemo_jepo.refill import Refill
 from nemo_jepo.rewards.task import TaskScorer
 from nemo_jepo.rewards.verify import Verifier
-from nemo_jepo.rollout.build import OwnServers, open_sampler, training_request
+from nemo_jepo.rollout.build import OwnServers, open_sampler, share_gpus, training_request
 from nemo_jepo.rollout.queue import RolloutQueue
 from nemo_jepo.types import Prompt
 
@@ -205,6 +205,7 @@ def build(config: Config, folder: Path, layout: Layout, servers: OwnServers, spl
         upcoming=lambda ahead: prompts_of_replica(stream.upcoming(ahead), layout),
         max_staleness=config.rollout.max_staleness,
         num_batches=None if config.refill.max_batches > 1 else loop.max_steps,
+        shared=share_gpus(config, actor, layout, sampler),
     )
     return Trainer(
         config=config,

@@ -24,7 +24,9 @@ set -euo pipefail
 : "${TRAINERS_PER_NODE:=$((GPUS_PER_NODE / 2))}"
 RECIPE_OVERRIDES=("pretrained_checkpoint.restore_from_path=$MODEL" "data.train_path=$TRAIN_DATA")
 if [[ -n ${VALIDATION_DATA:-} ]]; then RECIPE_OVERRIDES+=("data.validation_path=$VALIDATION_DATA"); fi
-RECIPE_OVERRIDES+=("rollout.vllm.num_servers=$((GPUS_PER_NODE - TRAINERS_PER_NODE))") # 16 GB of weights: one GPU each
+if ((GPUS_PER_NODE > TRAINERS_PER_NODE)); then # else they share the GPUs, as the recipe says
+    RECIPE_OVERRIDES+=("rollout.vllm.num_servers=$((GPUS_PER_NODE - TRAINERS_PER_NODE))") # 16 GB of weights: one GPU each
+fi
 
 # shellcheck source-path=SCRIPTDIR source=launch.sh
 source "${PROJECT_DIR:-${SLURM_SUBMIT_DIR:?start this script with sbatch}}/slurm/launch.sh"

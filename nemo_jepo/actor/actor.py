@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 from nemo_jepo.actor.activations import activation_bytes_per_token
 from nemo_jepo.actor.forward import TokenHead, go_backward, num_micro_batches, run_rows, score_rows, scores_of, to_rows
 from nemo_jepo.actor.model import HiddenStateGPTModel, build_chunks, unwrap
+from nemo_jepo.actor.offload import Offload
 from nemo_jepo.actor.optimizer import build_optimizer, wrap_data_parallel
 from nemo_jepo.actor.parallel import Layout
 from nemo_jepo.actor.precision import check_fp8, without_fp8
@@ -65,6 +66,7 @@ class MegatronJEPOActor:
         self._bytes_per_token = activation_bytes_per_token(Shape.of(hf_config), model, DTYPES[precision].itemsize)
         self._head = TokenHead(hf_config.vocab_size, model.logprob_chunk_tokens)
         self._reference: ReferencePolicy | None = None
+        self._offload: Offload | None = None
         self.num_steps = 0
 
     @property
@@ -78,6 +80,7 @@ class MegatronJEPOActor:
         self._data_parallel = wrap_data_parallel(self._modules, optim.distributed)
         self._modules = list(self._data_parallel)
         self._optimizer, self._scheduler = build_optimizer(self._data_parallel, optim, gradient_clip, max_steps)
+        self._offload = Offload(self._data_parallel, self._optimizer)
 
     def keep_reference_policy(self) -> None:
         """Freeze the current weights as pi_ref."""
@@ -194,6 +197,20 @@ class MegatronJEPOActor:
         self.prepare_for_training_step()
         _, metrics = self.get_loss_and_metrics(rows, token_weights, graph)
         return metrics | self.finish_training_step()
+
+    # ---- a GPU that is shared -----------------------------------------------------------------------------------
+
+    def release_memory(self) -> None:
+        """Leave the GPU to others but for the weights: they can be streamed and scored with, not trained or saved."""
+        if self._offload is not None:
+            self._offload.release()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def take_back_memory(self) -> None:
+        """Train again after `release_memory`, bit for bit as without it."""
+        if self._offload is not None:
+            self._offload.take_back()
 
     # ---- state ------------------------------------------------------------------------------------------------
 

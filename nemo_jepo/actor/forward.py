@@ -57,7 +57,7 @@ class TokenHead:
         matrix, group = gpt.head_weight(), gpt.pg_collection.tp
         first_token = group.rank() * matrix.shape[0]
         real = slice(0, self.vocab_size - first_token)  # vocabulary padding is never scored
-        main_grad = getattr(matrix, "main_grad", None)
+        main_grad = getattr(matrix, "main_grad", None) if torch.is_grad_enabled() else None
         scored = row.scored_mask.nonzero()[:, 0]
         slot_of = torch.full_like(row.token_ids, -1)
         slot_of[positions] = torch.arange(len(positions))

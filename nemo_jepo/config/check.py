@@ -57,6 +57,7 @@ def check(config: Config, world_size: int, trains: bool = True) -> None:
     _check_steps(config.trainer, config.warmup)
     _check_objective(config.objective, config.rollout, config.trainer)
     _check_on_policy(config.objective, config.rollout)
+    _check_shared_gpus(config.rollout, config.trainer, config.model)
     _check_sampler(config.rollout, config.objective, config.trainer)
     _check_judges(config.evaluation, config.rollout)
     check_fp8_settings(config.model, config.trainer.precision)
@@ -192,12 +193,34 @@ def _check_sampler(rollout: RolloutConfig, objective: ObjectiveConfig, trainer: 
             fix = f"Use {whole}, or accept the bias with rollout.allow_truncated_sampling=true"
             raise ConfigError(key, value, rule, fix)
     if rollout.max_staleness and not kind.can_run_ahead:
-        rule = f"the {name} sampler shares its process with the trainer and cannot run ahead"
+        rule = f"the {name} sampler takes turns with the trainer and cannot run ahead"
         raise ConfigError("rollout.max_staleness", rollout.max_staleness, rule, "Use 0, or rollout=vllm")
     if kind.has_servers and rollout.server_urls() is None and trainer.num_nodes > 1:
         rule = f"starts servers on the trainer's own node, and trainer.num_nodes is {trainer.num_nodes}"
         fix = "Start `nemo-jepo serve` on the rollout nodes and give their URLs"
         raise ConfigError("rollout.servers", "auto", rule, fix)
+
+
+def _check_shared_gpus(rollout: RolloutConfig, trainer: TrainerConfig, model: ModelConfig) -> None:
+    """Servers on the trainers' GPUs are the run's own, on all of them, and nothing else stays there."""
+    if not rollout.kind.shares_gpus:
+        return
+    if rollout.server_urls() is not None:
+        rule = f"rollout={rollout.name} puts the run's own servers to sleep"
+        raise ConfigError("rollout.servers", rollout.servers, rule, "Use auto, or rollout=vllm")
+    if trainer.num_nodes > 1:
+        rule = f"rollout={rollout.name} starts its servers on one node"
+        raise ConfigError("trainer.num_nodes", trainer.num_nodes, rule, "Use 1, or rollout=vllm")
+    if rollout.vllm.weight_transfer == "nccl":
+        rule = "NCCL takes no two ranks on one GPU, and servers share the trainers'"
+        raise ConfigError("rollout.vllm.weight_transfer", "nccl", rule, "Use auto")
+    taken = rollout.vllm.num_servers * rollout.vllm.tensor_parallel_size
+    if taken != trainer.devices:
+        key = "rollout.vllm.num_servers * rollout.vllm.tensor_parallel_size"
+        raise ConfigError(key, taken, f"must be trainer.devices={trainer.devices}, the GPUs they share", "Change one")
+    if model.reference_policy != "cpu":
+        rule = f"it would stay on GPUs that rollout={rollout.name} shares with servers"
+        raise ConfigError("model.reference_policy", model.reference_policy, rule, "Use cpu")
 
 
 def _check_judges(evaluation: EvaluationConfig, rollout: RolloutConfig) -> None:
@@ -211,6 +234,9 @@ def _check_judges(evaluation: EvaluationConfig, rollout: RolloutConfig) -> None:
             raise ConfigError(f"{node}.url", judge.url, rule, "Use evaluation.verify=true, or no judge")
         if judge.url == RUN_SERVERS and not rollout.kind.has_servers:
             rule = f"are the vLLM servers of the run, and rollout={rollout.name} has none"
+            raise ConfigError(f"{node}.url", judge.url, rule, "Give an address, or use rollout=vllm")
+        if judge.url == RUN_SERVERS and rollout.kind.shares_gpus:
+            rule = f"are the vLLM servers of the run, which sleep when a judge is asked (rollout={rollout.name})"
             raise ConfigError(f"{node}.url", judge.url, rule, "Give an address, or use rollout=vllm")
         judge.key(node)
 

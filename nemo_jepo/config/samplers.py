@@ -16,10 +16,13 @@ class SamplerKind:
     """Reads rollout.top_p and rollout.top_k."""
     can_run_ahead: bool = False
     """Can sample for later steps while the trainer works (rollout.max_staleness)."""
+    shares_gpus: bool = False
+    """Its servers are on the trainers' own GPUs and sleep while those train."""
 
 
 SAMPLERS = {
     "embedded": SamplerKind(),
     "vllm": SamplerKind(has_servers=True, can_truncate=True, can_run_ahead=True),
+    "vllm_colocated": SamplerKind(has_servers=True, can_truncate=True, shares_gpus=True),
 }
 """rollout.name -> kind."""

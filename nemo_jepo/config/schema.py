@@ -94,7 +94,7 @@ class TrainerConfig:
 
 @dataclass(kw_only=True, slots=True)
 class VLLMConfig:
-    """The vLLM servers and how a run talks to them; read by rollout=vllm alone."""
+    """The vLLM servers and how a run talks to them; read by rollout=vllm and rollout=vllm_colocated alone."""
 
     num_servers: int = setting(1, ge=1)
     """Servers that rollout.servers=auto starts on this node."""
@@ -113,8 +113,11 @@ class VLLMConfig:
     max_concurrency: int = setting(256, ge=1)
     """Completions that one data-parallel replica keeps in flight at one server."""
     weight_transfer: str = setting("auto", choices=("auto", "nccl", "gloo", "shared_memory", "file"))
-    """auto (nccl with GPUs, gloo without), nccl, gloo, shared_memory (servers on the trainer's node), or file
-    (safetensors in the run folder, which servers share)."""
+    """auto (nccl with GPUs, gloo without, shared_memory with vllm_colocated), nccl, gloo, shared_memory (servers on the
+    trainer's node), or file (safetensors in the run folder, which servers share)."""
+    sleep_level: int = setting(2, ge=1, le=2)
+    """vLLM's, of vllm_colocated. 2: sleeping servers drop their weights; 1: they keep them in host memory, for models
+    of which level 2 loses more than the push brings back (the parity check says so)."""
     sync_timeout_s: float = setting(600.0, ge=0)
     """Seconds until a weight sync must be over."""
     parity_tolerance: float | None = setting(None, ge=0)
@@ -142,7 +145,8 @@ class RolloutConfig:
     """How completions are sampled (config group `rollout=`)."""
 
     name: str = setting("embedded", choices=tuple(SAMPLERS))
-    """embedded: transformers in the trainer's process, one copy per data-parallel replica. vllm: vLLM servers."""
+    """embedded: transformers in the trainer's process, one copy per data-parallel replica. vllm: vLLM servers.
+    vllm_colocated: vLLM servers on the trainer's own GPUs, which sleep while it trains."""
     temperature: float = setting(1.0, gt=0, fix="Use 1.0, as the paper does")
     """Sampling temperature."""
     top_p: float = setting(1.0, gt=0, le=1, fix="Use 1.0, as the paper does")

@@ -4,6 +4,8 @@
     sample        held-out prompts, in batches, which a run that is told to stop does not wait for
     load_weights  the sampler's next weights
 
+On GPUs that servers and trainers share, load_weights begins the servers' turn, and the batch's last rollout ends it.
+
 Everything that changes while a run samples is here: pending rollouts, the version of the sampler's weights, counts.
 """
 
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from nemo_jepo.actor.parallel import Layout
 from nemo_jepo.rollout.sampler import GenerationRequest, Sampler, SamplersLost, SamplingStopped, never
+from nemo_jepo.rollout.shared_gpus import SharedGPUs
 from nemo_jepo.types import Prompt, Rollout
 
 
@@ -29,6 +32,7 @@ class RolloutQueue:
         upcoming: number of batches ahead -> this replica's prompts of that batch.
         max_staleness: steps that a rollout may be behind the weights that train on it.
         num_batches: no batch from this number on is asked for ahead; None: nobody knows how many there will be.
+        shared: the GPUs, where trainers and servers take turns on them; then nothing is asked for ahead.
     """
 
     def __init__(
@@ -39,16 +43,19 @@ class RolloutQueue:
         upcoming: Callable[[int], Sequence[Prompt]],
         max_staleness: int,
         num_batches: int | None,
+        shared: SharedGPUs | None = None,
     ) -> None:
+        assert shared is None or max_staleness == 0, "servers sleep while the trainers train"
         self._sampler = sampler
         self._layout = layout
         self._request_for = request_for
         self._upcoming = upcoming
         self._max_staleness = max_staleness
         self._num_batches = num_batches
+        self._shared = shared
         self._pending: dict[int, Future[list[Rollout]]] = {}  # by the number of their batch
         self.version = -1
-        """Optimizer steps in the sampler's weights."""
+        """Optimizer steps in the sampler's weights; -1 where it has none: at first, and when its servers sleep."""
         self.counts: dict[str, float] = {}
         """`Sampler.counts` of this replica when it was last asked for rollouts."""
 
@@ -90,7 +97,9 @@ class RolloutQueue:
             SamplersLost: on every rank, where any replica has no server left.
             SamplingStopped: on every rank, where `stop` became true on any.
         """
+        assert self._shared is None or num_batches == 1, "servers sleep after a batch"
         if self._layout.any_over_world(stop()):
+            self._end_turn()
             raise SamplingStopped("told to stop before a batch was sampled")
         bounds = [len(prompts) * number // num_batches for number in range(num_batches + 1)]
         asked: list[tuple[int, Future[list[Rollout]] | None]] = [
@@ -116,6 +125,8 @@ class RolloutQueue:
                 a sampler asks for it.
             version: optimizer steps in them.
         """
+        if self._shared is not None:
+            self._shared.to_servers()
         wants = self._sampler is not None
         while self._layout.any_over_world(wants):
             stream = weights()
@@ -137,6 +148,12 @@ class RolloutQueue:
         if self._sampler is not None:
             self._sampler.close()
 
+    def _end_turn(self) -> None:
+        """Servers that share the trainers' GPUs sleep, and have no weights from then on."""
+        if self._shared is not None:
+            self._shared.to_trainers()
+            self.version = -1
+
     def _collect(self, future: "Future[list[Rollout]] | None") -> list[Rollout]:
         """What the replica's first rank waits for, on every rank of the replica."""
         drawn, lost, stopped, counts = None, "", False, {}
@@ -149,6 +166,7 @@ class RolloutQueue:
                 stopped = True
             counts = self._sampler.counts()
         drawn, lost, stopped, self.counts = self._layout.share_in_replica((drawn, lost, stopped, counts))
+        self._end_turn()
         if self._layout.any_over_world(bool(lost)):
             raise SamplersLost(lost or "another replica has no server left")
         if self._layout.any_over_world(stopped):

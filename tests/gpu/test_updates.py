@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.distributed.offload_jobs import given_and_taken
 from tests.distributed.test_layouts import EXPERT_SHAPES, SHAPES, assert_same_update, job_of, one_process
 from tests.distributed.update_jobs import update
 from tests.gpu.marks import needs_transformer_engine
@@ -24,6 +25,15 @@ def test_fp32_gives_the_update_of_the_cpu(shape, gpu):
     """With local layers, also where Transformer Engine is installed."""
     (found,) = gpu.run(update, job_of(shape))
     assert_same_update(found, one_process(shape), relative=2e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_trainer_gives_its_memory_to_others_and_takes_it_back_unchanged(precision, gpu):
+    """All but weights and small change leaves the GPU."""
+    (found,) = gpu.run(given_and_taken, {"model": {}, "precision": precision})
+    assert found["changed"] == [] and found["sizes"]["meanwhile"]["others"] == 0
+    before, meanwhile = found["allocated"]
+    assert before - meanwhile >= found["sizes"]["before"]["others"]
 
 
 @needs_transformer_engine

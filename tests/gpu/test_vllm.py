@@ -46,6 +46,12 @@ def test_weights_are_pushed_over_nccl(tmp_path):
     assert_trained_with_the_servers_samples(tmp_path)
 
 
+def test_a_run_and_its_server_take_turns_on_one_gpu(tmp_path):
+    colocated = ["rollout=vllm_colocated", "rollout.vllm.engine_args.gpu_memory_utilization=0.3"]
+    run("train", tmp_path, *colocated, *SHAPE, *LENGTH)
+    assert_trained_with_the_servers_samples(tmp_path)
+
+
 @dataclass(frozen=True)
 class Served:
     """A server, its model's folder, that model and another one, in bf16."""

@@ -154,6 +154,14 @@ def test_a_script_runs_another_recipe_of_its_size(tmp_path):
     assert "--config-name=jepo_8b_async" in steps(tmp_path)[1]
 
 
+def test_trainers_on_all_gpus_leave_the_servers_to_the_recipe(tmp_path):
+    done = run_script("jepo_8b.sh", tmp_path, 1, **MODEL, CONFIG="jepo_8b_colocated", TRAINERS_PER_NODE="8")
+    assert done.returncode == 0, done.stdout + done.stderr
+    _, trainers = steps(tmp_path)
+    assert options(trainers)["--ntasks"] == "8" and "trainer.devices=8" in trainers
+    assert not any("num_servers" in part for part in trainers)
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_job_can_be_requeued_before_its_time_limit_and_keeps_its_log(name):
     header = dict(re.findall(r"^#SBATCH --([a-z-]+)=?(\S*)", (ROOT / "slurm" / name).read_text(), re.MULTILINE))

@@ -41,6 +41,7 @@ def needed(tmp_path):
         "jepo_8b": [f"data.train_path={tmp_path}/rows.jsonl"],
         "jepo_8b_fp8": [f"data.train_path={tmp_path}/rows.jsonl"],
         "jepo_8b_async": [f"data.train_path={tmp_path}/rows.jsonl"],
+        "jepo_8b_colocated": [f"data.train_path={tmp_path}/rows.jsonl"],
         "jepo_numina": [f"data.train_path={tmp_path}/rows.jsonl"],
         "jepo_numina_proof": [f"data.train_path={tmp_path}/rows.jsonl"],
         "jepo_70b": [f"data.train_path={tmp_path}/rows.jsonl", "rollout.servers=[http://node:8000]"],

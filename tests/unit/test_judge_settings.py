@@ -40,6 +40,8 @@ def test_rules_between_a_judge_and_the_run(node, tmp_path):
     assert error_of(f"{node}.url={URL}", "evaluation.verify=false").startswith(f"{node}.url='{URL}': is asked where")
     assert error_of(f"{node}.url=rollout").startswith(f"{node}.url='rollout': are the vLLM servers of the run")
     config(f"{node}.url=rollout", "rollout=vllm")
+    asleep = error_of(f"{node}.url=rollout", "rollout=vllm_colocated")
+    assert asleep.startswith(f"{node}.url='rollout': are the vLLM servers of the run, which sleep when")
 
 
 def test_a_key_file_is_read_before_the_run_begins(tmp_path):

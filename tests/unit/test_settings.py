@@ -16,6 +16,8 @@ from nemo_jepo.config.schema import Config
 
 SHAPE = {"model_type": "llama", "num_attention_heads": 4, "num_hidden_layers": 4, "intermediate_size": 320}
 
+COLOCATED = ["rollout=vllm_colocated", "trainer.devices=2", "rollout.vllm.num_servers=2"]
+
 
 def load(*overrides: str, name: str = "demo") -> Config:
     return compose.resolve(compose.compose(name, overrides))
@@ -178,8 +180,26 @@ def test_the_whole_line_of_a_broken_rule():
         (
             ["rollout.max_staleness=1", "objective.importance_sampling=token_truncated"],
             1,
-            "rollout.max_staleness=1: the embedded sampler shares its process",
+            "rollout.max_staleness=1: the embedded sampler takes turns with the trainer",
         ),
+        (
+            [*COLOCATED, "rollout.max_staleness=1", "objective.importance_sampling=token_truncated"],
+            2,
+            "rollout.max_staleness=1: the vllm_colocated sampler takes turns with the trainer",
+        ),
+        ([*COLOCATED, "rollout.servers=[http://node:8000]"], 2, "rollout.servers=['http://node:8000']: rollout=vllm_"),
+        ([*COLOCATED, "trainer.num_nodes=2"], 4, "trainer.num_nodes=2: rollout=vllm_colocated starts its servers on"),
+        (
+            [*COLOCATED, "rollout.vllm.weight_transfer=nccl"],
+            2,
+            "rollout.vllm.weight_transfer='nccl': NCCL takes no two",
+        ),
+        (
+            [*COLOCATED, "rollout.vllm.tensor_parallel_size=2"],
+            2,
+            "rollout.vllm.num_servers * rollout.vllm.tensor_parallel_size=4: must be trainer.devices=2",
+        ),
+        ([*COLOCATED, "model.reference_policy=gpu"], 2, "model.reference_policy='gpu': it would stay on GPUs"),
         (
             ["rollout=vllm", "trainer.num_nodes=2"],
             2,
@@ -214,6 +234,11 @@ def test_delayed_scaling_of_earlier_versions_is_refused_with_what_takes_its_plac
         "model.fp8_recipe='delayed': must be one of tensorwise, blockwise. "
         "Choose one of these; delayed is gone, and tensorwise takes its place."
     )
+
+
+def test_servers_may_share_all_of_the_trainers_gpus():
+    check(load(*COLOCATED), world_size=2)
+    check(load(*COLOCATED, "rollout.vllm.num_servers=1", "rollout.vllm.tensor_parallel_size=2"), world_size=2)
 
 
 def test_truncated_sampling_can_be_accepted_and_a_verifiable_reward_needs_no_permission():

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,12 +90,17 @@ class LocalServers:
             self._processes[self.urls.index(url)] = self._start(self.urls.index(url))
         return dead
 
-    def close(self) -> None:
-        """Stop them and wait until nothing is left."""
-        for process in self._processes:
+    def stop(self, urls: Sequence[str]) -> None:
+        """Stop some of them and wait until nothing is left."""
+        processes = [self._processes[self.urls.index(url)] for url in urls]
+        for process in processes:
             process.send_signal(STOP)
-        for process in self._processes:
+        for process in processes:
             process.wait()
+
+    def close(self) -> None:
+        """Stop them all."""
+        self.stop(self.urls[: len(self._processes)])
 
 
 def gpus_of_server(environment: Mapping[str, str], first: int, number: int) -> str:

@@ -11,7 +11,8 @@ work; the public methods may be called from any other thread.
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+import time
+from collections.abc import Callable, Container, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -136,6 +137,15 @@ class Pool:
 
         self._wait(take_out(self._members[url]))
 
+    def set_aside(self, reason: str) -> None:
+        """No server takes requests until it is admitted again, as is meant to be: nobody is warned."""
+
+        async def set_aside() -> None:
+            for member in self._members.values():
+                member.out = member.out or reason
+
+        self._wait(set_aside())
+
     def _take_out(self, member: _Member, reason: str) -> None:
         if member.out != reason:
             log.warning("%s takes no requests: %s", member.server.url, reason)
@@ -158,6 +168,16 @@ class Pool:
             return await asyncio.gather(*(self._members[url].server.health() for url in urls), return_exceptions=True)
 
         return [url for url, fault in zip(urls, self._wait(ask()), strict=True) if fault is None]
+
+    def wait_for(self, urls: Sequence[str], ended: Callable[[], Container[str]], timeout_s: float) -> list[str]:
+        """Until each of the servers answers or is among those that have `ended`; returns those that are late."""
+        deadline, waiting = time.monotonic() + timeout_s, list(urls)
+        while waiting and time.monotonic() < deadline:
+            answering, gone = self.answering(waiting), ended()
+            waiting = [url for url in waiting if url not in answering and url not in gone]
+            if waiting:
+                time.sleep(0.5)
+        return waiting
 
     def control(
         self,

@@ -6,8 +6,7 @@
 Each replica's first rank holds one. All of them draw from every server; each feeds some of the servers.
 """
 
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 
 from torch import Tensor
@@ -54,12 +53,15 @@ class VLLMSampler:
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], policy_version: int) -> bool:
         """Push the weights to the own servers; one that could not take them is out of the pool. See `Sampler`."""
-        once_more = self._waiting and policy_version == self._policy_version
-        answering = self._waiting if once_more else self._answering()
-        pushed = self._transfer.push(answering, named_tensors, policy_version)
+        targets, unreachable = self._waiting, dict[str, str]()
+        if not self._waiting or policy_version != self._policy_version:
+            self._look_after_servers()
+            unreachable = {url: fault for url, fault in self._reach().items() if fault is not None}
+            targets = tuple(url for url in self._own_servers if url not in unreachable)
+        pushed = self._transfer.push(targets, named_tensors, policy_version)
         for url in pushed.updated:
             self._pool.admit(url, policy_version)
-        for url, fault in pushed.lost.items():
+        for url, fault in (unreachable | dict(pushed.lost)).items():
             self._pool.take_out(url, fault)
         for url in pushed.waiting:
             self._pool.take_out(url, "it waits for weights that another server's loss has held up")
@@ -104,30 +106,22 @@ class VLLMSampler:
         self._pool.close()
         self._transfer.close()
 
-    def _answering(self) -> tuple[str, ...]:
-        """The own servers that answer; the others are out."""
-        if self._policy_version is None:
-            self._wait_for_servers()
-        elif self._started is not None:
-            self._started.restart_dead()
-        answering = self._pool.answering(self._own_servers)
-        for url in set(self._own_servers) - set(answering):
-            self._pool.take_out(url, self._ended().get(url, "/health does not answer"))
-        return tuple(answering)
-
     def _ended(self) -> dict[str, str]:
         """Servers of this rank's own that are not running, and why."""
         return self._started.ended() if self._started is not None else {}
 
-    def _wait_for_servers(self) -> None:
-        """Until every own server answers or has ended, or rollout.vllm.start_timeout_s has passed."""
-        deadline = time.monotonic() + self._start_timeout_s
-        waiting = list(self._own_servers)
-        while waiting and time.monotonic() < deadline:
-            gone = {*self._pool.answering(waiting), *self._ended()}
-            waiting = [url for url in waiting if url not in gone]
-            if waiting:
-                time.sleep(0.5)
+    def _look_after_servers(self) -> None:
+        """Before the first weights wait for the own servers, later start again those that ended."""
+        if self._policy_version is None:
+            self._pool.wait_for(self._own_servers, self._ended, self._start_timeout_s)
+        elif self._started is not None:
+            self._started.restart_dead()
+
+    def _reach(self) -> Mapping[str, str | None]:
+        """For each own server None, or why it can be given no weights."""
+        answering, ended = self._pool.answering(self._own_servers), self._ended()
+        silent = "/health does not answer"
+        return {url: None if url in answering else ended.get(url, silent) for url in self._own_servers}
 
     def _admit_fed_by_others(self) -> None:
         """Servers that another replica gave the current weights, by what they say themselves."""

@@ -38,6 +38,9 @@ ALL_REDUCE_SECONDS = 15e-6
 """Of a small all-reduce over NVLink, the latency alone. An assumption."""
 HOST_COPY_EFFICIENCY = 0.7
 """Share of PCIe's bandwidth that copies from and to pinned host memory reach, both ways at once. An assumption."""
+TURN_SECONDS = 3.0
+"""Of a step in which servers on the trainers' GPUs wake and fall asleep: requests, memory mapping, empty caches. An
+assumption."""
 OTHER_SECONDS = 3.0
 """Of a step outside its phases: data, rewards, logging. NeMo-RL's published times leave (112 - 109 s, 147 - 144 s)."""
 

@@ -12,9 +12,11 @@ from nemo_jepo.config.schema import Config
 from nemo_jepo.tools.plan.calibration import (
     DECODE_STEP_SECONDS,
     EMBEDDED_STEP_SECONDS,
+    HOST_COPY_EFFICIENCY,
     LINK_EFFICIENCY,
     OTHER_SECONDS,
     OURS,
+    TURN_SECONDS,
     Software,
 )
 from nemo_jepo.tools.plan.generation import Sampler
@@ -37,7 +39,7 @@ MOST_SEQUENCES = 1024
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """The machines of a run: trainer nodes, and rollout nodes or servers beside the trainer."""
+    """The machines of a run: trainer nodes, and rollout nodes or servers beside the trainer or on its GPUs."""
 
     gpu: GPU
     gpus_per_node: int
@@ -157,6 +159,7 @@ def planned_shape(config: Config) -> ModelShape:
 
 def _check_gpus(config: Config, cluster: Cluster) -> None:
     own = config.rollout.kind.has_servers and not cluster.rollout_nodes
+    own = own and not config.rollout.kind.shares_gpus
     needed = cluster.devices + (cluster.num_servers * config.rollout.vllm.tensor_parallel_size if own else 0)
     if needed > cluster.gpus_per_node:
         key = "trainer.devices + rollout.vllm.num_servers * rollout.vllm.tensor_parallel_size"
@@ -186,11 +189,14 @@ def estimate(config: Config, cluster: Cluster, means: MeanLengths, software: Sof
     keeps_reference = config.keeps_reference_policy
     batch_tokens = rows.count * rows.tokens
     memory = TrainerMemory(cluster.world_size, precision, rows.count, keeps_reference, batch_tokens)
-    memory = dataclasses.replace(memory, feeds_servers=config.rollout.kind.has_servers)
     if not config.rollout.kind.has_servers:
         weights, tokens = shape.num_parameters * sampler.dtype_bytes, sampler.cached_tokens
         cache = tokens * shape.key_value_bytes(sampler.dtype_bytes)
         memory = dataclasses.replace(memory, sampler=weights, sampler_cache=cache)
+    elif config.rollout.kind.shares_gpus and sampler_phase is not None:
+        memory = dataclasses.replace(memory, server=sampler_phase.parts)
+    else:
+        memory = dataclasses.replace(memory, feeds_servers=True)
     one_pass = keeps_graph(shape, config.model, memory, cluster.gpu.memory)
     scoring = trainer.scoring(work)
     seconds: dict[str, Mapping[str, float]] = {
@@ -201,9 +207,12 @@ def estimate(config: Config, cluster: Cluster, means: MeanLengths, software: Sof
     if keeps_reference:
         seconds["reference log-probs"] = {**scoring, "swapping weights": trainer.reference_swap(precision)}
     seconds |= {"training": trainer.training(work, precision, one_pass)}
+    if memory.server is not None:
+        seconds["turns"] = {"moving optimizer state": trainer.offload(precision), "servers": TURN_SECONDS}
     seconds |= {"other": {"data, rewards, logging": OTHER_SECONDS}}
     on_servers = sampler.num_servers * sampler.tensor_parallel_size if config.rollout.kind.has_servers else 0
-    rented = cluster.rollout_nodes * cluster.gpus_per_node or on_servers
+    beside = 0 if config.rollout.kind.shares_gpus else on_servers
+    rented = cluster.rollout_nodes * cluster.gpus_per_node or beside
     return Plan(
         config=config,
         cluster=cluster,
@@ -226,6 +235,8 @@ def _to_servers(config: Config, cluster: Cluster) -> float:
     if not config.rollout.kind.has_servers:
         return math.inf
     gpu = cluster.gpu
+    if config.rollout.kind.shares_gpus:  # through host memory: every GPU has a bus of its own
+        return HOST_COPY_EFFICIENCY * gpu.host_bandwidth
     return LINK_EFFICIENCY * (gpu.network_bandwidth if cluster.rollout_nodes else gpu.nvlink_bandwidth)
 
 

@@ -30,6 +30,8 @@ SAMPLER_RESERVED = 4 * GIB
 """What vLLM takes beside weights and cache: profiled activations, CUDA graphs, CUDA context. An assumption."""
 NCCL_BUFFER_BYTES = 256 * 2**20
 """Of each of two buffers at either end of a weight push (`nemo_jepo.rollout.vllm.channels`)."""
+ASLEEP = 2 * GIB
+"""What a sleeping vLLM server keeps on its GPU: CUDA context, CUDA graphs, NCCL buffers. An assumption."""
 DEFAULT_UTILIZATION = 0.9
 """vLLM's gpu_memory_utilization where rollout.vllm.engine_args does not set it; vLLM's documented default."""
 
@@ -154,7 +156,9 @@ class TrainerMemory:
     sampler_cache: float = 0.0
     """Bytes of its key-value cache while it samples."""
     feeds_servers: bool = False
-    """Weights go to servers."""
+    """Weights go to servers on other GPUs."""
+    server: Parts | None = None
+    """Bytes of a server on the same GPU while it is awake."""
 
 
 def fixed_parts(shape: ModelShape, model: ModelConfig, run: TrainerMemory) -> dict[str, float]:
@@ -166,6 +170,7 @@ def fixed_parts(shape: ModelShape, model: ModelConfig, run: TrainerMemory) -> di
         "gradients": 4 * stage.total,
         "optimizer": optimizer_bytes(stage, model, run.world_size, run.precision),
         "embedded sampler": run.sampler,
+        "sleeping server": ASLEEP if run.server else 0.0,
         "reserved": RESERVED,
     }
     if run.keeps_reference and model.reference_policy == "gpu":
@@ -193,6 +198,9 @@ def trainer_phases(shape: ModelShape, model: ModelConfig, run: TrainerMemory, ca
 
     The first stage has most activations, the last the output head: with an equal share of layers one rank is charged
     with both, which is at most the output head too much.
+
+    Where a server on the same GPU is awake, the trainer has given up optimizer state and gradients; it scores a row of
+    the weight sync's probe.
     """
     size = 2 if run.precision == "bf16" else 4
     fixed = fixed_parts(shape, model, run)
@@ -217,7 +225,17 @@ def trainer_phases(shape: ModelShape, model: ModelConfig, run: TrainerMemory, ca
         "weight sync": _sync(shape, size, run.feeds_servers),
         "generation": {"key-value cache": run.sampler_cache} if run.sampler_cache else {},
     }
-    return [Phase(name, _positive(fixed | parts), capacity) for name, parts in phases.items() if parts]
+    held = dict.fromkeys(phases, fixed)
+    if run.server is not None:
+        given_up = {name: fixed[name] for name in ("weights", "reserved")}
+        arriving = run.server["arriving weights"]  # before the cache takes what is left
+        phases["weight sync"] |= {
+            "server's weights": run.server["weights"] + arriving,
+            "server's own": SAMPLER_RESERVED,
+        }
+        phases["generation"] = passing | {"server": sum(run.server.values()) - arriving}
+        held |= {"weight sync": given_up, "generation": given_up}
+    return [Phase(name, _positive(held[name] | parts), capacity) for name, parts in phases.items() if parts]
 
 
 def _sync(shape: ModelShape, dtype_bytes: int, feeds_servers: bool) -> dict[str, float]:

@@ -108,7 +108,7 @@ def _head(plan: Plan) -> list[str]:
     cluster, work = plan.cluster, plan.work
     beside = plan.num_gpus - cluster.world_size
     samplers = f"{beside} for rollouts" if beside else "which also sample"
-    num_samplers = cluster.num_servers if beside else plan.replicas
+    num_samplers = cluster.num_servers if plan.config.rollout.kind.has_servers else plan.replicas
     rows, passes = plan.rows, "one forward pass" if plan.one_pass else "two forward passes"
     return [
         f"{plan.shape.num_parameters / 1e9:.2f}B {plan.shape.model_type} on {plan.num_gpus} x {cluster.gpu.name}: "

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from nemo_jepo.config.errors import ConfigError
@@ -10,6 +10,7 @@ from nemo_jepo.config.layouts import check_layout
 from nemo_jepo.config.schema import Config, ModelConfig
 from nemo_jepo.tools.plan.estimate import Cluster, Plan, cluster_of, estimate, planned_shape
 from nemo_jepo.tools.plan.hardware import GPU
+from nemo_jepo.tools.plan.memory import DEFAULT_UTILIZATION
 from nemo_jepo.tools.plan.shape import ModelShape
 from nemo_jepo.tools.plan.workload import MeanLengths
 
@@ -74,9 +75,9 @@ def _keeps_rules(model: ModelConfig, shape: ModelShape, world_size: int) -> bool
     return True
 
 
-def _saving_memory(model: ModelConfig) -> Iterator[ModelConfig]:
+def _saving_memory(model: ModelConfig, places: Sequence[str]) -> Iterator[ModelConfig]:
     """The layout with less and less memory, and slower and slower."""
-    for recompute, place in itertools.product((None, "full"), ("gpu", "cpu")):
+    for recompute, place in itertools.product((None, "full"), places):
         yield dataclasses.replace(model, reference_policy=place, activations_checkpoint_granularity=recompute)
 
 
@@ -91,10 +92,11 @@ def best_trainer(config: Config, cluster: Cluster, means: MeanLengths) -> Plan |
     Context parallelism is chosen only where nothing fits without it: the planner page shows that the model flatters it.
     """
     best: Plan | None = None
+    places = ("cpu",) if config.rollout.kind.shares_gpus else ("gpu", "cpu")
     for layout in _layouts(config, planned_shape(config), cluster):
         if best and best.fits and layout.context_parallel_size > best.config.model.context_parallel_size:
             break
-        for model in _saving_memory(layout):
+        for model in _saving_memory(layout, places):
             plan = estimate(dataclasses.replace(config, model=model), cluster, means)
             best = plan if best is None or _merit(plan) < _merit(best) else best
             if plan.fits or (plan.sampler_memory and plan.sampler_memory.short):
@@ -120,6 +122,10 @@ def _splits(config: Config, gpu: GPU, gpus_per_node: int, nodes: int) -> Iterato
     sizes = [size for size in SIZES if size <= gpus_per_node]
     if not config.rollout.kind.has_servers:
         yield config, Cluster(gpu, gpus_per_node, nodes, gpus_per_node, 0, 1)
+    elif config.rollout.kind.shares_gpus:
+        for size in sizes:
+            servers = gpus_per_node // size
+            yield _with_servers(config, servers, size), Cluster(gpu, gpus_per_node, nodes, gpus_per_node, 0, servers)
     elif nodes == 1:
         for devices, size in itertools.product(sizes, sizes):
             if servers := (gpus_per_node - devices) // size:
@@ -170,6 +176,11 @@ def _changes(config: Config) -> Iterator[tuple[str, Config]]:
         servers = max(1, vllm.num_servers // 2)
         overrides = f"rollout.vllm.tensor_parallel_size={size} rollout.vllm.num_servers={servers}"
         yield overrides, _with_servers(config, servers, size)
+    if config.rollout.kind.shares_gpus:
+        less = round(float(vllm.engine_args.get("gpu_memory_utilization", DEFAULT_UTILIZATION)) - 0.1, 2)
+        fewer = dataclasses.replace(vllm, engine_args=vllm.engine_args | {"gpu_memory_utilization": less})
+        override = f"rollout.vllm.engine_args.gpu_memory_utilization={less}"
+        yield override, dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, vllm=fewer))
 
 
 def what_to_try(plan: Plan, means: MeanLengths, depth: int = 3) -> str | None:

@@ -34,7 +34,7 @@ from nemo_jepo.tools.plan.calibration import (
     Software,
 )
 from nemo_jepo.tools.plan.hardware import GPU
-from nemo_jepo.tools.plan.memory import StageParameters, stage_parameters
+from nemo_jepo.tools.plan.memory import StageParameters, optimizer_bytes, stage_parameters
 from nemo_jepo.tools.plan.shape import ModelShape
 from nemo_jepo.tools.plan.workload import SHARED_FILL, Workload
 
@@ -210,6 +210,11 @@ class Trainer:
         """Seconds in which every sequence of a step is scored once."""
         seconds = self.over_rows(work, SCORING)
         return {name: work.num_updates * value for name, value in seconds.items()}
+
+    def offload(self, precision: str) -> float:
+        """Seconds in which optimizer state goes to host memory and comes back."""
+        size = optimizer_bytes(self._fullest_stage(), self.model, self.world_size, precision)
+        return 2 * size / (self.gpu.host_bandwidth * HOST_COPY_EFFICIENCY)
 
     def reference_swap(self, precision: str) -> float:
         """Seconds in which reference weights come and go: two exchanges, each both ways at once."""

@@ -8,12 +8,12 @@ from nemo_jepo import cli
 from nemo_jepo.config import compose
 from nemo_jepo.config.layouts import check_layout
 from nemo_jepo.tools.plan.estimate import cluster_of, estimate
-from nemo_jepo.tools.plan.hardware import GPUS
+from nemo_jepo.tools.plan.hardware import GIB, GPUS
 from nemo_jepo.tools.plan.search import best_plan
 from nemo_jepo.tools.plan.workload import MeanLengths
 
 RECIPES = {
-    **{"jepo_8b": 0, "jepo_8b_fp8": 0, "jepo_8b_async": 0},
+    **{"jepo_8b": 0, "jepo_8b_fp8": 0, "jepo_8b_async": 0, "jepo_8b_colocated": 0},
     **{"jepo_70b": 8, "jepo_70b_fp8": 8, "jepo_70b_async": 8},
     **{"jepo_numina": 0, "jepo_numina_proof": 0},
 }
@@ -109,6 +109,31 @@ def test_an_embedded_sampler_lives_on_the_trainers_gpus(capsys):
     assert (code, found["num_gpus"], found["rollout_gpus"], found["rollout_memory_bytes"]) == (0, 1, 1, None)
     assert found["memory_bytes"]["generation"]["key-value cache"] > 0
     assert found["memory_bytes"]["training"]["embedded sampler"] > 0
+
+
+def test_servers_on_the_trainers_gpus_take_turns_with_them(capsys):
+    """While a server is awake the trainer holds its weights alone: 0.6 of 79.1 GiB are the server's."""
+    _, own, _ = run(capsys, "--config-name", "jepo_8b", "trainer.devices=8", "--gpus-per-node", "16")
+    code, found, _ = run(capsys, "--config-name", "jepo_8b_colocated")
+    assert (code, found["num_gpus"], found["trainer_gpus"], found["rollout_gpus"]) == (0, 8, 8, 8)
+    memory = found["memory_bytes"]
+    assert memory["training"] == own["memory_bytes"]["training"] | {"sleeping server": 2 * GIB}
+    for phase in ("weight sync", "generation"):
+        assert memory[phase]["weights"] == memory["training"]["weights"]
+        assert not {"gradients", "optimizer", "sleeping server"} & set(memory[phase])
+    assert memory["generation"]["server"] == pytest.approx(0.6 * 79.1 * GIB)
+    assert set(found["seconds"]) == {*own["seconds"], "turns"}
+    assert found["seconds"]["turns"]["moving optimizer state"] == pytest.approx(
+        2 * memory["training"]["optimizer"] / (0.7 * 64e9)
+    )
+
+
+def test_servers_that_leave_the_trainers_weights_no_room_are_to_take_less(capsys):
+    too_much = "rollout.vllm.engine_args.gpu_memory_utilization=0.9"
+    code, found, _ = run(capsys, "--config-name", "jepo_8b_colocated", too_much)
+    assert (code, found["short_phase"]) == (1, "generation")
+    assert found["try"] == "rollout.vllm.engine_args.gpu_memory_utilization=0.8"
+    assert run(capsys, "--config-name", "jepo_8b_colocated", found["try"])[0] == 0
 
 
 def test_one_forward_pass_is_planned_where_it_fits(capsys):
@@ -225,7 +250,10 @@ def test_help_is_exit_code_0(capsys):
 # ---- search
 
 
-@pytest.mark.parametrize(("name", "nodes"), [("jepo_8b", 1), ("jepo_70b", 4), ("jepo_70b", 16), ("jepo_70b_fp8", 24)])
+@pytest.mark.parametrize(
+    ("name", "nodes"),
+    [("jepo_8b", 1), ("jepo_8b_colocated", 1), ("jepo_70b", 4), ("jepo_70b", 16), ("jepo_70b_fp8", 24)],
+)
 def test_the_layout_that_a_search_finds_keeps_every_rule_and_is_faster(name, nodes):
     config = composed(name)
     best = best_plan(config, GPUS["h100"], 8, nodes, MeanLengths())
