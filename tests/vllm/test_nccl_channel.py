@@ -1,4 +1,4 @@
-"""The trainer's end of a push over NCCL: vLLM's own trainer engine, over a communicator that writes down what it is sent.
+"""The trainer's end of a push over NCCL: vLLM's own trainer engine, over a communicator that notes what it is sent.
 
 NCCL itself needs GPUs (tests/gpu); here is what the servers are told, in which order, and what a lost one sets off.
 """
