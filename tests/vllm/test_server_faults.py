@@ -110,6 +110,19 @@ def test_a_stream_that_breaks_off_ends_every_transfer_and_no_server_counts_as_sy
     give_up_what_broke(servers, one, again)
 
 
+def test_an_update_that_a_dead_trainer_left_open_does_not_keep_the_next_one_out(servers, tmp_path):
+    """It died between the beginning and the first tensor."""
+    _, new = servers.models
+    (server,) = servers.alike(1)
+    pool = Pool([server.url], VLLMConfig(), KEY, VOCAB)
+    pool.control(server.url, "POST", "/pause", params={"mode": "keep"})
+    pool.control(server.url, "POST", "/start_weight_update")
+    with transfer_of(pool, new, tmp_path) as transfer:
+        assert transfer.push([server.url], stream(new), 5) == Pushed(updated=(server.url,))
+        assert_samples_with(pool, new, 5, [server.url])
+    pool.close()
+
+
 def test_a_server_without_the_weights_of_the_push_is_reported(servers, tmp_path):
     _, new = servers.models
     pool = Pool(["http://127.0.0.1:9"], VLLMConfig(), KEY, VOCAB)

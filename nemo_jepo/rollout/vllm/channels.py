@@ -11,7 +11,7 @@ import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_jepo.rollout.vllm import gloo
-from nemo_jepo.rollout.vllm.fleet import Fleet, answers_of, failures_of, first_fault, in_thread
+from nemo_jepo.rollout.vllm.fleet import Fleet, ServersFailed, answers_of, failures_of, first_fault, in_thread
 from nemo_jepo.rollout.vllm.shared_memory import SharedSlots
 from nemo_jepo.utils.network import free_ports
 
@@ -116,7 +116,7 @@ class GlooChannel(_Group):
         """See `Channel`."""
         fleet = self._fleet
         gloo.begin_count(self._store, self._world_size)
-        fleet.call("POST", "/start_weight_update", timeout_s=remaining_s())
+        begin_update(fleet, remaining_s())
         described = fleet.same({"update_info": self._described})
         self.updates = fleet.begin("POST", "/update_weights", described, timeout_s=remaining_s() + 2 * GRACE_S)
         for bucket in gloo.packed((tensor for _, tensor in tensors), self._shapes, self._dtype):
@@ -214,7 +214,7 @@ class _SyncClient:
         self._fleet.call("POST", "/init_weight_transfer_engine", bodies, timeout_s=self.remaining_s())
 
     def start_weight_update(self) -> None:
-        self._fleet.call("POST", "/start_weight_update", timeout_s=self.remaining_s())
+        begin_update(self._fleet, self.remaining_s())
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         bodies, timeout_s = self._fleet.same({"update_info": update_info}), self.remaining_s() + 2 * GRACE_S
@@ -248,7 +248,7 @@ class SharedMemoryChannel:
     def send(self, tensors: Iterable[NamedTensor], version: int, remaining_s: Remaining) -> None:
         """See `Channel`."""
         fleet, stream = self._fleet, (tensor for _, tensor in tensors)
-        fleet.call("POST", "/start_weight_update", timeout_s=remaining_s())
+        begin_update(fleet, remaining_s())
         done = 0
         for number, bucket in enumerate(self._memory.buckets):
             start = self._memory.fill(number, stream)
@@ -302,6 +302,20 @@ class FileChannel:
 
     def close(self) -> None:
         """See `Channel`; there is no group."""
+
+
+NO_UPDATE: Mapping[str, Mapping[str, str]] = {"update_info": {}}
+"""An update that every backend refuses: vLLM has no other way to end one that was begun."""
+
+
+def begin_update(fleet: Fleet, timeout_s: float) -> None:
+    """Begin an update at every server; one that an earlier trainer began and did not end is ended first."""
+    try:
+        fleet.call("POST", "/start_weight_update", timeout_s=timeout_s)
+    except ServersFailed as failed:
+        again = fleet.only(failed.reasons)
+        wait(again.begin("POST", "/update_weights", again.same(NO_UPDATE), timeout_s=timeout_s).values())
+        again.call("POST", "/start_weight_update", timeout_s=timeout_s)
 
 
 def all_joined(fleet: Fleet, name: str, timeout_s: float) -> bool:

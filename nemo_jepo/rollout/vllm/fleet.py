@@ -1,7 +1,7 @@
 """Control routes of several servers, called at the same time."""
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from functools import partial
 from typing import Any
@@ -58,6 +58,10 @@ class Fleet:
             ServersFailed: at least one gave none.
         """
         return answers_of(self.begin(method, route, bodies, **options))
+
+    def only(self, urls: Iterable[str]) -> "Fleet":
+        """These servers among them."""
+        return Fleet(self._control, list(urls))
 
     def same(self, body: Any) -> dict[str, Any]:
         """One body for all servers."""

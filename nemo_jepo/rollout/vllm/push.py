@@ -132,7 +132,7 @@ class WeightTransfer:
         stuck = {url for url, update in updates.items() if not update.done()}
 
         # Lost is who was to blame, does not let go, or is not well; if none of them is, nobody knows who was
-        others = Fleet(self._control, [url for url in fleet.urls if url not in blamed and url not in stuck])
+        others = fleet.only(url for url in fleet.urls if url not in blamed and url not in stuck)
         health = others.begin("GET", "/health", timeout_s=GRACE_S)
         wait(health.values())
         sick = failures_of(health)
@@ -143,11 +143,9 @@ class WeightTransfer:
             missing = f"; {channel.missing(url, feed.num_sent)}" if channel is not None and url in stuck else ""
             reasons[url] = f"{blamed.get(url) or failed.get(url) or fault}. {feed.whereabouts()}{missing}"
 
-        # Those that are left wait without a half-done update; a lost one that still answers gives its requests an end
-        waiting = Fleet(self._control, [url for url in fleet.urls if url not in lost])
-        wait(waiting.begin("POST", "/update_weights", waiting.same(NO_UPDATE), timeout_s=GRACE_S).values())
-        wait(Fleet(self._control, lost).begin("POST", "/resume", timeout_s=5.0).values())
-        return Pushed(waiting=waiting.urls, lost=reasons)
+        # A lost one that still answers brings its requests to an end
+        wait(fleet.only(lost).begin("POST", "/resume", timeout_s=5.0).values())
+        return Pushed(waiting=tuple(url for url in fleet.urls if url not in lost), lost=reasons)
 
     def _written(self) -> "torch.cuda.Event | None":
         """When what the caller's stream was given so far will be done; None without a GPU."""
@@ -178,10 +176,6 @@ class WeightTransfer:
         """Leave every group; files of a push go."""
         self.leave()
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-NO_UPDATE: Mapping[str, Mapping[str, str]] = {"update_info": {}}
-"""An update that every backend refuses: vLLM has no other way to end one that was begun."""
 
 
 @dataclass(frozen=True, slots=True)

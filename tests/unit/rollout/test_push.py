@@ -12,7 +12,7 @@ import torch
 
 from nemo_jepo.config.schema import VLLMConfig
 from nemo_jepo.rollout.vllm import push
-from nemo_jepo.rollout.vllm.channels import Channel, NamedTensor, Remaining, meeting_address
+from nemo_jepo.rollout.vllm.channels import Channel, NamedTensor, Remaining, begin_update, meeting_address
 from nemo_jepo.rollout.vllm.fleet import Fleet
 from nemo_jepo.rollout.vllm.push import Pushed, WeightTransfer
 
@@ -129,8 +129,8 @@ def test_a_server_that_stands_still_is_lost_at_the_deadline_and_the_others_wait_
         "b": "no weight sync within rollout.vllm.sync_timeout_s. Sent 4 of 12 tensors, the last layer.3; "
         "missing rank 1 of b"
     }
-    # Those that wait hold no half-done update and stay paused; the lost one's requests come to an end
-    assert servers.told("a") == servers.told("c") == ["/pause", "/update_weights"]
+    # Those that wait stay paused; the lost one's requests come to an end
+    assert servers.told("a") == servers.told("c") == ["/pause"]
     assert servers.told("b") == ["/pause", "/resume"]
     assert transfer.push(pushed.waiting, weights(), version=1) == Pushed(updated=("a", "c"))
     assert [group.urls for group in transfer.groups] == [("a", "b", "c"), ("a", "c")]
@@ -188,6 +188,25 @@ def test_a_stream_that_breaks_off_lets_go_of_the_servers_before_it_is_raised(ser
         transfer.push("ab", broken(), version=1)
     assert transfer.groups[0].closed.is_set()
     assert transfer.push("ab", weights(), version=1) == Pushed(updated=("a", "b"))
+
+
+def test_an_update_that_an_earlier_trainer_left_open_is_ended_before_a_new_one_begins():
+    calls: list[tuple[str, str]] = []
+    open_at = {"b"}
+
+    def control(url: str, method: str, route: str, body: Any = None, **_: Any) -> dict[str, Any]:
+        calls.append((url, route))
+        if route == "/start_weight_update" and url in open_at:
+            raise RuntimeError("a weight update is already active")
+        if route == "/update_weights":
+            open_at.discard(url)
+            raise RuntimeError("what comes is not an update")
+        return {}
+
+    begin_update(Fleet(control, "ab"), 5.0)
+    start = "/start_weight_update"
+    assert [route for url, route in calls if url == "a"] == [start]
+    assert [route for url, route in calls if url == "b"] == [start, "/update_weights", start]
 
 
 def test_a_group_meets_on_loopback_only_where_all_servers_are_on_this_host(monkeypatch):
