@@ -60,6 +60,8 @@ class FakeVLLM(LoopbackServer):
         self.closes = False
         self.health = 200
         self.requests: list[Body] = []
+        self.control_ports: list[int] = []
+        """Of the connections that asked /weight_info."""
         self.running = self.most_running = 0
         self.version = "7"
         self.asleep: set[str] = set()
@@ -149,4 +151,6 @@ class FakeVLLM(LoopbackServer):
         return web.Response(status=self.health)
 
     async def _weight_info(self, request: web.Request) -> web.Response:
+        assert request.transport is not None
+        self.control_ports.append(request.transport.get_extra_info("peername")[1])
         return web.json_response({"weight_version": self.version})

@@ -23,7 +23,7 @@ from nemo_jepo.config.schema import VLLMConfig
 from nemo_jepo.rollout.sampler import GenerationRequest, SamplersLost, SamplingStopped, never
 from nemo_jepo.rollout.vllm.client import Completion, StaleServer, VLLMServer
 from nemo_jepo.types import Prompt, Rollout
-from nemo_jepo.utils.http import NoAnswer, RequestRefused, ServerFault, backoff_s
+from nemo_jepo.utils.http import JSONServer, NoAnswer, RequestRefused, ServerFault, backoff_s
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +99,10 @@ class Pool:
         # The semaphores are the bound. A connection is not used again when the server may be closing it.
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
         self._session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
+        # A control route that fails with 500 has its connection closed behind the answer: each has one of its own.
+        once = aiohttp.TCPConnector(limit=0, force_close=True)
+        self._control_session = aiohttp.ClientSession(connector=once, timeout=aiohttp.ClientTimeout(total=None))
+        self._controls = {url: JSONServer(url, self._control_session, key) for url in urls}
         self._watching = asyncio.ensure_future(self._watch())
         limit = self._settings.max_concurrency
         return {url: _Member(VLLMServer(url, self._session, key, vocab_size), asyncio.Semaphore(limit)) for url in urls}
@@ -189,7 +193,7 @@ class Pool:
         timeout_s: float = 60.0,
     ) -> dict[str, Any]:
         """What a control route of one server answers; ServerFault where it does not."""
-        return self._wait(self._members[url].server.control(method, route, body, params, timeout_s))
+        return self._wait(self._controls[url].control(method, route, body, params, timeout_s))
 
     # Requests.
 
@@ -333,6 +337,7 @@ class Pool:
                 task.cancel()
             await asyncio.gather(*others, return_exceptions=True)
             await self._session.close()
+            await self._control_session.close()
 
         self._wait(close())
         self._loop.call_soon_threadsafe(self._loop.stop)

@@ -143,8 +143,7 @@ class WeightTransfer:
             missing = f"; {channel.missing(url, feed.num_sent)}" if channel is not None and url in stuck else ""
             reasons[url] = f"{blamed.get(url) or failed.get(url) or fault}. {feed.whereabouts()}{missing}"
 
-        # A lost one that still answers brings its requests to an end
-        wait(fleet.only(lost).begin("POST", "/resume", timeout_s=5.0).values())
+        # None of them is resumed: half-loaded weights would be sampled with, which ends vLLM's engine
         return Pushed(waiting=tuple(url for url in fleet.urls if url not in lost), lost=reasons)
 
     def _written(self) -> "torch.cuda.Event | None":

@@ -288,3 +288,11 @@ def test_closing_ends_open_requests_and_may_be_repeated():
         pool.close()
         pool.close()
         assert future.cancelled()
+
+
+def test_each_control_request_has_a_connection_of_its_own():
+    """uvicorn closes one behind a 500; the next request on it would be lost."""
+    with pool_of(1) as (pool, (fake,)):
+        for _ in range(3):
+            pool.control(fake.url, "GET", "/weight_info")
+    assert len(set(fake.control_ports)) == 3
