@@ -1,6 +1,7 @@
 """What the weight stream gives in a layout, and what ranks send each other for it."""
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 from unittest import mock
 
@@ -12,6 +13,7 @@ from nemo_jepo.actor.model import load_hf_config
 from nemo_jepo.actor.weights.load import load_stage, open_source
 from nemo_jepo.actor.weights.stream import weight_stream
 from nemo_jepo.config.schema import ModelConfig
+from nemo_jepo.rollout.queue import RolloutQueue
 
 
 def stream(job: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -61,3 +63,39 @@ def traffic(job: dict[str, Any]) -> dict[str, int]:
         read = sum(tensor.nbytes for _, tensor in weight_stream(actor.chunks, hf_config, layout))
     own = sum(parameter.nbytes for chunk in actor.chunks for parameter in chunk.parameters())
     return dict(counts) | {"read": read, "own": own}
+
+
+class Wanting:
+    """A sampler that wants the weights so often, because so many servers were lost while they came."""
+
+    def __init__(self, times: int) -> None:
+        self.times = times
+        self.taken: list[dict[str, torch.Tensor]] = []
+
+    def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], policy_version: int) -> bool:
+        self.taken.append({name: tensor.clone() for name, tensor in named_tensors})
+        return len(self.taken) < self.times
+
+
+def repeated(job: dict[str, Any]) -> tuple[int, int]:
+    """How often this rank made the stream, and how often its sampler took it, each time the same."""
+    model = ModelConfig(**job["model"])
+    parallel.init_model_parallel(model)
+    layout = parallel.Layout()
+    hf_config = load_hf_config(job["shape"])
+    actor = MegatronJEPOActor(hf_config, model, "fp32", layout)
+    load_stage(actor.chunks, hf_config, open_source(hf_config, None, 7), layout)
+    made: list[None] = []
+
+    def weights() -> Iterable[tuple[str, torch.Tensor]]:
+        made.append(None)
+        return weight_stream(actor.chunks, hf_config, layout)
+
+    sampler = Wanting(job["times"][layout.data_parallel_rank]) if layout.is_replica_head else None
+    queue = RolloutQueue(sampler, layout, lambda number: None, lambda ahead: (), 0, None)  # type: ignore[arg-type, return-value]
+    queue.load_weights(weights, 4)
+    assert queue.version == 4
+    taken = sampler.taken if sampler is not None else []
+    for again in taken[1:]:
+        assert all(torch.equal(again[name], tensor) for name, tensor in taken[0].items())
+    return len(made), len(taken)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nemo_jepo.actor.weights.load import SeededWeights, hf_shapes
-from tests.distributed.stream_jobs import stream, traffic
+from tests.distributed.stream_jobs import repeated, stream, traffic
 from tests.support.hf_models import SHAPES, on_disk, random_model, save
 from tests.support.rank_pool import on_ranks
 
@@ -90,6 +90,12 @@ def test_experts_are_gathered_by_every_replica_at_once():
     experts = first["read"] - first["own"]  # what the other rank holds, and as much again of its own
     for rank in (first, second):
         assert rank["all_gather_into_tensor"] == experts and "send" not in rank and "broadcast" not in rank
+
+
+def test_all_ranks_make_the_stream_again_when_one_replica_wants_it_again():
+    """Two replicas of TP 2; the first lost two servers, the second none."""
+    job = {"shape": SHAPES["qwen2 untied"], "model": TP2, "times": [3, 1]}
+    assert on_ranks(4, repeated, job) == [(3, 3), (3, 0), (3, 1), (3, 0)]
 
 
 def test_seeded_weights_are_normal_with_unit_norms_and_zero_biases():
