@@ -1,7 +1,6 @@
 """What needs several GPUs: layouts, the push of weights over NCCL, a run with servers beside it."""
 
 import importlib.util
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -35,19 +34,21 @@ def layouts(report: Report, size: Sizes, precision: str) -> None:
     cases = [(2, "qwen3", TWO_PROCESSES), (4, "qwen3", FOUR_PROCESSES), (4, "qwen3_moe", EXPERTS_ON_FOUR)][
         : size.layout_cases
     ]
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ.setdefault(fork_server.FOLDER, folder)
-        settings = {"precision": precision}
-        with RankPool(1, forked=False) as one:
+    session = fork_server.make_session_folder()
+    settings, forked = {"precision": precision}, not GPU  # a child of the fork server has no GPU
+    try:
+        with RankPool(1, forked=forked) as one:
             alone = {shape: one.run(update, job_of(shape, **settings))[0] for _, shape, _ in cases}
         for ranks, shape, named in cases:
-            with RankPool(ranks, forked=False) as pool:
+            with RankPool(ranks, forked=forked) as pool:
                 for name, changes in list(named.items())[: size.layouts]:
                     found = same(pool.run(update, job_of(shape, **settings, **changes))[0], alone[shape])
                     report[f"{shape}: {name}"] = found
                     bound = 1e-3 if precision == "fp32" else 0.1
                     report.expect(found["grad_norm"] < bound, f"{shape}: {name}: the gradient is that of one rank")
                     report.expect(found["movement"] > 1 - bound / 2, f"{shape}: {name}: weights move as on one rank")
+    finally:
+        fork_server.remove_session_folder(session)
 
 
 def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
