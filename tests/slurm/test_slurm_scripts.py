@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_jepo.config.compose import compose, resolve
 from tests.support.command_line import ROOT
 
 SCRIPTS = sorted(path.name for path in (ROOT / "slurm").glob("jepo_*.sh"))
@@ -78,7 +79,10 @@ def test_jepo_70b_trains_on_half_of_its_nodes_and_samples_on_the_others(tmp_path
     assert serve[5:] == (
         ["--api-key-file", f"{tmp_path}/logs/4242/server_key"]
         + ["--tensor-parallel-size", "4", "--dtype", "bfloat16", "--load-format", "dummy"]
+        + ["--", "--gpu-memory-utilization", "0.85"]
     )
+    recipe = resolve(compose("jepo_70b", [])).rollout.vllm  # what the planner counts with
+    assert (recipe.tensor_parallel_size, recipe.engine_args) == (4, {"gpu_memory_utilization": 0.85})
 
     train = trainers[trainers.index("trainer_task") + 1 :]
     assert train[:2] == ["127.0.2.1", str(port)]
