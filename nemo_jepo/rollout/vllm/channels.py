@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_jepo.rollout.vllm import gloo
-from nemo_jepo.rollout.vllm.fleet import Fleet, ServersFailed, answers_of, failures_of, first_fault, in_thread
+from nemo_jepo.rollout.vllm.fleet import Fleet, ServersFailed, answers_of, failures_of, in_thread, opened
 from nemo_jepo.rollout.vllm.shared_memory import SharedSlots
 from nemo_jepo.utils.network import free_ports
 
@@ -92,7 +92,7 @@ class GlooChannel(_Group):
         fleet: the servers.
         shapes: names and shapes of what will be sent, in order.
         dtype: of all of it.
-        timeout_s: for the meeting, and for a receiver's wait for the next bucket.
+        timeout_s: for a server's answers while it is opened, and for a receiver's wait for the next bucket.
     """
 
     def __init__(self, fleet: Fleet, shapes: Shapes, dtype: torch.dtype, timeout_s: float) -> None:
@@ -107,10 +107,10 @@ class GlooChannel(_Group):
             url: {"init_info": asdict(self._meeting) | {"rank_offset": first}}
             for url, first in self._first_ranks.items()
         }
-        asked = in_thread(lambda: fleet.call("POST", "/init_weight_transfer_engine", inits, timeout_s=timeout_s))
+        asked = fleet.begin("POST", "/init_weight_transfer_engine", inits, timeout_s=timeout_s)
         met = in_thread(lambda: gloo.TransferGroup(self._meeting, 0, self._store))
-        first_fault(asked, met)
-        self._group: gloo.TransferGroup = met.result()
+        self._group: gloo.TransferGroup = opened(met, lambda: asked)
+        answers_of(asked)
 
     def send(self, tensors: Iterable[NamedTensor], version: int, remaining_s: Remaining) -> None:
         """See `Channel`."""
@@ -173,7 +173,9 @@ class NCCLChannel(_Group):
             packed_buffer_size_bytes=NCCL_BUFFER_BYTES,
             rank=0,
         )
-        self._engine = WeightTransferTrainerFactory.trainer_init(meeting, client=self._client, source=self._source)
+        start = WeightTransferTrainerFactory.trainer_init
+        opening = in_thread(lambda: start(meeting, client=self._client, source=self._source))
+        self._engine = opened(opening, lambda: self._client.inits)
 
     def send(self, tensors: Iterable[NamedTensor], version: int, remaining_s: Remaining) -> None:
         """See `Channel`."""
@@ -204,6 +206,7 @@ class _SyncClient:
     ) -> None:
         self._channel, self._fleet, self._watched, self._first_ranks = channel, fleet, watched, first_ranks
         self.version, self.remaining_s = -1, remaining_s
+        self.inits: dict[str, Future[Any]] = {}
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Each server with its place in the group, and with the store that it has to look at."""
@@ -211,7 +214,8 @@ class _SyncClient:
             url: {"init_info": init_info | {"rank_offset": first, "watched": dict(self._watched)}}
             for url, first in self._first_ranks.items()
         }
-        self._fleet.call("POST", "/init_weight_transfer_engine", bodies, timeout_s=self.remaining_s())
+        self.inits = self._fleet.begin("POST", "/init_weight_transfer_engine", bodies, timeout_s=self.remaining_s())
+        answers_of(self.inits)
 
     def start_weight_update(self) -> None:
         begin_update(self._fleet, self.remaining_s())

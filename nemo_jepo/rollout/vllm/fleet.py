@@ -6,6 +6,8 @@ from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from functools import partial
 from typing import Any
 
+import torch
+
 Control = Callable[..., dict[str, Any]]
 """`nemo_jepo.rollout.vllm.pool.Pool.control`: calls a control route of a server."""
 
@@ -83,11 +85,17 @@ def failures_of(calls: Mapping[str, "Future[dict[str, Any]]"]) -> dict[str, str]
 
 
 def in_thread(work: Callable[[], Any]) -> "Future[Any]":
-    """The result of a call in a thread that does not keep the program alive: a lost peer may hold it for long."""
+    """The result of a call in a thread that does not keep the program alive: a lost peer may hold it for long.
+
+    The thread has this one's GPU; by itself it would begin with the first.
+    """
     future: Future[Any] = Future()
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
 
     def run() -> None:
         try:
+            if device is not None:
+                torch.cuda.set_device(device)
             future.set_result(work())
         except BaseException as error:
             future.set_exception(error)
@@ -96,8 +104,16 @@ def in_thread(work: Callable[[], Any]) -> "Future[Any]":
     return future
 
 
-def first_fault(*futures: "Future[Any]") -> None:
-    """Return when every call is over, or raise the first exception as soon as there is one."""
-    done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-    for future in done:
-        future.result()
+def opened(opening: "Future[Any]", calls: Callable[[], Mapping[str, "Future[Any]"]]) -> Any:
+    """What is opened together with servers, once it is open.
+
+    Args:
+        calls: those that ask the servers to take part, as far as they have begun.
+    Raises:
+        ServersFailed: as soon as a server refuses; what waits for it to come is left to its own timeout.
+    """
+    while not opening.done():
+        if failed := failures_of(calls()):
+            raise ServersFailed(failed)
+        wait([opening, *calls().values()], timeout=0.1, return_when=FIRST_EXCEPTION)
+    return opening.result()

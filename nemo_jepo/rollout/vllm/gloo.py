@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+MEETING_TIMEOUT_S = 60.0
+"""Seconds in which every rank must have come to a meeting: they are asked at the same time."""
 BUCKET_BYTES = 16 << 20
 """Most of a bucket, unless one tensor is larger. Below 32 MiB glibc gives freed memory out again, already touched; a
 larger buffer's pages are new each time, which costs the receiver more than fewer messages save it."""
@@ -66,7 +68,7 @@ class Meeting:
     world_size: int
     """The trainer and every rank of the servers."""
     timeout_s: float
-    """Of the meeting, and of a receiver's wait for a bucket."""
+    """Of a receiver's wait for a bucket."""
 
     @property
     def name(self) -> str:
@@ -111,16 +113,16 @@ class TransferGroup:
         rank: 0 for the trainer.
         store: from `open_store` or `join_store`.
     Raises:
-        RuntimeError: not everybody came within meeting.timeout_s.
+        RuntimeError: not everybody came within MEETING_TIMEOUT_S.
     """
 
     def __init__(self, meeting: Meeting, rank: int, store: dist.TCPStore) -> None:
-        self._rank = rank
+        self._rank, self._patience = rank, timedelta(seconds=meeting.timeout_s)
         self._store = store
         store.set(f"received/{rank}", "0")
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=own_address(meeting.address))]
-        options._timeout = timedelta(seconds=meeting.timeout_s)
+        options._timeout = timedelta(seconds=MEETING_TIMEOUT_S)
         self._group: Any = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, meeting.world_size, options)
 
     def send(self, tensor: Tensor, timeout_s: float) -> None:
@@ -137,7 +139,7 @@ class TransferGroup:
         done = 0
         for bucket in buckets(shapes, dtype.itemsize):
             flat = torch.empty(sum(bucket), dtype=dtype)
-            self._group.recv([flat], 0, 0).wait()
+            self._group.recv([flat], 0, 0).wait(self._patience)
             parts = flat.split(bucket)
             yield [part.view(*shape) for part, shape in zip(parts, shapes[done : done + len(bucket)], strict=True)]
             done += len(bucket)

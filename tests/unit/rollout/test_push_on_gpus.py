@@ -13,7 +13,7 @@ import torch
 from nemo_jepo.config.schema import VLLMConfig
 from nemo_jepo.rollout.vllm import push
 from nemo_jepo.rollout.vllm.channels import NamedTensor
-from nemo_jepo.rollout.vllm.fleet import Fleet
+from nemo_jepo.rollout.vllm.fleet import Fleet, in_thread
 
 SHAPES = [(f"layer.{number}", (2,)) for number in range(4)]
 GPU = 4
@@ -131,3 +131,8 @@ def test_the_sending_stream_waits_for_a_tensor_and_keeps_its_memory(cuda, tmp_pa
         for name, shape in SHAPES:
             expected += [("wait", ("write", name)), ("keeps", shape[0]), ("pack", name)]
         assert group.side.told == expected
+
+
+def test_whatever_else_is_begun_in_a_thread_has_the_trainers_gpu(cuda):
+    """A group over NCCL is opened in one."""
+    assert in_thread(torch.cuda.current_device).result() == GPU
