@@ -16,17 +16,21 @@ from nemo_jepo.config.schema import ModelConfig
 from nemo_jepo.rollout.queue import RolloutQueue
 
 
+def build(job: dict[str, Any]) -> MegatronJEPOActor:
+    """An actor of the job's shape in its layout."""
+    model = ModelConfig(**job["model"])
+    parallel.init_model_parallel(model)
+    return MegatronJEPOActor(load_hf_config(job["shape"]), model, "fp32", parallel.Layout())
+
+
 def stream(job: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The stream in order, the same on every replica's first rank and empty on the others.
 
     Args:
         job: shape, folder or None, seed, model.
     """
-    model = ModelConfig(**job["model"])
-    parallel.init_model_parallel(model)
-    layout = parallel.Layout()
-    hf_config = load_hf_config(job["shape"])
-    actor = MegatronJEPOActor(hf_config, model, "fp32", layout)
+    actor = build(job)
+    layout, hf_config = actor.layout, actor.hf_config
     for parameter in (p for chunk in actor.chunks for p in chunk.parameters()):
         torch.nn.init.constant_(parameter, torch.nan)  # a parameter that is not loaded shows
     source = open_source(hf_config, job["folder"], job["seed"])
@@ -42,11 +46,8 @@ def stream(job: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 def traffic(job: dict[str, Any]) -> dict[str, int]:
     """Bytes that this rank gives to others while the stream is read, by collective; its own shards' bytes as "own"."""
-    model = ModelConfig(**job["model"])
-    parallel.init_model_parallel(model)
-    layout = parallel.Layout()
-    hf_config = load_hf_config(job["shape"])
-    actor = MegatronJEPOActor(hf_config, model, "fp32", layout)
+    actor = build(job)
+    layout, hf_config = actor.layout, actor.hf_config
     counts: Counter[str] = Counter()
 
     def counting(name: str, position: int) -> Any:
@@ -79,11 +80,8 @@ class Wanting:
 
 def repeated(job: dict[str, Any]) -> tuple[int, int]:
     """How often this rank made the stream, and how often its sampler took it, each time the same."""
-    model = ModelConfig(**job["model"])
-    parallel.init_model_parallel(model)
-    layout = parallel.Layout()
-    hf_config = load_hf_config(job["shape"])
-    actor = MegatronJEPOActor(hf_config, model, "fp32", layout)
+    actor = build(job)
+    layout, hf_config = actor.layout, actor.hf_config
     load_stage(actor.chunks, hf_config, open_source(hf_config, None, 7), layout)
     made: list[None] = []
 

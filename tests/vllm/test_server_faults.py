@@ -1,6 +1,5 @@
 """A push to servers of which one hangs or is not there, and one that breaks off: who has the weights is known."""
 
-import time
 from collections.abc import Iterator, Sequence
 
 import psutil
@@ -75,13 +74,11 @@ def test_a_server_that_is_killed_in_mid_push_is_lost_at_once_and_requests_in_fli
                     process.kill()
             yield item
 
-    with transfer_of(pool, new, tmp_path, sync_timeout_s=300.0) as transfer:
+    with transfer_of(pool, new, tmp_path, sync_timeout_s=5000.0) as transfer:  # more than this test may take
         assert transfer.push(urls, stream(old), 1) == Pushed(updated=tuple(urls))
         pool.admit(other.url, 1)
         work = pool.submit(PROMPTS * 4, request(max_tokens=80), (), only=other.url)
-        began = time.monotonic()
         pushed = transfer.push(urls, killing(), 2)
-        assert time.monotonic() - began < 100  # not the deadline
         assert pushed.waiting == (other.url,) and list(pushed.lost) == [lost.url]
         again = transfer.push(pushed.waiting, stream(new), 2)
         assert again == Pushed(updated=(other.url,)), again

@@ -11,6 +11,7 @@ Expert-parallel groups reach across data-parallel replicas, so that all of them 
 """
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -67,24 +68,25 @@ def _gather(
     if group.size() == 1 and stage == 0:
         return {name: own[name][None] for name in (p.name for p in parameters) if name in own}
 
+    if stage != pipeline.rank() and not layout.is_replica_head:
+        return {}
+
     # One tensor of each rank: its shards, or all of its experts
     shapes = {p.name: p.entry.shard_shape(1 if is_expert else group.size()) for p in parameters}
-    count = sum(map(torch.Size.numel, map(torch.Size, shapes.values())))
+    sizes = [math.prod(shape) for shape in shapes.values()]
     like = next(iter(own.values()))
-    gathered = like.new_empty(group.size(), count // group.size() if is_expert else count)
+    gathered = like.new_empty(group.size(), sum(sizes) // group.size() if is_expert else sum(sizes))
     if stage == pipeline.rank():
         held = torch.cat([own[name].flatten() for name in shapes if name in own])[None]
         dist.all_gather_into_tensor(gathered, held, group=group)
 
     # To the replica's first rank
-    if stage != 0 and layout.in_heads_pipeline:
-        if stage == pipeline.rank():
-            dist.send(gathered, group=pipeline, group_dst=0)
-        elif pipeline.rank() == 0:
-            dist.recv(gathered, group=pipeline, group_src=stage)
+    if stage != 0 and layout.is_replica_head:
+        dist.recv(gathered, group=pipeline, group_src=stage)
+    elif stage != 0 and layout.in_heads_pipeline:
+        dist.send(gathered, group=pipeline, group_dst=0)
     if not layout.is_replica_head:
         return {}
     rows = gathered.view(1, -1) if is_expert else gathered  # an expert has one shard, and ranks hold them in order
-    sizes = [torch.Size(shape).numel() for shape in shapes.values()]
     pieces = zip(shapes.items(), rows.split(sizes, dim=1), strict=True)
     return {name: piece.view(len(rows), *shape) for (name, shape), piece in pieces}

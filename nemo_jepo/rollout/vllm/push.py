@@ -84,7 +84,7 @@ class WeightTransfer:
             version: optimizer steps in these weights.
         """
         feed = _Feed(len(self._shapes), self._settings.sync_timeout_s)
-        if self._backend == "file":
+        if self._backend == "file" and urls:
             write_files(named_tensors, self._folder)
             named_tensors = ()
         fleet = Fleet(self._control, urls)

@@ -1,7 +1,6 @@
 """A weight push to several servers of one group: what becomes of the others when one is lost."""
 
 import threading
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -18,7 +17,8 @@ from nemo_jepo.rollout.vllm.push import Pushed, WeightTransfer
 
 SHAPES = [(f"layer.{number}", (2,)) for number in range(12)]
 TIMEOUT_S = 1.0
-NEVER_S = 600.0
+NEVER_S = 1e6
+"""A deadline that no test lives to see."""
 
 
 class Servers:
@@ -140,9 +140,7 @@ def test_a_server_that_dies_ends_the_push_at_once(servers, tmp_path):
     transfer = Transfer(servers, NEVER_S, tmp_path)
     transfer.dies = {"b"}
     servers.refuses = {("b", "/health")}
-    began = time.monotonic()
     pushed = transfer.push("abc", weights(), version=1)
-    assert time.monotonic() - began < NEVER_S / 10
     assert pushed.waiting == ("a", "c") and "ConnectionError: connection reset. Sent 4 of 12" in pushed.lost["b"]
 
 
@@ -165,6 +163,13 @@ def test_the_whole_stream_is_read_where_no_server_is_left(servers, tmp_path):
     stream = weights()
     assert Transfer(servers, NEVER_S, tmp_path).push("", stream, version=1) == Pushed()
     assert next(stream, None) is None
+
+
+def test_a_replica_without_servers_writes_no_files(servers, tmp_path):
+    settings, stream = VLLMConfig(weight_transfer="file"), weights()
+    transfer = WeightTransfer(servers, settings, SHAPES, torch.float32, tmp_path / "weights")
+    assert transfer.push("", stream, version=1) == Pushed()
+    assert next(stream, None) is None and not list(tmp_path.iterdir())
 
 
 def test_a_server_that_was_started_again_is_taken_into_a_new_group(servers, tmp_path):
