@@ -46,7 +46,7 @@ COMMANDS = {
     "plan": "nemo_jepo.tools.plan.command:main",
     "doctor": "nemo_jepo.tools.doctor.command:main",
     "experiment": "nemo_jepo.tools.experiments:main",
-    "checkpoint": "nemo_jepo.checkpoint.format:main",
+    "checkpoint": "nemo_jepo.checkpoint.command:main",
     "report": "nemo_jepo.tools.report.command:main",
     "data": "nemo_jepo.tools.prepare.command:main",
     "serve": "nemo_jepo.rollout.vllm.server:main",

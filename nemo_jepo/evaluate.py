@@ -8,18 +8,20 @@
 
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from nemo_jepo.actor.parallel import Layout, init_distributed, init_model_parallel
+from nemo_jepo.actor.parallel import Layout, init_distributed, init_model_parallel, on_first_rank
 from nemo_jepo.actor.scoring import assembled, score
-from nemo_jepo.checkpoint.format import latest_checkpoint
+from nemo_jepo.checkpoint.format import latest_checkpoint, passed_over
 from nemo_jepo.config.schema import Config
 from nemo_jepo.config.warmup import started_from
 from nemo_jepo.data.dataset import PromptSplits
@@ -57,7 +59,7 @@ def main(config: Config) -> int:
     init_distributed()
     init_model_parallel(config.model)
     folder, layout = config.run_folder, Layout()
-    newest = newest_of_run(folder) if config.exp_manager.resume_if_exists else None
+    newest = on_first_rank(partial(newest_of_run, folder)) if config.exp_manager.resume_if_exists else None
     if newest is not None:
         config = started_from(config, newest)
     without = replace(config.objective, name="jepo", no_chain="none")
@@ -75,8 +77,13 @@ def main(config: Config) -> int:
 
 
 def newest_of_run(folder: Path) -> Path | None:
-    """The newest checkpoint of a run, or of its warm-up where it has none yet."""
-    return latest_checkpoint(folder / "checkpoints") or latest_checkpoint(folder / "warmup" / "checkpoints")
+    """The newest checkpoint of a run, or of its warm-up where it has none yet; newer broken ones are named."""
+    for checkpoints in (folder / "checkpoints", folder / "warmup" / "checkpoints"):
+        for line in passed_over(checkpoints):
+            print(line, file=sys.stderr)
+        if (newest := latest_checkpoint(checkpoints)) is not None:
+            return newest
+    return None
 
 
 def evaluate(

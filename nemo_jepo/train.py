@@ -17,9 +17,10 @@ from types import FrameType
 import torch
 
 from nemo_jepo.actor.fp8_guard import guard_fp8
-from nemo_jepo.actor.parallel import Layout, init_distributed, init_model_parallel
+from nemo_jepo.actor.parallel import Layout, init_distributed, init_model_parallel, on_first_rank
 from nemo_jepo.actor.scoring import score
-from nemo_jepo.checkpoint.format import latest_checkpoint, step_of
+from nemo_jepo.checkpoint.format import latest_checkpoint, passed_over, step_of, sweep
+from nemo_jepo.checkpoint.run_lock import only_run_in
 from nemo_jepo.config.compose import to_yaml
 from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.schema import Config
@@ -151,18 +152,19 @@ def report_update(optim: dict[str, float], step: int, tracker: SilentTracker) ->
     return with_prefix("train_optim", optim)
 
 
-def fit(t: Trainer, folder: Path, tracker: SilentTracker, interrupted: Callable[[], bool]) -> int:
-    """Train from the last checkpoint of the run, or from the initial weights, to the end.
+def fit(t: Trainer, folder: Path, newest: Path | None, tracker: SilentTracker, interrupted: Callable[[], bool]) -> int:
+    """Train from the newest checkpoint of the run, or from the initial weights, to the end.
 
     Args:
         folder: the run's folder.
+        newest: its newest whole checkpoint.
         interrupted: asked after every step and between the batches of a validation; True saves and ends.
     Returns:
         DONE, or INTERRUPTED after saving, also where no server is left to sample from; FAILED where none ever was.
     """
     loop = t.config.trainer.jepo
     t.actor.start_training(t.config.model.optim, loop.gradient_clip_val, loop.max_steps)
-    step = resume(t, folder)
+    step = resume(t, newest)
     tracker.rewind(step if step else -1)
     metrics = unreported_metrics(folder, step)  # of a step that is done and not in metrics.jsonl yet
     if metrics is None:
@@ -272,12 +274,12 @@ def main(config: Config) -> int:
     init_distributed()
     init_model_parallel(config.model)
     interrupt, folder, splits = Interrupt(), config.run_folder, PromptSplits()
-    with OwnServers(folder) as servers:
+    with only_run_in(folder), OwnServers(folder) as servers:
         if config.warmup.max_steps:
             code = run(warmup_config(config), folder / "warmup", servers, splits, interrupt)
             if code:
                 return code
-            checkpoint = latest_checkpoint(folder / "warmup" / "checkpoints")
+            checkpoint = newest_on_every_rank(folder / "warmup" / "checkpoints")
             assert checkpoint is not None, "a warm-up that ended has saved"
             config = after_warmup(config, checkpoint)
         return run(config, folder, servers, splits, interrupt)
@@ -286,10 +288,9 @@ def main(config: Config) -> int:
 def run(config: Config, folder: Path, servers: OwnServers, splits: PromptSplits, interrupt: Callable[[], bool]) -> int:
     """One training run from where it was to its end; nothing is built where it has ended. Returns `fit`'s code."""
     layout, steps = Layout(), config.trainer.jepo.max_steps
-    newest = latest_checkpoint(folder / "checkpoints")
+    newest = newest_on_every_rank(folder / "checkpoints")
     done = 0 if newest is None else step_of(newest)
     reported = unreported_metrics(folder, done) is None
-    layout.barrier()  # nobody looks for checkpoints while rank 0 already writes one
     if newest is not None and not config.exp_manager.resume_if_exists:
         fix = "Choose another name, or exp_manager.resume_if_exists=true"
         raise ConfigError("exp_manager.name", config.exp_manager.name, f"{newest} exists", fix)
@@ -301,4 +302,19 @@ def run(config: Config, folder: Path, servers: OwnServers, splits: PromptSplits,
     tracker = Tracker(folder, config.exp_manager, steps, num_samples, done + 1) if layout.rank == 0 else SilentTracker()
     with closing(t), tracker:
         tracker.save_config(to_yaml(t.config))
-        return fit(t, folder, tracker, interrupt)
+        if layout.rank == 0:
+            tidy(folder / "checkpoints", tracker)
+        return fit(t, folder, newest, tracker, interrupt)
+
+
+def newest_on_every_rank(checkpoints: Path) -> Path | None:
+    """The newest whole checkpoint of a run as rank 0 sees it, None where it has none; see latest_checkpoint."""
+    return on_first_rank(partial(latest_checkpoint, checkpoints))
+
+
+def tidy(checkpoints: Path, tracker: SilentTracker) -> None:
+    """Say which newer checkpoints are passed over, and delete what killed runs left."""
+    for line in passed_over(checkpoints):
+        tracker.say(line)
+    for rest in sweep(checkpoints):
+        tracker.say(f"removed {rest}, which a killed run left")

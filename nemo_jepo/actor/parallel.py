@@ -115,6 +115,23 @@ def on_first_rank(work: Callable[[], Result]) -> Result:
     return result
 
 
+def on_every_rank(work: Callable[[], None]) -> None:
+    """Run `work` on each rank of the world; a fault of one becomes that of all, so that none waits for one that ended.
+
+    Raises:
+        ConfigError: the first rank's that raised one, on every rank.
+    """
+    line = None
+    try:
+        work()
+    except ConfigError as error:
+        line = str(error)
+    lines: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(lines, line)
+    for line in filter(None, lines):
+        raise SettingsError(line)
+
+
 class Layout:
     """This rank's place among the groups, and collectives over them. Build it after init_model_parallel."""
 

@@ -10,11 +10,11 @@ A checkpoint is written under a hidden name and renamed when complete, so a kill
 Every function that says "all ranks" is collective over the world.
 """
 
+import errno
 import json
 import os
 import pickle
 import secrets
-import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,8 +27,6 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
@@ -37,15 +35,17 @@ from torch.distributed.checkpoint.api import CheckpointException
 from nemo_jepo.checkpoint.format import (
     mark_complete,
     note_checksums,
-    require_whole,
+    remove,
     step_of,
     whole_checkpoints,
 )
-from nemo_jepo.config.errors import RunError
+from nemo_jepo.checkpoint.reader import load_shards
+from nemo_jepo.config.errors import ConfigError, RunError
 from nemo_jepo.utils.files import write_atomically
 from nemo_jepo.utils.processes import die_with_parent
 
 LOOP_STATE = "loop.json"
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -70,7 +70,9 @@ def _told_in_one_line() -> Iterator[None]:
         yield
     except CheckpointException as error:
         causes = {str(cause).splitlines()[0] for cause, _ in error.failures.values()}
-        rest = "Older checkpoints are whole; make room and start the run again."
+        is_full = any(getattr(cause, "errno", None) in DISK_IS_FULL for cause, _ in error.failures.values())
+        fix = "make room" if is_full else "look after the disk"
+        rest = f"Older checkpoints are whole; {fix} and start the run again."
         line = f"a checkpoint could not be written ({', '.join(sorted(causes))}). {rest}"
         raise CheckpointNotWritten(line) from error
 
@@ -146,9 +148,9 @@ class CheckpointWriter:
         with _told_in_one_line():
             self._background.maybe_finalize_async_calls(blocking=True)
 
-    def resume(self, path: Path, sharded_state: dict[str, Any]) -> RunState:
+    def resume(self, path: Path, sharded_state: dict[str, Any], verify: str = "own") -> RunState:
         """Read one of the run's checkpoints, which then is its newest; as load_checkpoint does."""
-        state = load_checkpoint(path, sharded_state)
+        state = load_checkpoint(path, sharded_state, verify)
         self.saved_step = step_of(path)
         return state
 
@@ -173,43 +175,28 @@ def save_with(
     return final
 
 
-def load_checkpoint(path: Path, sharded_state: dict[str, Any]) -> RunState:
-    """Read a checkpoint in the current layout, whatever layout wrote it. All ranks.
-
-    Args:
-        path: one checkpoint folder.
-        sharded_state: shards of the state to fill; parts of a checkpoint that it leaves out are not read.
-    Returns:
-        The state with its tensors filled in.
-    Raises:
-        ConfigError: the checkpoint is not whole; says which file.
-    """
-    require_whole(path)
-    known = {shard.key for shard in load_sharded_metadata(str(path)).values()}
-    wanted = _without_unknown_extra_state(sharded_state, known)
-    return RunState(dist_checkpointing.load(wanted, str(path)), read_loop_state(path))
-
-
-def _without_unknown_extra_state(state: dict[str, Any], known: set[str]) -> dict[str, Any]:
-    """The state without what Transformer Engine's layers ask for beside weights, where local layers wrote none."""
-    return {
-        name: _without_unknown_extra_state(value, known) if isinstance(value, dict) else value
-        for name, value in state.items()
-        if not (isinstance(value, ShardedObject) and name.endswith("_extra_state") and value.key not in known)
-    }
+def load_checkpoint(path: Path, sharded_state: dict[str, Any], verify: str = "own") -> RunState:
+    """Read a checkpoint in the current layout, whatever layout wrote it; arguments and errors of `load_shards`."""
+    return RunState(load_shards(path, sharded_state, verify), read_loop_state(path))
 
 
 def read_loop_state(path: Path) -> dict[str, Any]:
-    """The loop's own numbers in a checkpoint."""
-    return json.loads((path / LOOP_STATE).read_text())
+    """The loop's own numbers in a checkpoint.
+
+    Raises:
+        ConfigError: they cannot be read.
+    """
+    try:
+        return dict(json.loads((path / LOOP_STATE).read_text()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        rule = f"{LOOP_STATE} cannot be read ({error})"
+        raise ConfigError("checkpoint", str(path), rule, "Put the file back, or move this checkpoint away") from error
 
 
 def _new_folder(folder: Path, step: int) -> Path:
     """An empty hidden folder. Its name is new, for writers of a killed run may still be at work in an old one."""
     box = [folder / f".step_{step:06d}.{secrets.token_hex(4)}.partial"]
     if dist.get_rank() == 0:
-        for leftover in folder.glob(".step_*.partial"):
-            shutil.rmtree(leftover, ignore_errors=True)
         box[0].mkdir(parents=True)
     dist.broadcast_object_list(box, src=0)
     return box[0]
@@ -220,11 +207,11 @@ def _complete(staging: Path, final: Path, keep: int) -> None:
     folder = final.parent
     if dist.get_rank() == 0:
         mark_complete(staging, step_of(final))
-        shutil.rmtree(final, ignore_errors=True)  # not whole, or nobody would save this step again
+        remove(final)  # not whole, or nobody would save this step again
         os.rename(staging, final)
         write_atomically(folder / "latest", final.name)
         for old in whole_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+            remove(old)
     dist.barrier()
 
 

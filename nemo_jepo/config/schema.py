@@ -29,6 +29,7 @@ __all__ = [  # every section, wherever it stands
     "AdvantageConfig",
     "AnswerConfig",
     "ArithmeticConfig",
+    "CheckpointConfig",
     "Config",
     "DataConfig",
     "EvaluationConfig",
@@ -308,6 +309,15 @@ class PretrainedConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    """How checkpoints and other weights are read."""
+
+    verify_on_load: str = setting("own", choices=("own", "all", "none"))
+    """Which files a rank compares with the SHA-256 they were written with, while it reads them. own: those it reads;
+    all: every file of the folder, divided over the ranks, too; none: no file, and damage is trained on."""
+
+
+@dataclass(kw_only=True, slots=True)
 class ExpManagerConfig:
     """The keys of NeMo's exp_manager that a run uses; the run folder is <exp_dir>/<name>."""
 
@@ -336,6 +346,7 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     pretrained_checkpoint: PretrainedConfig = field(default_factory=PretrainedConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     answer: AnswerConfig = field(default_factory=AnswerConfig)
