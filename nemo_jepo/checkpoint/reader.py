@@ -9,6 +9,7 @@ import io
 import json
 import pathlib
 import pickle
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -167,12 +168,22 @@ class _Reader(FileSystemReader):
             return super().read_data(plan, planner)
 
 
+def _plain(source: Path | io.BytesIO) -> Any:
+    """What torch.save wrote: tensors and plain data, nothing that is executed."""
+    try:
+        return torch.load(source, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # pages of advice, how to execute it among them
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        why = f"it names {named[1]}, which no checkpoint of this program does" if named else "it is no plain data"
+        raise pickle.UnpicklingError(why) from None
+
+
 class _Planner(megatron_torch.MCoreLoadPlanner):
     """Megatron's planner; a shard that is no tensor is read without executing it."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         name = read_item.dest_index.fqn
-        set_element(self.original_state_dict, self.mappings[name], torch.load(value, weights_only=True))
+        set_element(self.original_state_dict, self.mappings[name], _plain(value))
 
 
 class _Shards(megatron_torch.TorchDistLoadShardedStrategy):
@@ -208,7 +219,8 @@ class _Common(LoadCommonStrategy):
         self._checked = checked
 
     def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
-        return torch.load(self._checked.path / "common.pt", map_location="cpu", weights_only=True)
+        with self._checked.compared(["common.pt"]):
+            return _plain(self._checked.path / "common.pt")
 
     def load_sharded_objects(self, sharded_objects_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> Any:
         raise AssertionError("torch_dist holds them in its shards")
