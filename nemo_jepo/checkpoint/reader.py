@@ -11,7 +11,7 @@ import pathlib
 import pickle
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from nemo_jepo.actor.parallel import on_every_rank
 from nemo_jepo.checkpoint.format import Marker, other_bytes, require_whole
 from nemo_jepo.config.errors import ConfigError, SettingsError
-from nemo_jepo.utils.files import sha256_of
+from nemo_jepo.utils.files import hashing_threads, sha256_of
 
 METADATA = ".metadata"
 OFTEN_READ = (METADATA, "metadata.json", "common.pt", "loop.json")
@@ -94,7 +94,7 @@ class Checked:
 
     @contextmanager
     def compared(self, names: Iterable[str]) -> Iterator[None]:
-        """Read these files in the block, while a thread computes their checksums.
+        """Read these files in the block, while threads compute their checksums.
 
         Raises:
             SettingsError: a file is not of this checkpoint; its bytes are others, whatever the block says of them; the
@@ -105,9 +105,9 @@ class Checked:
             if name not in self._marker.sizes:
                 raise self._fault(f"{name} is not among the files that it lists")
         expected = {name: self._marker.checksums[name] for name in names if name in self._marker.checksums}
-        with ThreadPoolExecutor(1, "sha256") as thread:
+        with hashing_threads() as threads:
             wanted = expected if self.verify != "none" else {}
-            found = {name: thread.submit(sha256_of, self.path / name) for name in wanted}
+            found = {name: threads.submit(sha256_of, self.path / name) for name in wanted}
             try:
                 yield
             except Exception as error:

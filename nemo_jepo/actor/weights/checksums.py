@@ -9,13 +9,12 @@ Any other folder's weights are read as they are: safetensors has no checksum of 
 import json
 import re
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 from nemo_jepo.actor.parallel import on_every_rank
 from nemo_jepo.config.errors import ConfigError
-from nemo_jepo.utils.files import sha256_of
+from nemo_jepo.utils.files import hashing_threads, sha256_of
 
 CHECKSUMS = "nemo_jepo.sha256.json"
 KEY = "pretrained_checkpoint.restore_from_path"
@@ -43,7 +42,7 @@ def known_checksums(folder: Path) -> dict[str, str]:
 
 @contextmanager
 def compared(folder: Path, verify: str, rank: int, size: int) -> Iterator[None]:
-    """Read a folder in the block, while a thread computes the checksums that are known; all ranks of the world.
+    """Read a folder in the block, while threads compute the checksums that are known; all ranks of the world.
 
     Args:
         verify: checkpoint.verify_on_load; none computes nothing. Otherwise every file is compared by one of the ranks.
@@ -53,8 +52,8 @@ def compared(folder: Path, verify: str, rank: int, size: int) -> Iterator[None]:
     """
     known = known_checksums(folder) if verify != "none" else {}
     mine = sorted(known)[rank::size]
-    with ThreadPoolExecutor(1, "sha256") as thread:
-        found = {name: thread.submit(sha256_of, folder / name) for name in mine}
+    with hashing_threads() as threads:
+        found = {name: threads.submit(sha256_of, folder / name) for name in mine}
 
         def compare() -> None:
             for name, checksum in found.items():
