@@ -33,7 +33,7 @@ def known_checksums(folder: Path) -> dict[str, str]:
         return known
     try:
         listed = json.loads(file.read_text())
-        if not all(Path(name).name == name and re.fullmatch(r"[0-9a-f]{64}", listed[name]) for name in listed):
+        if not isinstance(listed, dict) or not all(map(_is_checksum, listed.items())):
             raise ValueError("not a list of files with their checksums")
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(KEY, str(file), f"cannot be read ({error})", "Copy the folder again") from error
@@ -64,6 +64,11 @@ def compared(folder: Path, verify: str, rank: int, size: int) -> Iterator[None]:
 
         yield
         on_every_rank(compare)
+
+
+def _is_checksum(entry: tuple[str, object]) -> bool:
+    name, checksum = entry
+    return Path(name).name == name and isinstance(checksum, str) and bool(re.fullmatch(r"[0-9a-f]{64}", checksum))
 
 
 def _fault(file: Path, rule: str) -> ConfigError:
