@@ -161,7 +161,8 @@ class Tracker(SilentTracker):
             for line in kept:
                 self._chains.see(_step_of(line), json.loads(line))
         for path in self._folder.glob("rollouts/*.jsonl"):
-            if int(re.sub(r"\D", "", path.stem)) > step:
+            written = re.search(r"_(\d+)$", path.stem)  # others are not ours
+            if written is not None and int(written[1]) > step:
                 path.unlink()
         if self._bar is not None:
             self._bar.initial = self._bar.n = max(step, 0)

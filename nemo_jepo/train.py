@@ -237,10 +237,18 @@ def keep_unreported(t: Trainer, folder: Path, step: int, metrics: dict[str, floa
 
 
 def unreported_metrics(folder: Path, step: int) -> dict[str, float] | None:
-    """The own metrics of this step, if an earlier start ended during its validation."""
+    """The own metrics of this step, if an earlier start ended during its validation.
+
+    Raises:
+        ConfigError: they cannot be read.
+    """
     path = folder / "unreported.json"
-    kept = json.loads(path.read_text()) if path.exists() else {"step": None}
-    return kept["metrics"] if kept["step"] == step else None
+    try:
+        kept = json.loads(path.read_text()) if path.exists() else {"step": None}
+        return dict(kept["metrics"]) if kept["step"] == step else None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        rule, fix = f"cannot be read ({error})", "Delete it: then this step has no line in metrics.jsonl"
+        raise ConfigError("exp_manager.name", str(path), rule, fix) from error
 
 
 def forget_unreported(t: Trainer, folder: Path) -> None:
