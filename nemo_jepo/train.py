@@ -245,7 +245,7 @@ def unreported_metrics(folder: Path, step: int) -> dict[str, float] | None:
     path = folder / "unreported.json"
     try:
         kept = json.loads(path.read_text()) if path.exists() else {"step": None}
-        return dict(kept["metrics"]) if kept["step"] == step else None
+        return kept["metrics"] if kept["step"] == step else None
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         rule, fix = f"cannot be read ({error})", "Delete it: then this step has no line in metrics.jsonl"
         raise ConfigError("exp_manager.name", str(path), rule, fix) from error

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import torch as megatron_torch
 from megatron.core.dist_checkpointing.strategies.base import LoadCommonStrategy
@@ -140,8 +139,9 @@ class Checked:
 
 def _first_line(error: BaseException) -> str:
     """What an error says, in one line."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
+    text = (str(error).strip() or "no reason").splitlines()[0]
+    name = "" if isinstance(error, (OSError, pickle.UnpicklingError)) else f"{type(error).__name__}: "
+    return name + "".join(letter if letter.isprintable() else "?" for letter in text)[:300]
 
 
 # ---- Megatron's reader, without what it would execute ---------------------------------------------------------
@@ -275,7 +275,7 @@ def load_shards(path: Path, sharded_state: dict[str, Any], verify: str = "own") 
     except CheckpointException as error:  # torch gathers what went wrong on any rank
         first, _ = next(iter(error.failures.values()))
         raise _as_line(path, first) from error
-    except (CheckpointingException, pickle.UnpicklingError, OSError, RuntimeError) as error:
+    except Exception as error:  # what .metadata says may lead anywhere in torch and Megatron
         raise _as_line(path, error) from error
 
 
