@@ -6,15 +6,17 @@ out of itself by `..`, by an absolute path or by a link; the links of the Huggin
 blobs, and are followed.
 """
 
+import errno
 import json
 import os
 import stat
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nemo_jepo.config.errors import ConfigError, DataError, RunError
+from nemo_jepo.config.errors import ConfigError, DataError, RunError, one_line
 
 MIB = 2**20
 SMALL_FILE = 4 * MIB
@@ -24,6 +26,8 @@ LARGE_FILE = 64 * MIB
 LARGE_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "model.safetensors.index.json")
 READ_BY_LIBRARIES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".safetensors")
 """How the names of files end that transformers and vLLM open in a model's folder, whether asked for or not."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+READ_ONLY = (errno.EROFS,)
 COPY_AGAIN = "Copy the file again"
 KINDS = {
     stat.S_ISDIR: "a folder",
@@ -45,6 +49,30 @@ def reason(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[-1] if lines else ""
     return text[:200] if text and not isinstance(error, KeyError) else f"{type(error).__name__} {text[:200]}".strip()
+
+
+def line_of(error: OSError | MemoryError) -> str:
+    """One line for a fault of the system that nobody nearer to it has answered: what, where, reading or writing, what
+    to do."""
+    where = error.filename2 or error.filename if isinstance(error, OSError) else None
+    subject = "the system" if where is None else os.fsdecode(where) if isinstance(where, (str, bytes)) else str(where)
+    frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    ours = next((name for name in reversed(frames) if name.startswith("nemo_jepo.")), "nemo_jepo")
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, MemoryError):
+        rule, fix = "the memory of this machine is used up", "Use smaller batches or a larger machine"
+    elif number in FULL:
+        rule, fix = "cannot be written", "Make room there, or give another place"
+    elif number == errno.EPIPE:
+        rule, fix = "cannot be written", "Whoever read it has ended"
+    elif number in READ_ONLY:
+        rule, fix = "cannot be written", "Give a place that you may write to"
+    elif isinstance(error, (ConnectionError, TimeoutError)):
+        rule, fix = "cannot be reached", "Look whether it runs, and at the network"
+    else:
+        rule, fix = "cannot be read or written", "Look whether it is there and what you may do with it"
+    why = "" if isinstance(error, MemoryError) else f" ({reason(error)})"
+    return one_line(f"{subject}: {rule}{why}, in {ours}. {fix}.")
 
 
 def unusable(path: str | Path, limit: int | None = None) -> tuple[str, str] | None:
@@ -107,11 +135,12 @@ def library(key: str, value: object, rule: str, fix: str) -> Iterator[None]:
     """What a library raises in this block over a user's file or text is a ConfigError, with its last line in brackets.
 
     Libraries check such things in many places, with many exceptions; those of Rust end in a PanicException, which is no
-    Exception. Nothing but their calls belongs into the block. What this program says itself passes.
+    Exception. Nothing but their calls belongs into the block. What this program says itself passes, and so does the end
+    of whoever read the output.
     """
     try:
         yield
-    except (ConfigError, DataError, RunError):
+    except (ConfigError, DataError, RunError, BrokenPipeError):
         raise
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
