@@ -36,6 +36,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from nemo_jepo.config.errors import ConfigError, DataError, RunError
+from nemo_jepo.config.reading import line_of
 from nemo_jepo.utils.exit_codes import BAD_SETTINGS, DONE, ENDED_AT_ONCE, FAILED
 
 COMMANDS = {
@@ -58,7 +59,8 @@ WITH_SETTINGS = ("train", "evaluate")
 """Commands whose function takes a `Config`: it is read first, so that a wrong setting is answered before torch and
 Megatron are imported."""
 EXIT_CODES: dict[type[BaseException], int] = {ConfigError: BAD_SETTINGS, DataError: BAD_SETTINGS, RunError: FAILED}
-"""Errors that are one line on stderr; any other is a bug and leaves its traceback."""
+"""Errors that are one line on stderr. So are those of the system that nothing below has answered (`line_of`); any other
+is a bug and leaves its traceback."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,6 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except tuple(EXIT_CODES) as error:
         print(error, file=sys.stderr)
         return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+    except (OSError, MemoryError) as error:
+        print(line_of(error), file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return ENDED_AT_ONCE

@@ -23,6 +23,7 @@ from nemo_jepo.checkpoint.format import latest_checkpoint, passed_over, step_of,
 from nemo_jepo.checkpoint.run_lock import only_run_in
 from nemo_jepo.config.compose import to_yaml
 from nemo_jepo.config.errors import ConfigError
+from nemo_jepo.config.reading import read_json
 from nemo_jepo.config.schema import Config
 from nemo_jepo.config.warmup import after_warmup, warmup_config
 from nemo_jepo.data.dataset import PromptSplits
@@ -243,12 +244,8 @@ def unreported_metrics(folder: Path, step: int) -> dict[str, float] | None:
         ConfigError: they cannot be read.
     """
     path = folder / "unreported.json"
-    try:
-        kept = json.loads(path.read_text()) if path.exists() else {"step": None}
-        return kept["metrics"] if kept["step"] == step else None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        rule, fix = f"cannot be read ({error})", "Delete it: then this step has no line in metrics.jsonl"
-        raise ConfigError("exp_manager.name", str(path), rule, fix) from error
+    kept = read_json("exp_manager.name", path) if path.exists() else {}
+    return kept.get("metrics") if kept.get("step") == step else None
 
 
 def forget_unreported(t: Trainer, folder: Path) -> None:

@@ -5,7 +5,6 @@ tensor more, whichever way they go.
 """
 
 import ctypes
-import json
 import os
 import re
 import shutil
@@ -38,6 +37,7 @@ from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.hub import folder_of, is_hub_name, require_here
 from nemo_jepo.config.layouts import check_layout
 from nemo_jepo.config.schema import Config, ModelConfig
+from nemo_jepo.config.shapes import read_hf_config
 from nemo_jepo.utils.exit_codes import BAD_SETTINGS, DONE
 
 MMAP_THRESHOLD = (-3, 128 * 1024)
@@ -174,20 +174,11 @@ def _read_config(argument: str, folder: Path) -> PretrainedConfig:
         ConfigError: there is none, or none of that kind.
     """
     file = folder / "config.json"
-    try:
-        family = json.loads(file.read_text()).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(argument, str(file), f"cannot be read ({error})", "Name the model's folder") from error
-    if family not in FAMILIES:
+    family = read_hf_config(argument, file).get("model_type")
+    if not isinstance(family, str) or family not in FAMILIES:
         rule = f"model_type {family!r} is not supported; {', '.join(FAMILIES)} are"
         raise ConfigError(argument, str(file), rule, "Use a model of these families")
-    try:
-        return load_hf_config(str(folder))
-    except ConfigError:
-        raise
-    except Exception as error:  # transformers checks a config in many places, with many exceptions
-        rule = f"transformers refuses it ({str(error).strip().splitlines()[-1].strip()})"
-        raise ConfigError(argument, str(file), rule, "Copy the file again, or correct it") from error
+    return load_hf_config(str(file), argument)
 
 
 def _in_dtype(stream: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:

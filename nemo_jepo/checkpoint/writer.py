@@ -10,7 +10,6 @@ A checkpoint is written under a hidden name and renamed when complete, so a kill
 Every function that says "all ranks" is collective over the world.
 """
 
-import errno
 import json
 import os
 import pickle
@@ -40,12 +39,12 @@ from nemo_jepo.checkpoint.format import (
     whole_checkpoints,
 )
 from nemo_jepo.checkpoint.reader import load_shards
-from nemo_jepo.config.errors import ConfigError, RunError
+from nemo_jepo.config.errors import RunError
+from nemo_jepo.config.reading import FULL, read_json
 from nemo_jepo.utils.files import write_atomically
 from nemo_jepo.utils.processes import die_with_parent
 
 LOOP_STATE = "loop.json"
-DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -70,7 +69,7 @@ def _told_in_one_line() -> Iterator[None]:
         yield
     except CheckpointException as error:
         causes = {str(cause).splitlines()[0] for cause, _ in error.failures.values()}
-        is_full = any(getattr(cause, "errno", None) in DISK_IS_FULL for cause, _ in error.failures.values())
+        is_full = any(getattr(cause, "errno", None) in FULL for cause, _ in error.failures.values())
         fix = "make room" if is_full else "look after the disk"
         rest = f"Older checkpoints are whole; {fix} and start the run again."
         line = f"a checkpoint could not be written ({', '.join(sorted(causes))}). {rest}"
@@ -186,11 +185,7 @@ def read_loop_state(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: they cannot be read.
     """
-    try:
-        return dict(json.loads((path / LOOP_STATE).read_text()))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        rule = f"{LOOP_STATE} cannot be read ({error})"
-        raise ConfigError("checkpoint", str(path), rule, "Put the file back, or move this checkpoint away") from error
+    return read_json("checkpoint", path / LOOP_STATE)
 
 
 def _new_folder(folder: Path, step: int) -> Path:

@@ -6,6 +6,9 @@ Neither torch nor NeMo is imported here, so a wrong setting is reported within a
 defaults list with `nemo_jepo_schema`; a folder of one's own (`--config-path DIR`) also sees the groups of conf/.
 """
 
+import argparse
+import contextlib
+import io
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import is_dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Any, NoReturn, cast, get_type_hints
 
 import hydra
 from hydra._internal.utils import _run_hydra, get_args_parser
@@ -22,7 +25,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import OverrideType
 from hydra.core.plugins import Plugins
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -32,10 +35,14 @@ from nemo_jepo.config.check import check, check_fields
 from nemo_jepo.config.conf_files import conf_dir
 from nemo_jepo.config.errors import ConfigError, SettingsError
 from nemo_jepo.config.objectives import RENAMED_OBJECTIVES
+from nemo_jepo.config.reading import library, reason
+from nemo_jepo.config.rules import plain_fault
 from nemo_jepo.config.schema import Config
 from nemo_jepo.config.usage import usage
 
 DEFAULT_CONFIG = "jepo"
+LONGEST_KEY = 200
+"""Characters of a wrong key that are compared with the right ones."""
 
 
 class ConfSearchPath(SearchPathPlugin):
@@ -62,6 +69,7 @@ KEYS = dict(_typed_keys(Config))
 
 def nearest_key(key: str) -> str:
     """The valid key that resembles `key` most, its last part counting as much as the whole."""
+    key = key[-LONGEST_KEY:]
 
     def likeness(candidate: str) -> float:
         names = SequenceMatcher(a=key.rpartition(".")[2], b=candidate.rpartition(".")[2])
@@ -96,6 +104,8 @@ def _mappings_take_keys(overrides: Sequence[str]) -> list[str]:
 
 def explain(error: Exception) -> str:
     """One line for an error of Hydra, OmegaConf or YAML: the key, the file when known, the rule, what to do."""
+    if isinstance(error, OverrideParseException) and error.override:
+        return f"{error.override[:LONGEST_KEY]}: {reason(error)}. Write key=value, and quote what is a text: 'key=\"a: b\"'."
     text = str(error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error)
     file = re.match(r"In '([^']+)'", str(error))
     where = f" (in {file[1]}.yaml)" if file else ""
@@ -106,7 +116,8 @@ def explain(error: Exception) -> str:
         return f"--config-name {name[1]}: no such file. Choose one of {ours}, or give its folder by --config-path."
     full_key = re.search(r"full_key: (\S+)", text)
     if full_key is None:
-        return re.sub(r"(Config search path:|See https).*", "", " ".join(text.split())).strip()
+        line = re.sub(r"(Config search path:|See https).*", "", " ".join(text.split())).strip()
+        return line or f"settings: cannot be read ({type(error).__name__}). Look for what is no plain YAML."
     key = full_key[1]
     if "has missing mandatory value" in text:
         return f"{key}: has no default. Add {key}=VALUE."
@@ -119,11 +130,13 @@ def explain(error: Exception) -> str:
 
 
 @contextmanager
-def _one_line_errors() -> Iterator[None]:
-    try:
-        yield
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        raise SettingsError(explain(error)) from error
+def one_line_errors() -> Iterator[None]:
+    """What Hydra, its grammar, OmegaConf and YAML raise in this block over settings is one line."""
+    with library("settings", "the command line or a conf file", "cannot be read", "Look for what is no plain YAML"):
+        try:
+            yield
+        except (HydraException, OmegaConfBaseException, YAMLError) as error:
+            raise SettingsError(explain(error)) from error
 
 
 def compose(config_name: str, overrides: Sequence[str] = (), config_path: str | Path | None = None) -> DictConfig:
@@ -137,7 +150,10 @@ def compose(config_name: str, overrides: Sequence[str] = (), config_path: str | 
         ConfigError: unknown key, wrong type, missing file or choice, malformed YAML or override.
     """
     folder = Path(config_path or conf_dir()).absolute()
-    with _one_line_errors():
+    for text in (config_name, str(folder), *overrides):
+        if (fault := plain_fault(text)) is not None:
+            raise ConfigError("settings", text, *fault)
+    with one_line_errors():
         _refuse_unknown_keys(overrides)
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(folder)):
             return hydra.compose(config_name, overrides=_mappings_take_keys(overrides))
@@ -148,7 +164,7 @@ def resolve(cfg: DictConfig) -> Config:
 
     A config without nemo_jepo_schema, such as a run's saved config.yaml, gets its types here.
     """
-    with _one_line_errors():
+    with one_line_errors():
         config = cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), cfg)))
     _read_renamed(config)
     check_fields(config)
@@ -176,29 +192,54 @@ def read_command_line(argv: Sequence[str], trains: bool = True) -> Config | None
     Raises:
         ConfigError: the first wrong setting.
     """
-    parser = get_args_parser()
-    parser.add_argument("--model", nargs="?", const="")
-    arguments = parser.parse_args(list(argv))
+    arguments = _options(argv)
     if arguments.model is not None:
         arguments.overrides = with_model(arguments.model, arguments.overrides, trains)
     name = arguments.config_name or DEFAULT_CONFIG
     folder = Path(arguments.config_path or arguments.config_dir or conf_dir()).absolute()
     if arguments.multirun:
         raise ConfigError("--multirun", True, "one process trains one model", "Start one run for each setting")
+    if arguments.experimental_rerun is not None:  # a pickle, which runs what it says
+        raise ConfigError("--experimental-rerun", arguments.experimental_rerun, "is not read", "Give the settings")
     if arguments.help:
         print(usage(conf_dir(), DEFAULT_CONFIG, Config))
         return None
     composed = compose(name, arguments.overrides, folder)
     if arguments.cfg == "job":
-        with _one_line_errors():
-            print(OmegaConf.to_yaml(_section(composed, arguments.package), resolve=True), end="")
+        with one_line_errors():
+            text = OmegaConf.to_yaml(_section(composed, arguments.package), resolve=True)
+        print(text, end="")
         return None
     if arguments.cfg or arguments.info or arguments.hydra_help or arguments.shell_completion:
-        _run_hydra(arguments, get_args_parser(), print, str(folder), name)
+        _show_by_hydra(arguments, str(folder), name)
         return None
     config = resolve(composed)
     check(config, int(os.environ.get("WORLD_SIZE", "1")), trains)
     return config
+
+
+def _options(argv: Sequence[str]) -> argparse.Namespace:
+    """The options of a command line, and its overrides."""
+    parser = get_args_parser()
+    parser.add_argument("--model", nargs="?", const="")
+
+    def refuse(message: str) -> NoReturn:
+        raise SettingsError(f"command line: {message}. See nemo-jepo train --help.")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    return parser.parse_args(list(argv))
+
+
+def _show_by_hydra(arguments: argparse.Namespace, folder: str, config_name: str) -> None:
+    """What Hydra prints of the composition and of itself; ConfigError with its last word where it cannot."""
+    said = io.StringIO()
+    try:
+        with one_line_errors(), contextlib.redirect_stderr(said):
+            _run_hydra(arguments, get_args_parser(), print, folder, config_name)
+    except SystemExit as end:
+        if end.code:
+            lines = said.getvalue().split("\n\n")[0].split()
+            raise SettingsError(f"command line: Hydra cannot show this ({' '.join(lines)}).") from end
 
 
 def with_model(model: str, overrides: Sequence[str], trains: bool) -> list[str]:

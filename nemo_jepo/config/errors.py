@@ -3,23 +3,45 @@
 import stat
 from pathlib import Path
 
+LONGEST_VALUE = 300
+"""Characters of a value that a message shows."""
+
+
+def one_line(text: str) -> str:
+    """The text with every character that would break the line, or cannot be printed, written as its escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown(value: object) -> str:
+    """A value as messages show it, cut where it is very long."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deeply; more digits than Python writes
+        text = f"a {type(value).__name__} that cannot be written out"
+    half = LONGEST_VALUE // 2
+    return text if len(text) <= LONGEST_VALUE else f"{text[:half]} ... {text[-half:]}"
+
 
 class ConfigError(ValueError):
     """A setting the user must change: which key, which value, which rule, what to do."""
 
     def __init__(self, key: str, value: object, rule: str, fix: str) -> None:
-        super().__init__(f"{key}={value!r}: {rule}. {fix}.")
+        name = key if len(key) <= LONGEST_VALUE else f"{key[:LONGEST_VALUE]} ..."
+        super().__init__(one_line(f"{name}={shown(value)}: {rule}. {fix}."))
 
 
 class SettingsError(ConfigError):
     """The same, where the line is written already."""
 
     def __init__(self, line: str) -> None:
-        ValueError.__init__(self, line)
+        ValueError.__init__(self, one_line(line))
 
 
 class DataError(ValueError):
     """Data the user must change: which file, line and field, what is wrong, what to do."""
+
+    def __init__(self, line: str) -> None:
+        super().__init__(one_line(line))
 
 
 class RunError(RuntimeError):
@@ -33,11 +55,14 @@ def read_private(key: str, file: str) -> str:
         ConfigError: there is none, others can read it, or it holds another number of words.
     """
     path = Path(file)
-    if not path.is_file():
-        raise ConfigError(key, file, "no such file", "Write the key into it")
-    if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise ConfigError(key, file, "others may read it", f"Run: chmod 600 {file}")
-    text = path.read_text().strip()
+    try:
+        if not path.is_file():
+            raise ConfigError(key, file, "no such file", "Write the key into it")
+        if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise ConfigError(key, file, "others may read it", f"Run: chmod 600 {file}")
+        text = path.read_bytes().decode("utf-8", "replace").strip()
+    except OSError as error:
+        raise ConfigError(key, file, f"cannot be read ({error.strerror})", "Write the key into it") from error
     if not text:
         raise ConfigError(key, file, "is empty", "Write the key into it")
     if len(text.split()) != 1 or not text.isascii():

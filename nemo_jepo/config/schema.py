@@ -6,7 +6,7 @@ Defaults live in these dataclasses and nowhere else; conf/ holds only difference
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from omegaconf import MISSING
@@ -22,7 +22,7 @@ from nemo_jepo.config.objectives import (
     REWARD_NORMALIZATIONS,
     ObjectiveKind,
 )
-from nemo_jepo.config.rules import Rule, setting
+from nemo_jepo.config.rules import LONGEST_NAME, LONGEST_PATH, Rule, path_that_fits, setting
 from nemo_jepo.config.samplers import SAMPLERS, SamplerKind
 
 __all__ = [  # every section, wherever it stands
@@ -308,6 +308,23 @@ class PretrainedConfig:
     owner/name, or owner/name@revision. Null: random weights."""
 
 
+def _stays_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return name.isprintable() and bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+
+
+INSIDE = Rule(
+    "the name of a folder inside exp_manager.exp_dir, without .. and control characters",
+    _stays_inside,
+    "Use letters, digits, - and _, and / for a folder in a folder",
+)
+FITS = Rule(
+    f"a path that a file system takes, at most {LONGEST_NAME} bytes a name and {LONGEST_PATH} in all",
+    path_that_fits,
+    "Use a shorter one",
+)
+
+
 @dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
     """How checkpoints and other weights are read."""
@@ -321,9 +338,9 @@ class CheckpointConfig:
 class ExpManagerConfig:
     """The keys of NeMo's exp_manager that a run uses; the run folder is <exp_dir>/<name>."""
 
-    exp_dir: str = "results"
+    exp_dir: str = setting("results", FITS)
     """Folder of the runs."""
-    name: str = MISSING
+    name: str = setting(MISSING, INSIDE, FITS)
     """Name of the run; every conf file sets one."""
     resume_if_exists: bool = True
     """Go on from the newest checkpoint. False: a run folder that holds a checkpoint is an error; evaluate leaves it."""

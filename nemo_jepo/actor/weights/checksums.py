@@ -6,7 +6,6 @@
 Any other folder's weights are read as they are: safetensors has no checksum of its own.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from nemo_jepo.actor.parallel import on_every_rank
 from nemo_jepo.config.errors import ConfigError
+from nemo_jepo.config.reading import COPY_AGAIN, read_json
 from nemo_jepo.utils.files import hashing_threads, sha256_of
 
 CHECKSUMS = "nemo_jepo.sha256.json"
@@ -29,14 +29,11 @@ def known_checksums(folder: Path) -> dict[str, str]:
     linked = {path.name: path.resolve().name for path in folder.glob("*.safetensors") if path.is_symlink()}
     known = {name: blob for name, blob in linked.items() if re.fullmatch(r"[0-9a-f]{64}", blob)}
     file = folder / CHECKSUMS
-    if not file.is_file():
+    if not file.exists():
         return known
-    try:
-        listed = json.loads(file.read_text())
-        if not isinstance(listed, dict) or not all(map(_is_checksum, listed.items())):
-            raise ValueError("not a list of files with their checksums")
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise ConfigError(KEY, str(file), f"cannot be read ({error})", "Copy the folder again") from error
+    listed = read_json(KEY, file)
+    if not all(map(_is_checksum, listed.items())):
+        raise ConfigError(KEY, str(file), "cannot be read (no list of files with their checksums)", COPY_AGAIN)
     return known | listed
 
 
