@@ -47,6 +47,7 @@ def load(path: Path) -> None:
     """Load it; what was loaded must be what was written."""
     _, actor, expected = whole()
     state = load_checkpoint(path, actor.sharded_state_dict(is_loading=True))
+    actor._scheduler.num_steps = 0  # as a start has it: Megatron adds the steps of a checkpoint to its own
     actor.load_state_dict(state.sharded)
     assert state.loop == jobs.LOOP_STATE, "another place in the data"
     held = jobs.state_of(actor)
