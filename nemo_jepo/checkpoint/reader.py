@@ -297,5 +297,5 @@ def _without_extra_state(state: dict[str, Any]) -> dict[str, Any]:
     return {
         name: _without_extra_state(value) if isinstance(value, dict) else value
         for name, value in state.items()
-        if not (isinstance(value, ShardedObject) and name.endswith(EXTRA_STATE))
+        if not (isinstance(value, ShardedObject) and value.key.endswith(EXTRA_STATE))
     }
