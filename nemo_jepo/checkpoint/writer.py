@@ -127,7 +127,7 @@ class CheckpointWriter:
         _write_small_files(staging, held.loop, self._write_model_files)
         request.add_finalize_fn(partial(_complete, staging, final, self._keep))
         if request.async_fn is not None:  # this rank has something to write
-            write = partial(_write_and_note_checksums, request.async_fn, staging, dist.get_rank())
+            write = partial(_write_and_note_checksums, request.async_fn, staging, dist.get_rank(), os.getpid())
             request = request._replace(async_fn=write)
         if self._in_background and not last:
             self._background.schedule_async_request(request)
@@ -248,7 +248,15 @@ class _PickledQueue:
         return pickle.loads(self._queue.get_nowait())
 
 
-def _write_and_note_checksums(write: Callable[..., None], folder: Path, rank: int, *shards: Any) -> None:
-    """Megatron's writer of this rank's files, then their checksums: both in the background of a background save."""
+def _write_and_note_checksums(
+    write: Callable[..., None], folder: Path, rank: int, writer_of: int, *shards: Any
+) -> None:
+    """Megatron's writer of this rank's files, then their checksums: both in the background of a background save.
+
+    Args:
+        writer_of: the run's process, from which a background save forks.
+    """
+    if os.getpid() != writer_of:
+        die_with_parent()  # nobody would make a checkpoint of what it writes
     write(*shards)
     note_checksums(folder, rank, folder.glob(f"__{rank}_*.distcp"))
