@@ -17,6 +17,7 @@ from types import FrameType
 import torch
 
 from nemo_jepo.actor.fp8_guard import guard_fp8
+from nemo_jepo.actor.heartbeat import heartbeat
 from nemo_jepo.actor.parallel import Layout, init_distributed, init_model_parallel
 from nemo_jepo.actor.scoring import score
 from nemo_jepo.checkpoint.format import latest_checkpoint, step_of
@@ -193,7 +194,8 @@ def fit(t: Trainer, folder: Path, tracker: SilentTracker, interrupted: Callable[
             tracker.say(f"no server is left to sample from, so the run saves after step {step} and ends: {error}")
         if step and metrics is not None:
             keep_unreported(t, folder, step, metrics)
-        save(t, step, last=True)
+        with tracker.timer("save_time"):
+            save(t, step, last=True)
         return FAILED if isinstance(error, SamplersLost) and not step else INTERRUPTED
     return DONE
 
@@ -272,7 +274,7 @@ def main(config: Config) -> int:
     init_distributed()
     init_model_parallel(config.model)
     interrupt, folder, splits = Interrupt(), config.run_folder, PromptSplits()
-    with OwnServers(folder) as servers:
+    with heartbeat(config.trainer.stuck_timeout_s), OwnServers(folder) as servers:
         if config.warmup.max_steps:
             code = run(warmup_config(config), folder / "warmup", servers, splits, interrupt)
             if code:

@@ -1,0 +1,226 @@
+"""A run of several ranks in which one is stuck says which and where, and ends, instead of waiting half an hour.
+
+Every rank has two threads: one tells the group's store every few seconds that it lives and where its main thread is,
+and reads what others tell; one judges what was read (`stuck`), since a store whose host is stopped does not answer.
+Rank 0 watches all ranks, the others watch rank 0 and the store. Who finds a rank stuck names it on stderr, leaves a
+note for the others, and ends its process with FAILED: the launcher ends the job, as when a rank dies.
+"""
+
+import itertools
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from types import TracebackType
+
+import torch.distributed as dist
+
+from nemo_jepo.actor.stuck import SHOWN_FRAMES, Seen, not_going_on, silent
+from nemo_jepo.utils import phases
+from nemo_jepo.utils.exit_codes import FAILED
+
+NOTE = "stuck"
+_starts = itertools.count()
+
+
+def heartbeat(timeout_s: float | None) -> AbstractContextManager[None]:
+    """Watches the ranks of this world while the block runs; all ranks enter, after init_distributed.
+
+    Args:
+        timeout_s: trainer.stuck_timeout_s; None, and a single rank, watch nothing.
+    """
+    if timeout_s is None or dist.get_world_size() == 1:
+        return nullcontext()
+    return Heartbeat(timeout_s)
+
+
+class Heartbeat(AbstractContextManager[None]):
+    """See `heartbeat`."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        self._timeout_s, self._interval_s = timeout_s, min(5.0, timeout_s / 20)
+        # A client of its own: the default store's may be held by the main thread.
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        client = dist.TCPStore(
+            address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=2 * timeout_s)
+        )
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives a start
+        self._store = dist.PrefixStore(f"heartbeat/{start}/{next(_starts)}", client)
+        self._address = f"{address}:{port}"
+        self._clock = RunningClock(2 * self._interval_s)
+        self._book = Book(self._clock)
+        self._keys = [str(rank) for rank in (range(self._world_size) if self._rank == 0 else [0])]
+        self._num_beats, self._answered = 0, self._clock.seconds
+        self._note: bytes = b""
+        self._ended: str | None = None
+        self._stop = threading.Event()
+
+    def __enter__(self) -> None:
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._exchange, self._judge)]
+        for thread in self._threads:
+            thread.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """The last beat says how it ended; after an error it is a rank that others may wait for."""
+        self._ended = "ended" if kind is None else f"failed with {kind.__name__}"
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(2 * self._interval_s + 1)  # not for ever: the store may be gone
+
+    # ---- the thread that talks to the store
+
+    def _exchange(self) -> None:
+        try:
+            while not self._ended:
+                self._talk()
+                self._stop.wait(self._interval_s)
+            self._tell()
+        except dist.DistError:
+            return  # whoever hosts the store has gone: the judge waits for an answer that does not come
+
+    def _talk(self) -> None:
+        """Tell, and read."""
+        self._tell()
+        if self._store.check(self._keys):
+            for value in self._store.multi_get(self._keys):
+                self._book.write(value)
+        self._answered = self._clock.seconds
+        if self._store.check([NOTE]):
+            self._note = self._store.get(NOTE)
+
+    def _tell(self) -> None:
+        phase, self._num_beats = phases.current(), self._num_beats + 1
+        beat = {
+            "beat": self._num_beats,
+            "rank": self._rank,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "phase": self._ended or phase.name,
+            "number": phase.number,
+            "usual_s": phase.usual_s,
+            "stack": main_stack(),
+            "ended": self._ended == "ended",
+        }
+        self._store.set(str(self._rank), json.dumps(beat))
+
+    # ---- the thread that judges
+
+    def _judge(self) -> None:
+        while not self._stop.wait(self._interval_s):
+            self._clock.tick()
+            block = self._finding()
+            if block is not None and not self._stop.is_set():
+                self._end(block)
+
+    def _finding(self) -> str | None:
+        """What is said of the stuck ranks; None while all is well."""
+        if self._note:
+            return f"rank {self._rank} ends, for {self._note.decode()}"
+        # Heard so much earlier than the timeout that it is named before it: a beat, its reading and a look lie between.
+        limit_s = self._timeout_s - 3 * self._interval_s
+        ranks = [seen for seen in self._book.ranks() if seen.rank != self._rank]
+        lines = [seen.shown(f"no sign of life for {seen.silent_s:.0f} s") for seen in silent(ranks, limit_s)]
+        unanswered_s = self._clock.seconds - self._answered
+        if not lines and unanswered_s >= limit_s and not any(seen.ended for seen in ranks):
+            store = f"the store at {self._address} has not answered for {unanswered_s:.0f} s"
+            lines = [seen.shown(store) for seen in ranks if seen.rank == 0] or [store]
+        if not lines and self._rank == 0 and len(everybody := self._book.ranks()) == self._world_size:
+            lines = [
+                seen.shown(f"no rank has gone on for {seen.in_phase_s:.0f} s")
+                for seen in not_going_on(everybody, self._timeout_s)
+            ]
+        if self._rank > 1:  # rank 1 shows the stacks
+            lines = [line.partition("\n")[0] for line in lines]
+        return "\n".join(lines) or None
+
+    def _end(self, block: str) -> None:
+        """Say it, tell the others, and end this process, whose main thread cannot be woken."""
+        end = f"rank {self._rank} ends the job (exit code {FAILED}); started again, it goes on from its last checkpoint"
+        os.write(2, f"{block}\n{end}\n".encode())
+        if not self._note:
+            writing = threading.Thread(target=self._leave_note, args=(block.partition("\n")[0],), daemon=True)
+            writing.start()
+            writing.join(self._interval_s)  # a store that does not answer holds it
+            time.sleep(2 * self._interval_s)  # the others read the note: the store may be this process's
+        os._exit(FAILED)
+
+    def _leave_note(self, line: str) -> None:
+        self._store.set(NOTE, line)
+
+
+class RunningClock:
+    """Seconds that this process has run. It stands still while the process is stopped, and so cannot say who was.
+
+    Args:
+        longest_s: what one tick counts at most.
+    """
+
+    def __init__(self, longest_s: float) -> None:
+        self._longest_s, self._last, self.seconds = longest_s, time.monotonic(), 0.0
+
+    def tick(self) -> None:
+        """Count what has passed; called by one thread, more often than every `longest_s`."""
+        now = time.monotonic()
+        self.seconds += min(now - self._last, self._longest_s)
+        self._last = now
+
+
+@dataclass(frozen=True, slots=True)
+class _Heard:
+    """A rank's last beat, and when something of it last changed."""
+
+    beat: int
+    seen: Seen
+    at: float
+    in_phase_since: float
+    unmoved_since: float
+
+
+class Book:
+    """What was heard of each rank, and when by the observer's clock: clocks of two hosts are never compared."""
+
+    def __init__(self, clock: RunningClock) -> None:
+        self._clock = clock
+        self._heard: dict[int, _Heard] = {}
+
+    def write(self, value: bytes) -> None:
+        """Take in a rank's beat, which may be one that is known already."""
+        record, now = json.loads(value), self._clock.seconds
+        beat, seen = record.pop("beat"), Seen(**record | {"stack": tuple(record["stack"])})
+        before = self._heard.get(seen.rank, _Heard(0, seen, now, now, now))
+        if before.beat != beat:
+            in_phase_since = before.in_phase_since if before.seen.number == seen.number else now
+            unmoved_since = before.unmoved_since if before.seen == seen else now
+            self._heard[seen.rank] = _Heard(beat, seen, now, in_phase_since, unmoved_since)
+
+    def ranks(self) -> list[Seen]:
+        """Everybody that was heard, by rank, with the seconds until now."""
+        now = self._clock.seconds
+        return [
+            replace(
+                heard.seen,
+                silent_s=now - heard.at,
+                in_phase_s=now - heard.in_phase_since,
+                unmoved_s=now - heard.unmoved_since,
+            )
+            for _, heard in sorted(self._heard.copy().items())
+        ]
+
+
+def main_stack() -> list[str]:
+    """Where the main thread is: the innermost frames, outermost first, as path:line in function."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    lines: list[str] = []
+    while frame is not None and len(lines) < SHOWN_FRAMES:
+        path = "/".join(frame.f_code.co_filename.split("/")[-4:])
+        lines.append(f"{path}:{frame.f_lineno} in {frame.f_code.co_name}")
+        frame = frame.f_back
+    return lines[::-1]
