@@ -44,6 +44,7 @@ from nemo_jepo.rollout.sampler import SamplersLost, SamplingStopped
 from nemo_jepo.setup import Trainer, build, resume, save
 from nemo_jepo.tracking import SilentTracker, Tracker
 from nemo_jepo.types import Prompt, Rollout, SplicedBatch
+from nemo_jepo.utils import early_signals
 from nemo_jepo.utils.exit_codes import DONE, FAILED, INTERRUPTED
 from nemo_jepo.utils.files import write_atomically
 from nemo_jepo.weight_sync import sync_weights
@@ -152,7 +153,7 @@ def report_update(optim: dict[str, float], step: int, tracker: SilentTracker) ->
     return with_prefix("train_optim", optim)
 
 
-def fit(t: Trainer, folder: Path, tracker: SilentTracker, interrupted: Callable[[], bool]) -> int:
+def fit(t: Trainer, folder: Path, tracker: SilentTracker, interrupted: "Interrupt") -> int:
     """Train from the last checkpoint of the run, or from the initial weights, to the end.
 
     Args:
@@ -164,6 +165,7 @@ def fit(t: Trainer, folder: Path, tracker: SilentTracker, interrupted: Callable[
     loop = t.config.trainer.jepo
     t.actor.start_training(t.config.model.optim, loop.gradient_clip_val, loop.max_steps)
     step = resume(t, folder)
+    interrupted.listen()
     tracker.rewind(step if step else -1)
     metrics = unreported_metrics(folder, step)  # of a step that is done and not in metrics.jsonl yet
     if metrics is None:
@@ -257,8 +259,12 @@ class Interrupt:
 
     def __init__(self) -> None:
         self._received = False
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+
+    def listen(self) -> None:
+        """From here on; until then a signal ends the run's start, and nothing is lost."""
+        for number in early_signals.ENDING:
             signal.signal(number, self._remember)
+        early_signals.release()
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self._received and number == signal.SIGINT:
@@ -285,7 +291,7 @@ def main(config: Config) -> int:
         return run(config, folder, servers, splits, interrupt)
 
 
-def run(config: Config, folder: Path, servers: OwnServers, splits: PromptSplits, interrupt: Callable[[], bool]) -> int:
+def run(config: Config, folder: Path, servers: OwnServers, splits: PromptSplits, interrupt: Interrupt) -> int:
     """One training run from where it was to its end; nothing is built where it has ended. Returns `fit`'s code."""
     layout, steps = Layout(), config.trainer.jepo.max_steps
     newest = latest_checkpoint(folder / "checkpoints")
