@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from types import TracebackType
@@ -45,20 +45,17 @@ class Heartbeat(AbstractContextManager[None]):
     def __init__(self, timeout_s: float) -> None:
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._timeout_s, self._interval_s = timeout_s, min(5.0, timeout_s / 20)
-        # A client of its own: the default store's may be held by the main thread.
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        client = dist.TCPStore(
-            address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=2 * timeout_s)
-        )
+        self._address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives a start
-        self._store = dist.PrefixStore(f"heartbeat/{start}/{next(_starts)}", client)
-        self._address = f"{address}:{port}"
+        self._prefix = f"heartbeat/{start}/{next(_starts)}"
+        self._store = self._connect()
         self._clock = RunningClock(2 * self._interval_s)
         self._book = Book(self._clock)
         self._keys = [str(rank) for rank in (range(self._world_size) if self._rank == 0 else [0])]
         self._num_beats, self._answered = 0, self._clock.seconds
         self._note: bytes = b""
         self._ended: str | None = None
+        self._is_cut = False
         self._stop = threading.Event()
 
     def __enter__(self) -> None:
@@ -77,14 +74,23 @@ class Heartbeat(AbstractContextManager[None]):
 
     # ---- the thread that talks to the store
 
+    def _connect(self) -> dist.Store:
+        """A client of its own: the default store's may be held by the main thread."""
+        client = dist.TCPStore(*self._address, wait_for_workers=False, timeout=timedelta(seconds=10))
+        client.set_timeout(timedelta(seconds=2 * self._timeout_s))  # the judge does not wait for an answer
+        return dist.PrefixStore(self._prefix, client)
+
     def _exchange(self) -> None:
-        try:
-            while not self._ended:
+        while not self._ended:
+            with suppress(dist.DistError):  # the store has gone, or the connection: the judge counts
+                if self._is_cut:
+                    self._store, self._is_cut = self._connect(), False
+                self._is_cut = True
                 self._talk()
-                self._stop.wait(self._interval_s)
+                self._is_cut = False
+            self._stop.wait(self._interval_s)
+        with suppress(dist.DistError):
             self._tell()
-        except dist.DistError:
-            return  # whoever hosts the store has gone: the judge waits for an answer that does not come
 
     def _talk(self) -> None:
         """Tell, and read."""
@@ -130,7 +136,7 @@ class Heartbeat(AbstractContextManager[None]):
         lines = [seen.shown(f"no sign of life for {seen.silent_s:.0f} s") for seen in silent(ranks, limit_s)]
         unanswered_s = self._clock.seconds - self._answered
         if not lines and unanswered_s >= limit_s and not any(seen.ended for seen in ranks):
-            store = f"the store at {self._address} has not answered for {unanswered_s:.0f} s"
+            store = f"the store at {':'.join(map(str, self._address))} has not answered for {unanswered_s:.0f} s"
             lines = [seen.shown(store) for seen in ranks if seen.rank == 0] or [store]
         if not lines and self._rank == 0 and len(everybody := self._book.ranks()) == self._world_size:
             lines = [

@@ -68,7 +68,12 @@ def test_a_rank_that_lives_and_sleeps_is_named_with_the_line_that_it_sleeps_in()
 
 
 def test_ranks_that_end_at_different_times_are_not_stuck():
-    assert "stuck" not in run_ranks(2, steps(timeout_s=1.5, num_steps=40, last_rank=0))
+    assert "is stuck" not in run_ranks(2, steps(timeout_s=1.5, num_steps=40, last_rank=0))
+
+
+def test_a_connection_that_breaks_is_made_again():
+    """Steps go on for three times the timeout."""
+    assert "is stuck" not in run_ranks(2, steps(timeout_s=1, num_steps=300, cut=True))
 
 
 def test_a_run_in_which_a_rank_is_stopped_ends_and_the_next_start_goes_on(tmp_path):
@@ -81,4 +86,4 @@ def test_a_run_in_which_a_rank_is_stopped_ends_and_the_next_start_goes_on(tmp_pa
     assert re.search(r"rank 1 \(host .*\) is stuck: no sign of life for \d+ s; phase: [a-z_ ]+, at\n", first), first
     assert "Traceback" not in first
     again = run_ranks(2, arguments)
-    assert "stuck" not in again and [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert "is stuck" not in again and [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
