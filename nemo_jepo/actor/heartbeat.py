@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -43,15 +44,16 @@ class Heartbeat(AbstractContextManager[None]):
     """See `heartbeat`."""
 
     def __init__(self, timeout_s: float) -> None:
-        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        self._rank = dist.get_rank()
         self._timeout_s, self._interval_s = timeout_s, min(5.0, timeout_s / 20)
         self._address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives a start
         self._prefix = f"heartbeat/{start}/{next(_starts)}"
         self._store = self._connect()
         self._clock = RunningClock(2 * self._interval_s)
-        self._book = Book(self._clock)
-        self._keys = [str(rank) for rank in (range(self._world_size) if self._rank == 0 else [0])]
+        watched = range(dist.get_world_size()) if self._rank == 0 else [0]
+        self._book = Book(self._clock, watched)
+        self._missing, self._keys = [str(rank) for rank in watched], list[str]()
         self._num_beats, self._answered = 0, self._clock.seconds
         self._note: bytes = b""
         self._ended: str | None = None
@@ -95,9 +97,10 @@ class Heartbeat(AbstractContextManager[None]):
     def _talk(self) -> None:
         """Tell, and read."""
         self._tell()
-        if self._store.check(self._keys):
-            for value in self._store.multi_get(self._keys):
-                self._book.write(value)
+        self._keys += [key for key in self._missing if self._store.check([key])]
+        self._missing = [key for key in self._missing if key not in self._keys]
+        for value in self._store.multi_get(self._keys) if self._keys else ():
+            self._book.write(value)
         self._answered = self._clock.seconds
         if self._store.check([NOTE]):
             self._note = self._store.get(NOTE)
@@ -138,11 +141,9 @@ class Heartbeat(AbstractContextManager[None]):
         if not lines and unanswered_s >= limit_s and not any(seen.ended for seen in ranks):
             store = f"the store at {':'.join(map(str, self._address))} has not answered for {unanswered_s:.0f} s"
             lines = [seen.shown(store) for seen in ranks if seen.rank == 0] or [store]
-        if not lines and self._rank == 0 and len(everybody := self._book.ranks()) == self._world_size:
-            lines = [
-                seen.shown(f"no rank has gone on for {seen.in_phase_s:.0f} s")
-                for seen in not_going_on(everybody, self._timeout_s)
-            ]
+        if not lines and self._rank == 0:
+            behind = not_going_on(self._book.ranks(), self._timeout_s)
+            lines = [seen.shown(f"no rank has gone on for {seen.in_phase_s:.0f} s") for seen in behind]
         if self._rank > 1:  # rank 1 shows the stacks
             lines = [line.partition("\n")[0] for line in lines]
         return "\n".join(lines) or None
@@ -193,22 +194,22 @@ class _Heard:
 class Book:
     """What was heard of each rank, and when by the observer's clock: clocks of two hosts are never compared."""
 
-    def __init__(self, clock: RunningClock) -> None:
-        self._clock = clock
-        self._heard: dict[int, _Heard] = {}
+    def __init__(self, clock: RunningClock, ranks: Iterable[int]) -> None:
+        self._clock, now = clock, clock.seconds
+        self._heard = {rank: _Heard(0, _unknown(rank), now, now, now) for rank in ranks}
 
     def write(self, value: bytes) -> None:
         """Take in a rank's beat, which may be one that is known already."""
         record, now = json.loads(value), self._clock.seconds
         beat, seen = record.pop("beat"), Seen(**record | {"stack": tuple(record["stack"])})
-        before = self._heard.get(seen.rank, _Heard(0, seen, now, now, now))
+        before = self._heard[seen.rank]
         if before.beat != beat:
             in_phase_since = before.in_phase_since if before.seen.number == seen.number else now
             unmoved_since = before.unmoved_since if before.seen == seen else now
             self._heard[seen.rank] = _Heard(beat, seen, now, in_phase_since, unmoved_since)
 
     def ranks(self) -> list[Seen]:
-        """Everybody that was heard, by rank, with the seconds until now."""
+        """All of them, by rank, with the seconds until now; one that was never heard is silent from the beginning."""
         now = self._clock.seconds
         return [
             replace(
@@ -219,6 +220,10 @@ class Book:
             )
             for _, heard in sorted(self._heard.copy().items())
         ]
+
+
+def _unknown(rank: int) -> Seen:
+    return Seen(rank=rank, host="unknown", pid=0, phase="before its first sign of life", number=-1, usual_s=None)
 
 
 def main_stack() -> list[str]:

@@ -15,7 +15,7 @@ from tests.support.command_line import command, metrics
 from tests.support.interrupted import bits
 from tests.support.ranks import output_of, run_ranks, started
 
-SETTINGS = (*series.SETTINGS, "trainer.devices=2", "trainer.stuck_timeout_s=5")
+SETTINGS = (*series.SETTINGS, "trainer.devices=2")
 
 
 def rounds(seed: int, number: int) -> Iterator[Round]:
@@ -39,7 +39,7 @@ def rounds(seed: int, number: int) -> Iterator[Round]:
 def stop(draw: random.Random, folder: Path, stopped: int) -> list[str]:
     """Stop a rank of the run some time after its first steps; what was wrong with what followed."""
     last_line, delay_s = draw.randint(1, series.STEPS - 2), draw.uniform(0, 0.5)
-    with started(2, command("train", folder, *SETTINGS)) as ranks:
+    with started(2, command("train", folder, *SETTINGS, "trainer.stuck_timeout_s=10")) as ranks:
         (victim, _), (other, written) = ranks[stopped], ranks[1 - stopped]
         lines = folder / "run" / "metrics.jsonl"
         while not lines.exists() or lines.read_text().count("\n") < last_line:

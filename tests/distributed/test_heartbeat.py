@@ -68,17 +68,17 @@ def test_a_rank_that_lives_and_sleeps_is_named_with_the_line_that_it_sleeps_in()
 
 
 def test_ranks_that_end_at_different_times_are_not_stuck():
-    assert "is stuck" not in run_ranks(2, steps(timeout_s=1.5, num_steps=40, last_rank=0))
+    assert "is stuck" not in run_ranks(2, steps(timeout_s=3, num_steps=40, last_rank=0))
 
 
 def test_a_connection_that_breaks_is_made_again():
-    """Steps go on for three times the timeout."""
-    assert "is stuck" not in run_ranks(2, steps(timeout_s=1, num_steps=300, cut=True))
+    """Steps go on for longer than the timeout."""
+    assert "is stuck" not in run_ranks(2, steps(timeout_s=4, num_steps=600, cut=True))
 
 
 def test_a_run_in_which_a_rank_is_stopped_ends_and_the_next_start_goes_on(tmp_path):
-    arguments = command("train", tmp_path, "trainer.devices=2", "trainer.stuck_timeout_s=4")
-    with started(2, arguments) as ranks:
+    arguments = command("train", tmp_path, "trainer.devices=2")
+    with started(2, [*arguments, "trainer.stuck_timeout_s=5"]) as ranks:
         lines = tmp_path / "run" / "metrics.jsonl"
         wait_until(lambda: lines.exists() and lines.read_text().count("\n") >= 3, ranks)
         os.kill(ranks[1][0].pid, signal.SIGSTOP)

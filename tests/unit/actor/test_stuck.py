@@ -94,7 +94,7 @@ def test_a_clock_counts_no_time_in_which_its_process_was_stopped(monkeypatch):
 
 def test_what_is_heard_counts_from_when_it_changed():
     clock = RunningClock(2.0)
-    book = Book(clock)
+    book = Book(clock, [3, 4])
 
     def beat(number: int, phase: int, stack: str) -> bytes:
         known = '"rank": 3, "host": "n", "pid": 1, "phase": "generate", "usual_s": null, "ended": false'
@@ -103,8 +103,9 @@ def test_what_is_heard_counts_from_when_it_changed():
     moments = [(0, beat(1, 1, "a")), (10, beat(2, 1, "b")), (20, beat(3, 1, "b")), (30, beat(3, 1, "b"))]
     for clock.seconds, value in moments:
         book.write(value)
-    (seen,) = book.ranks()
+    seen, never = book.ranks()
     assert (seen.silent_s, seen.unmoved_s, seen.in_phase_s) == (10, 20, 30)
+    assert (never.rank, never.silent_s) == (4, 30)
 
 
 def test_a_phase_knows_its_longest_stretch_and_its_number(monkeypatch):
