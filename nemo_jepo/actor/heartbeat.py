@@ -49,7 +49,7 @@ class Heartbeat(AbstractContextManager[None]):
         self._address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives a start
         self._prefix = f"heartbeat/{start}/{next(_starts)}"
-        self._store = self._connect()
+        self._store: dist.Store | None = self._connect()
         self._clock = RunningClock(2 * self._interval_s)
         watched = range(dist.get_world_size()) if self._rank == 0 else [0]
         self._book = Book(self._clock, watched)
@@ -57,7 +57,6 @@ class Heartbeat(AbstractContextManager[None]):
         self._num_beats, self._answered = 0, self._clock.seconds
         self._note: bytes = b""
         self._ended: str | None = None
-        self._is_cut = False
         self._stop = threading.Event()
 
     def __enter__(self) -> None:
@@ -84,28 +83,28 @@ class Heartbeat(AbstractContextManager[None]):
 
     def _exchange(self) -> None:
         while not self._ended:
-            with suppress(dist.DistError):  # the store has gone, or the connection: the judge counts
-                if self._is_cut:
-                    self._store, self._is_cut = self._connect(), False
-                self._is_cut = True
-                self._talk()
-                self._is_cut = False
+            try:
+                self._store = self._connect() if self._store is None else self._store
+                self._talk(self._store)
+            except dist.DistError:
+                self._store = None  # it has gone, or the connection: the judge counts, and the next round connects
             self._stop.wait(self._interval_s)
-        with suppress(dist.DistError):
-            self._tell()
+        if self._store is not None:
+            with suppress(dist.DistError):
+                self._tell(self._store)
 
-    def _talk(self) -> None:
+    def _talk(self, store: dist.Store) -> None:
         """Tell, and read."""
-        self._tell()
-        self._keys += [key for key in self._missing if self._store.check([key])]
+        self._tell(store)
+        self._keys += [key for key in self._missing if store.check([key])]
         self._missing = [key for key in self._missing if key not in self._keys]
-        for value in self._store.multi_get(self._keys) if self._keys else ():
+        for value in store.multi_get(self._keys) if self._keys else ():
             self._book.write(value)
         self._answered = self._clock.seconds
-        if self._store.check([NOTE]):
-            self._note = self._store.get(NOTE)
+        if store.check([NOTE]):
+            self._note = store.get(NOTE)
 
-    def _tell(self) -> None:
+    def _tell(self, store: dist.Store) -> None:
         phase, self._num_beats = phases.current(), self._num_beats + 1
         beat = {
             "beat": self._num_beats,
@@ -118,7 +117,7 @@ class Heartbeat(AbstractContextManager[None]):
             "stack": main_stack(),
             "ended": self._ended == "ended",
         }
-        self._store.set(str(self._rank), json.dumps(beat))
+        store.set(str(self._rank), json.dumps(beat))
 
     # ---- the thread that judges
 
@@ -152,15 +151,16 @@ class Heartbeat(AbstractContextManager[None]):
         """Say it, tell the others, and end this process, whose main thread cannot be woken."""
         end = f"rank {self._rank} ends the job (exit code {FAILED}); started again, it goes on from its last checkpoint"
         os.write(2, f"{block}\n{end}\n".encode())
-        if not self._note:
-            writing = threading.Thread(target=self._leave_note, args=(block.partition("\n")[0],), daemon=True)
+        if not self._note and self._store is not None:
+            writing = threading.Thread(target=_leave_note, args=(self._store, block), daemon=True)
             writing.start()
             writing.join(self._interval_s)  # a store that does not answer holds it
             time.sleep(2 * self._interval_s)  # the others read the note: the store may be this process's
         os._exit(FAILED)
 
-    def _leave_note(self, line: str) -> None:
-        self._store.set(NOTE, line)
+
+def _leave_note(store: dist.Store, block: str) -> None:
+    store.set(NOTE, block.partition("\n")[0])
 
 
 class RunningClock:
