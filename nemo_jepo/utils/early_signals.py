@@ -41,34 +41,39 @@ def release() -> None:
 class _Watch:
     def __init__(self, signals: Sequence[signal.Signals], line: str, code: int) -> None:
         self._signals, self._line, self._code, self._closed = signals, line, code, False
-        heeded = [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]
-        self._before: dict[signal.Signals, Any] = {number: signal.signal(number, self._end) for number in heeded}
         reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
+        self._thread = threading.Thread(target=self._wait, args=(reader,), daemon=True)
+        self._thread.start()
         signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        threading.Thread(target=self._wait, args=(reader,), daemon=True).start()
+        heeded = [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]
+        self._before: dict[int, Any] = {int(number): signal.signal(number, self._heard) for number in heeded}
         os.register_at_fork(after_in_child=self._leave_to_parent)
         atexit.register(self._ignore)
 
     def _wait(self, reader: int) -> None:
-        while number := os.read(reader, 1):
-            if number[0] in self._before and not self._closed:
-                self._end()
+        """The thread: what is written is the number of a signal, and 0 when all is over."""
+        while number := os.read(reader, 1)[0]:
+            if number in self._signals:
+                os.write(2, f"{self._line}\n".encode())
+                os._exit(self._code)
         os.close(reader)
 
-    def _end(self, number: int = 0, frame: FrameType | None = None) -> None:
-        os.write(2, f"{self._line}\n".encode())
-        os._exit(self._code)
+    def _heard(self, number: int, frame: FrameType | None) -> None:
+        """Nothing: the thread is awake already."""
 
     def close(self) -> None:
+        """A signal that came before this call still ends the process."""
         self._closed = True
-        signal.set_wakeup_fd(-1)
-        os.close(self._writer)
         self._restore()
+        signal.set_wakeup_fd(-1)
+        os.write(self._writer, b"\0")
+        self._thread.join()
+        os.close(self._writer)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
-            if signal.getsignal(number) == self._end:
+            if signal.getsignal(number) == self._heard:
                 signal.signal(number, handler)
 
     def _leave_to_parent(self) -> None:

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from nemo_jepo.config.schema import AnswerConfig
 from nemo_jepo.data.splice import Splicer
 from tests.support import fork_server
 from tests.support.command_line import ENVIRONMENT, command, metrics, run, run_truly
-from tests.support.interrupted import bits, hears_signals, num_lines, start, stop_when, unfinished
+from tests.support.interrupted import bits, hears_signals, num_lines, popen, start, stop_when, unfinished
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +85,7 @@ def test_a_signal_during_the_start_ends_it_with_75_and_one_line(name, truly, del
 def test_ctrl_c_during_the_imports_of_any_other_command_is_one_line(tmp_path):
     with open(tmp_path / "output", "w+") as output:
         program = [str(Path(sys.executable).parent / "nemo-jepo"), "export", "checkpoint", "folder"]
-        process = subprocess.Popen(program, env=ENVIRONMENT, stdout=output, stderr=output)
+        process = popen(program, stdout=output, stderr=output)
         try:
             time.sleep(1)
             process.send_signal(signal.SIGINT)

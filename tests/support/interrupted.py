@@ -45,8 +45,17 @@ def start(name: str, folder: Path, *overrides: str, truly: bool = False, output:
     """`nemo-jepo NAME` on the tiny run, leading a process group of its own; both its streams go to `output`."""
     options: dict[str, Any] = {"stdout": output, "stderr": subprocess.STDOUT, "start_new_session": True}
     if truly:
-        return subprocess.Popen(true_command(name, folder, *overrides), env=ENVIRONMENT, **options)
+        return popen(true_command(name, folder, *overrides), **options)
     return fork_server.start(command(name, folder, *overrides), environment=ENVIRONMENT, **options)
+
+
+def popen(program: list[str], **options: Any) -> "subprocess.Popen[str]":
+    """A process that hears SIGINT also where this one is a shell's background job."""
+    return subprocess.Popen(program, env=ENVIRONMENT, preexec_fn=_hear_ctrl_c, **options)
+
+
+def _hear_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def send(process: Any, how: signal.Signals, whole_group: bool = False) -> None:
