@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from nemo_jepo.actor.heartbeat import heartbeat
 from nemo_jepo.actor.parallel import Layout, init_distributed, init_model_parallel, on_first_rank
 from nemo_jepo.actor.scoring import assembled, score
 from nemo_jepo.checkpoint.format import latest_checkpoint, passed_over
@@ -65,8 +66,9 @@ def main(config: Config) -> int:
     without = replace(config.objective, name="jepo", no_chain="none")
     config = replace(config, objective=without, kl=replace(config.kl, beta=0.0))  # pi_ref would be the model itself
     splits = PromptSplits(trains=False)
-    with OwnServers(folder) as servers, closing(build(config, folder, layout, servers, splits)) as t:
-        metrics, _ = evaluate(t, t.validation)
+    with heartbeat(config.trainer.stuck_timeout_s), OwnServers(folder) as servers:
+        with closing(build(config, folder, layout, servers, splits)) as t:
+            metrics, _ = evaluate(t, t.validation)
     if layout.rank == 0:
         source = str(newest or t.config.pretrained_checkpoint.restore_from_path or "random initialisation")
         always = dict.fromkeys(("accuracy", "proxy_nll", "marker_rate", "cot_tokens_mean"))

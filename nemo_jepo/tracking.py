@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from nemo_jepo.collapse import ChainWatch
 from nemo_jepo.config.schema import ExpManagerConfig
+from nemo_jepo.utils import phases
 from nemo_jepo.utils.files import write_atomically
 
 CONSOLE = {
@@ -53,10 +54,11 @@ class SilentTracker:
 
     @contextmanager
     def timer(self, name: str) -> Iterator[None]:
-        """Adds the seconds spent inside to `timers/name` of the next `log`."""
+        """Adds the seconds spent inside to `timers/name` of the next `log`; to a watcher it is a phase of the run."""
         start = time.perf_counter()
         try:
-            yield
+            with phases.phase(name):
+                yield
         finally:
             key = f"timers/{name}"
             self._seconds[key] = self._seconds.get(key, 0.0) + time.perf_counter() - start
@@ -90,6 +92,7 @@ class SilentTracker:
 
     def close(self) -> None:
         """Ends bar and loggers."""
+        phases.leave_training()
 
     def __enter__(self) -> "SilentTracker":
         return self
@@ -174,6 +177,7 @@ class Tracker(SilentTracker):
 
     def close(self) -> None:
         """See SilentTracker."""
+        super().close()
         if self._bar is not None:
             self._bar.close()
         for logger in self._loggers:

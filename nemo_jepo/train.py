@@ -17,6 +17,7 @@ from types import FrameType
 import torch
 
 from nemo_jepo.actor.fp8_guard import guard_fp8
+from nemo_jepo.actor.heartbeat import heartbeat
 from nemo_jepo.actor.parallel import Layout, init_distributed, init_model_parallel, on_first_rank
 from nemo_jepo.actor.scoring import score
 from nemo_jepo.checkpoint.format import latest_checkpoint, passed_over, step_of, sweep
@@ -45,6 +46,7 @@ from nemo_jepo.rollout.sampler import SamplersLost, SamplingStopped
 from nemo_jepo.setup import Trainer, build, resume, save
 from nemo_jepo.tracking import SilentTracker, Tracker
 from nemo_jepo.types import Prompt, Rollout, SplicedBatch
+from nemo_jepo.utils import early_signals
 from nemo_jepo.utils.exit_codes import DONE, FAILED, INTERRUPTED
 from nemo_jepo.utils.files import write_atomically
 from nemo_jepo.weight_sync import sync_weights
@@ -153,7 +155,7 @@ def report_update(optim: dict[str, float], step: int, tracker: SilentTracker) ->
     return with_prefix("train_optim", optim)
 
 
-def fit(t: Trainer, folder: Path, newest: Path | None, tracker: SilentTracker, interrupted: Callable[[], bool]) -> int:
+def fit(t: Trainer, folder: Path, newest: Path | None, tracker: SilentTracker, interrupted: "Interrupt") -> int:
     """Train from the newest checkpoint of the run, or from the initial weights, to the end.
 
     Args:
@@ -166,6 +168,7 @@ def fit(t: Trainer, folder: Path, newest: Path | None, tracker: SilentTracker, i
     loop = t.config.trainer.jepo
     t.actor.start_training(t.config.model.optim, loop.gradient_clip_val, loop.max_steps)
     step = resume(t, newest)
+    interrupted.listen()
     tracker.rewind(step if step else -1)
     metrics = unreported_metrics(folder, step)  # of a step that is done and not in metrics.jsonl yet
     if metrics is None:
@@ -196,7 +199,8 @@ def fit(t: Trainer, folder: Path, newest: Path | None, tracker: SilentTracker, i
             tracker.say(f"no server is left to sample from, so the run saves after step {step} and ends: {error}")
         if step and metrics is not None:
             keep_unreported(t, folder, step, metrics)
-        save(t, step, last=True)
+        with tracker.timer("save_time"):
+            save(t, step, last=True)
         return FAILED if isinstance(error, SamplersLost) and not step else INTERRUPTED
     return DONE
 
@@ -262,8 +266,12 @@ class Interrupt:
 
     def __init__(self) -> None:
         self._received = False
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+
+    def listen(self) -> None:
+        """From here on; until then a signal ends the run's start, and nothing is lost."""
+        for number in early_signals.ENDING:
             signal.signal(number, self._remember)
+        early_signals.release()
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self._received and number == signal.SIGINT:
@@ -279,7 +287,7 @@ def main(config: Config) -> int:
     init_distributed()
     init_model_parallel(config.model)
     interrupt, folder, splits = Interrupt(), config.run_folder, PromptSplits()
-    with only_run_in(folder), OwnServers(folder) as servers:
+    with heartbeat(config.trainer.stuck_timeout_s), only_run_in(folder), OwnServers(folder) as servers:
         if config.warmup.max_steps:
             code = run(warmup_config(config), folder / "warmup", servers, splits, interrupt)
             if code:
@@ -290,7 +298,7 @@ def main(config: Config) -> int:
         return run(config, folder, servers, splits, interrupt)
 
 
-def run(config: Config, folder: Path, servers: OwnServers, splits: PromptSplits, interrupt: Callable[[], bool]) -> int:
+def run(config: Config, folder: Path, servers: OwnServers, splits: PromptSplits, interrupt: Interrupt) -> int:
     """One training run from where it was to its end; nothing is built where it has ended. Returns `fit`'s code."""
     layout, steps = Layout(), config.trainer.jepo.max_steps
     newest = newest_on_every_rank(folder / "checkpoints")

@@ -90,6 +90,9 @@ class TrainerConfig:
     """Trainer processes on a node: GPUs, or CPU processes over gloo."""
     precision: str = setting("bf16", choices=("bf16", "fp32"))
     """bf16 (with fp32 main weights and gradients), or fp32 (tests and CPU; never Transformer Engine's layers)."""
+    stuck_timeout_s: float | None = setting(180.0, gt=0, fix="Raise it, or null to watch nobody")
+    """Of several ranks, one without a sign of life for so long is named, with host, phase and Python stack, and the job
+    ends; so it is with one that the others wait for, so long beyond twice the phase's longest time. Null: no watch."""
     jepo: LoopConfig = field(default_factory=LoopConfig)
 
 

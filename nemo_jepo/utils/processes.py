@@ -1,6 +1,7 @@
 """Processes that end together and leave nothing behind (Linux).
 
 die_with_parent   in a child: the kernel ends it when its parent ends, however that happens
+held_back         children started inside never see these signals, unless they ask for them
 end_session       from outside: every process of a session, by SIGKILL
 SharedMemory      what a session's processes hold in /dev/shm, so that it can be removed after them
 """
@@ -10,7 +11,8 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
@@ -27,6 +29,19 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
     if os.getppid() != expected:
         os.kill(os.getpid(), number)
+
+
+@contextmanager
+def held_back(signals: Iterable[signal.Signals]) -> Iterator[None]:
+    """Signals wait that come to this thread meanwhile; in children that start here they wait until these unblock them.
+
+    Slurm and terminals send to all processes what is meant for a run, and a child dies of it while it starts.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def session_members(session: int) -> Iterator[int]:
