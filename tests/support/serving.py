@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
 
-from nemo_jepo.rollout.vllm.server import KEY_VARIABLE, health_of
+from nemo_jepo.rollout.vllm.server import KEY_VARIABLE
+from nemo_jepo.rollout.vllm.supervisor import health_of
 from nemo_jepo.utils.network import free_ports
 from nemo_jepo.utils.processes import die_with_parent
 from tests.support.command_line import ENVIRONMENT
