@@ -45,6 +45,8 @@ REFUSED: Mapping[str, Sequence[str]] = {
     ),
 }
 """Rule -> the long names that break it, without their dashes."""
+WHOLE = ("reasoning-parser",)
+"""Options of vLLM's that are the beginning of a refused one."""
 
 
 def check_options(options: Iterable[str]) -> None:
@@ -85,6 +87,6 @@ def _broken_by(word: str) -> str:
     """The rule that an option breaks, given without its dashes; empty where it breaks none."""
     name = re.split("[=.]", word, maxsplit=1)[0].replace("_", "-")
     for rule, names in REFUSED.items():
-        if any(refused.startswith(name) for refused in names):
+        if name not in WHOLE and any(refused.startswith(name) for refused in names):
             return rule
     return ""

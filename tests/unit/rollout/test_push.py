@@ -131,6 +131,7 @@ def test_a_server_that_stands_still_is_lost_at_the_deadline_and_the_others_wait_
         "b": "no weight sync within rollout.vllm.sync_timeout_s. Sent 4 of 12 tensors, the last layer.3; "
         "missing rank 1 of b"
     }
+    assert pushed.stuck == {"b"}
     # Nobody samples with weights of which half has come
     assert servers.told("a") == servers.told("b") == servers.told("c") == BEGUN
     assert transfer.push(pushed.waiting, weights(), version=1) == Pushed(updated=("a", "c"))
