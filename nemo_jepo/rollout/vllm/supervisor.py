@@ -12,9 +12,11 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from types import FrameType
+from typing import TextIO
 
 from nemo_jepo.utils.processes import SharedMemory, die_with_parent, end_session, private_folder
 
@@ -65,7 +67,10 @@ def supervise(
         signal.signal(number, stop)
     deaths = failed_starts = 0
     while True:
-        end = serve_once(command, environment, url, lambda: asked)
+        try:
+            end = serve_once(command, environment, url, lambda: asked)
+        except OSError as error:  # no memory for a process, no room for a folder
+            end = End(str(error), 0.0, None)
         if asked:
             return 0
         deaths = 1 if end.served_s > LASTING_S else deaths + 1
@@ -73,7 +78,7 @@ def supervise(
         again = restarts and failed_starts < MAX_FAILED_STARTS and end.exit_code != WRONG_OPTION
         pause_s = min(2.0 ** (deaths - 1), LONGEST_PAUSE_S)
         then = f"; it is started again in {pause_s:g} s" if again else ""
-        print(f"nemo-jepo serve: the server at {url} died ({end.why}){then}", file=sys.stderr, flush=True)
+        _say(f"nemo-jepo serve: the server at {url} died ({end.why}){then}", sys.stderr)
         if not again:
             return 1
         until = time.monotonic() + pause_s
@@ -118,7 +123,7 @@ def watch(
         health = health_of(url)
         if since is None and health == "good":
             since = time.monotonic()
-            print(f"serving {url}", flush=True)
+            _say(f"serving {url}", sys.stdout)
         silences = silences + 1 if since is not None and health == "silent" else 0
         if since is not None and health == "dead":
             why = "/health says so"  # it would hold requests open for ever
@@ -128,11 +133,14 @@ def watch(
     return why, 0.0 if since is None else time.monotonic() - since
 
 
+def _say(line: str, stream: TextIO) -> None:
+    with suppress(OSError):  # a log on a full disk ends no server
+        print(line, file=stream, flush=True)
+
+
 def _wait(server: "subprocess.Popen[bytes]", seconds: float) -> None:
-    try:
+    with suppress(subprocess.TimeoutExpired):  # it is killed next
         server.wait(seconds)
-    except subprocess.TimeoutExpired:
-        pass  # it is killed next
 
 
 def health_of(url: str) -> str:
