@@ -24,7 +24,7 @@ from torch import Tensor
 
 from nemo_jepo.config.schema import VLLMConfig
 from nemo_jepo.rollout.sampler import SamplersLost
-from nemo_jepo.rollout.vllm import sampler as sampler_module
+from nemo_jepo.rollout.vllm import pool as pool_module
 from nemo_jepo.rollout.vllm.pool import Pool
 from nemo_jepo.rollout.vllm.push import WeightTransfer
 from nemo_jepo.rollout.vllm.sampler import VLLMSampler
@@ -259,7 +259,7 @@ def rounds(seed: int, number: int) -> Iterator[Round]:
     """So many rounds, every kind once before any comes again."""
     chance = random.Random(seed)
     kinds: list[str] = []
-    sampler_module.ENGINE_TIMEOUT_S = 10.0
+    pool_module.ENGINE_TIMEOUT_S = 10.0
     with tempfile.TemporaryDirectory(prefix="servers_") as folder:
         with closing(Field(Path(folder))) as field:
             wait_for(field.servers)

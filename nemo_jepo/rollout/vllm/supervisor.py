@@ -66,7 +66,7 @@ def supervise(
     for number in (signal.SIGTERM, signal.SIGINT, STOP):
         signal.signal(number, stop)
     deaths = failed_starts = 0
-    while True:
+    while not asked:
         try:
             end = serve_once(command, environment, url, lambda: asked)
         except OSError as error:  # no memory for a process, no room for a folder
@@ -84,6 +84,7 @@ def supervise(
         until = time.monotonic() + pause_s
         while not asked and time.monotonic() < until:
             time.sleep(0.1)
+    return 0
 
 
 def serve_once(command: Sequence[str], environment: Mapping[str, str], url: str, asked: Callable[[], bool]) -> End:

@@ -9,7 +9,7 @@ import torch
 
 from nemo_jepo.config.schema import VLLMConfig
 from nemo_jepo.rollout.sampler import GenerationRequest, SamplersLost, SamplingStopped
-from nemo_jepo.rollout.vllm import sampler as vllm_sampler
+from nemo_jepo.rollout.vllm import pool as pool_module
 from nemo_jepo.rollout.vllm.pool import Pool
 from nemo_jepo.rollout.vllm.push import Pushed, WeightTransfer
 from nemo_jepo.rollout.vllm.sampler import VLLMSampler
@@ -143,6 +143,17 @@ def test_a_server_that_does_not_let_go_of_a_push_is_to_be_started_again_at_once(
     assert fakes[0].log.count(RESTART) == 1
 
 
+@pytest.mark.parametrize("hangs", [False, True])
+def test_the_last_server_is_to_be_started_again_at_once(sampler_of, monkeypatch, hangs):
+    """The run ends, and the next one would count from 0."""
+    monkeypatch.setattr(pool_module, "ENGINE_TIMEOUT_S", 0.2)
+    sampler, transfer, fakes = sampler_of(1, 1)
+    fakes[0].engine_hangs = hangs
+    transfer.faults = {fakes[0].url: "refused"}
+    sync(sampler)
+    assert fakes[0].log.count(RESTART) == 1
+
+
 def test_a_server_that_answers_nothing_is_left_to_its_supervisor(sampler_of):
     sampler, transfer, fakes = sampler_of(2, 2)
     fakes[0].health = 503
@@ -153,7 +164,7 @@ def test_a_server_that_answers_nothing_is_left_to_its_supervisor(sampler_of):
 
 def test_a_server_whose_engine_hangs_spoils_no_push_and_is_to_be_started_again(sampler_of, monkeypatch):
     """Its /health says that all is well."""
-    monkeypatch.setattr(vllm_sampler, "ENGINE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(pool_module, "ENGINE_TIMEOUT_S", 0.2)
     sampler, transfer, fakes = sampler_of(2, 2)
     fakes[0].engine_hangs = True
     sync(sampler)
