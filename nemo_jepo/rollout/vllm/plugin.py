@@ -227,6 +227,10 @@ class WatchedNCCLReceiver(NCCLWeightTransferEngine):
         if left.is_set():
             raise RuntimeError("the trainer gave this weight push up")
 
+    def finish_weight_update(self) -> None:
+        """See GlooReceiver."""
+        end_reload(self.model, self.model_config)
+
     def shutdown(self) -> None:
         """Leave the group."""
         self.joined = ""

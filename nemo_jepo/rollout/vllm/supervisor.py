@@ -75,8 +75,9 @@ def supervise(
             return 0
         deaths = 1 if end.served_s > LASTING_S else deaths + 1
         failed_starts = 0 if end.served_s else failed_starts + 1
-        again = restarts and failed_starts < MAX_FAILED_STARTS and end.exit_code != WRONG_OPTION
-        pause_s = min(2.0 ** (deaths - 1), LONGEST_PAUSE_S)
+        hopeless = failed_starts >= MAX_FAILED_STARTS or (failed_starts and end.exit_code == WRONG_OPTION)
+        again = restarts and not hopeless
+        pause_s = min(2.0 ** min(deaths - 1, 10), LONGEST_PAUSE_S)
         then = f"; it is started again in {pause_s:g} s" if again else ""
         _say(f"nemo-jepo serve: the server at {url} died ({end.why}){then}", sys.stderr)
         if not again:
