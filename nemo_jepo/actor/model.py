@@ -70,7 +70,8 @@ def load_hf_config(source: str | dict[str, Any], key: str = "model") -> Pretrain
 
 def _check_family(config: PretrainedConfig) -> None:
     rope = getattr(config, "rope_parameters", None)
-    kind = rope.get("rope_type") if isinstance(rope, dict) else None
+    rope = rope if isinstance(rope, dict) else {}
+    kind = rope.get("rope_type")
     supported = kind == "default" or (
         kind == "llama3" and all(rope.get(key) == value for key, value in _LLAMA3_SCALING.items())
     )

@@ -23,7 +23,7 @@ from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import OverrideType
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, OverrideParseException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -84,9 +84,18 @@ def _is_valid(key: str) -> bool:
     return key in KEYS or any("dict" in str(KEYS.get(node)) for node in above)
 
 
+def _parsed(overrides: Sequence[str]) -> Iterator[Override]:
+    """The overrides by Hydra's grammar; what is wrong with one names it."""
+    parser = OverridesParser.create()
+    for text in overrides:
+        with one_line_errors(text):
+            parsed = parser.parse_override(text)
+        yield parsed
+
+
 def _refuse_unknown_keys(overrides: Sequence[str]) -> None:
     """OmegaConf answers `+model.typo=1` with a bare AttributeError, so keys are looked up before it sees them."""
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
+    for override in _parsed(overrides):
         key = override.key_or_group
         if not key.startswith(("hydra.", "hydra/")) and not _is_valid(key):
             raise ConfigError(key, override.value(), "no such key", f"Did you mean {nearest_key(key)}")
@@ -94,10 +103,9 @@ def _refuse_unknown_keys(overrides: Sequence[str]) -> None:
 
 def _mappings_take_keys(overrides: Sequence[str]) -> list[str]:
     """`data.task_args={max_terms: 3}` as Hydra wants it, with ++: a free-form mapping takes any key."""
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
     free = [
         "dict" in str(KEYS.get(one.key_or_group)) and isinstance(one.value(), dict) and one.type == OverrideType.CHANGE
-        for one in parsed
+        for one in _parsed(overrides)
     ]
     return [f"++{text}" if is_free else text for text, is_free in zip(overrides, free, strict=True)]
 
@@ -130,9 +138,9 @@ def explain(error: Exception) -> str:
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """What Hydra, its grammar, OmegaConf and YAML raise in this block over settings is one line."""
-    with library("settings", "the command line or a conf file", "cannot be read", "Look for what is no plain YAML"):
+def one_line_errors(text: str = "the command line or a conf file") -> Iterator[None]:
+    """What Hydra, its grammar, OmegaConf and YAML raise in this block over settings is one line; `text` is at fault."""
+    with library("setting", text, "cannot be read", "Look for what is no plain YAML"):
         try:
             yield
         except (HydraException, OmegaConfBaseException, YAMLError) as error:
