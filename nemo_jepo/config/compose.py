@@ -25,7 +25,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.core.plugins import Plugins
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -35,7 +35,7 @@ from nemo_jepo.config.check import check, check_fields
 from nemo_jepo.config.conf_files import conf_dir
 from nemo_jepo.config.errors import ConfigError, SettingsError
 from nemo_jepo.config.objectives import RENAMED_OBJECTIVES
-from nemo_jepo.config.reading import library, reason
+from nemo_jepo.config.reading import library
 from nemo_jepo.config.rules import plain_fault
 from nemo_jepo.config.schema import Config
 from nemo_jepo.config.usage import usage
@@ -89,7 +89,12 @@ def _parsed(overrides: Sequence[str]) -> Iterator[Override]:
     parser = OverridesParser.create()
     for text in overrides:
         with one_line_errors(text):
-            parsed = parser.parse_override(text)
+            try:
+                parsed = parser.parse_override(text)
+            except HydraException as error:
+                why = " ".join(line for line in str(error).splitlines() if "^" not in line)
+                rule = f"is no override ({why.removeprefix(f'Error parsing override {text!r} ')})"
+                raise ConfigError("setting", text, rule, "Write key=value, and quote a text: 'key=\"a: b\"'") from error
         yield parsed
 
 
@@ -112,8 +117,6 @@ def _mappings_take_keys(overrides: Sequence[str]) -> list[str]:
 
 def explain(error: Exception) -> str:
     """One line for an error of Hydra, OmegaConf or YAML: the key, the file when known, the rule, what to do."""
-    if isinstance(error, OverrideParseException) and error.override:
-        return f"{error.override[:LONGEST_KEY]}: {reason(error)}. Write key=value, and quote what is a text: 'key=\"a: b\"'."
     text = str(error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error)
     file = re.match(r"In '([^']+)'", str(error))
     where = f" (in {file[1]}.yaml)" if file else ""
