@@ -40,6 +40,10 @@ def test_every_float_is_finite(value):
             "answer.marker=\ud800",
             "settings='answer.marker=\\ud800': must be a text, and holds half of a surrogate pair",
         ),
+        ("trainer.jepo=${oc.env:PATH}", "trainer.jepo='/"),
+        ("rollout.servers=${trainer}", "rollout.servers=TrainerConfig("),
+        ("model.hf_config=${trainer}", "model.hf_config=TrainerConfig("),
+        ("data.task_args=${model.optim.betas}", "data.task_args=[0.9, "),
         ("answer.marker=${answer.marker}", "answer.marker: Recursive interpolation detected."),
         ("data.task_args={a:" + "{a:" * 300 + "1" + "}" * 301, "setting='data.task_args={a:{a:"),
         (
