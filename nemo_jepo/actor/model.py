@@ -60,7 +60,7 @@ def load_hf_config(source: str | dict[str, Any], key: str = "model") -> Pretrain
     family = shape.pop("model_type", None)
     family_of(family, "model_type" if file else "model.hf_config.model_type")
     fix = "Copy the file again, or correct it" if file else "Correct it"
-    with library(key, str(file or source), "transformers refuses it", fix):
+    with library(key, str(file) if file else source, "transformers refuses it", fix):
         config = AutoConfig.for_model(family, **shape)
         whole = config.to_dict()
     check_shape(key, whole, file)
@@ -70,7 +70,8 @@ def load_hf_config(source: str | dict[str, Any], key: str = "model") -> Pretrain
 
 def _check_family(config: PretrainedConfig) -> None:
     rope = getattr(config, "rope_parameters", None)
-    kind = rope.get("rope_type") if isinstance(rope, dict) else None
+    rope = rope if isinstance(rope, dict) else {}
+    kind = rope.get("rope_type")
     supported = kind == "default" or (
         kind == "llama3" and all(rope.get(key) == value for key, value in _LLAMA3_SCALING.items())
     )

@@ -7,7 +7,8 @@ settings, files and machines. Both raise ConfigError for the first broken rule, 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from importlib.util import find_spec
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from nemo_jepo.config.data import WORKED_TASKS
 from nemo_jepo.config.errors import ConfigError
@@ -36,9 +37,12 @@ def check_fields(node: Any, prefix: str = "") -> None:
 
     After them, what holds for every setting: numbers are finite and of 64 bits, texts are texts (`rules.plain_fault`).
     """
+    kinds = get_type_hints(type(node))
     for declared in fields(node):
         key, value = f"{prefix}{declared.name}", getattr(node, declared.name)
-        if is_dataclass(value):
+        if not _is_of(kinds[declared.name], value):  # ${...} may stand for anything in the place of a section
+            raise ConfigError(key, value, f"must be {_named(kinds[declared.name])}", "Set what is in it")
+        if is_dataclass(kinds[declared.name]):
             check_fields(value, f"{key}.")
             continue
         for rule in rules_of(declared):
@@ -47,6 +51,18 @@ def check_fields(node: Any, prefix: str = "") -> None:
         for inner, leaf in _leaves(key, value):
             if (fault := plain_fault(leaf)) is not None:
                 raise ConfigError(inner, leaf, *fault)
+
+
+def _is_of(kind: Any, value: Any) -> bool:
+    """Whether a value is of a declared type, as far as sections, lists and mappings go."""
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    holders = tuple(get_origin(it) or it for it in kinds)
+    nested = is_dataclass(value) or isinstance(value, (list, dict))
+    return kind is Any or isinstance(value, holders) or not (nested or any(map(is_dataclass, holders)))
+
+
+def _named(kind: Any) -> str:
+    return "a section of settings" if is_dataclass(kind) else f"of the type {kind}"
 
 
 def _holds(rule: Rule, key: str, value: Any) -> bool:

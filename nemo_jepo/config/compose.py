@@ -23,9 +23,9 @@ from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import OverrideType
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.core.plugins import Plugins
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -35,7 +35,7 @@ from nemo_jepo.config.check import check, check_fields
 from nemo_jepo.config.conf_files import conf_dir
 from nemo_jepo.config.errors import ConfigError, SettingsError
 from nemo_jepo.config.objectives import RENAMED_OBJECTIVES
-from nemo_jepo.config.reading import library, reason
+from nemo_jepo.config.reading import library
 from nemo_jepo.config.rules import plain_fault
 from nemo_jepo.config.schema import Config
 from nemo_jepo.config.usage import usage
@@ -84,9 +84,23 @@ def _is_valid(key: str) -> bool:
     return key in KEYS or any("dict" in str(KEYS.get(node)) for node in above)
 
 
+def _parsed(overrides: Sequence[str]) -> Iterator[Override]:
+    """The overrides by Hydra's grammar; what is wrong with one names it."""
+    parser = OverridesParser.create()
+    for text in overrides:
+        with one_line_errors(text):
+            try:
+                parsed = parser.parse_override(text)
+            except HydraException as error:
+                why = " ".join(line for line in str(error).splitlines() if "^" not in line)
+                rule = f"is no override ({why.removeprefix(f'Error parsing override {text!r} ')})"
+                raise ConfigError("setting", text, rule, "Write key=value, and quote a text: 'key=\"a: b\"'") from error
+        yield parsed
+
+
 def _refuse_unknown_keys(overrides: Sequence[str]) -> None:
     """OmegaConf answers `+model.typo=1` with a bare AttributeError, so keys are looked up before it sees them."""
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
+    for override in _parsed(overrides):
         key = override.key_or_group
         if not key.startswith(("hydra.", "hydra/")) and not _is_valid(key):
             raise ConfigError(key, override.value(), "no such key", f"Did you mean {nearest_key(key)}")
@@ -94,18 +108,15 @@ def _refuse_unknown_keys(overrides: Sequence[str]) -> None:
 
 def _mappings_take_keys(overrides: Sequence[str]) -> list[str]:
     """`data.task_args={max_terms: 3}` as Hydra wants it, with ++: a free-form mapping takes any key."""
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
     free = [
         "dict" in str(KEYS.get(one.key_or_group)) and isinstance(one.value(), dict) and one.type == OverrideType.CHANGE
-        for one in parsed
+        for one in _parsed(overrides)
     ]
     return [f"++{text}" if is_free else text for text, is_free in zip(overrides, free, strict=True)]
 
 
 def explain(error: Exception) -> str:
     """One line for an error of Hydra, OmegaConf or YAML: the key, the file when known, the rule, what to do."""
-    if isinstance(error, OverrideParseException) and error.override:
-        return f"{error.override[:LONGEST_KEY]}: {reason(error)}. Write key=value, and quote what is a text: 'key=\"a: b\"'."
     text = str(error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error)
     file = re.match(r"In '([^']+)'", str(error))
     where = f" (in {file[1]}.yaml)" if file else ""
@@ -130,9 +141,9 @@ def explain(error: Exception) -> str:
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """What Hydra, its grammar, OmegaConf and YAML raise in this block over settings is one line."""
-    with library("settings", "the command line or a conf file", "cannot be read", "Look for what is no plain YAML"):
+def one_line_errors(text: str = "the command line or a conf file") -> Iterator[None]:
+    """What Hydra, its grammar, OmegaConf and YAML raise in this block over settings is one line; `text` is at fault."""
+    with library("setting", text, "cannot be read", "Look for what is no plain YAML"):
         try:
             yield
         except (HydraException, OmegaConfBaseException, YAMLError) as error:

@@ -3,13 +3,18 @@
 import stat
 from pathlib import Path
 
-LONGEST_VALUE = 300
-"""Characters of a value that a message shows."""
+LONGEST_VALUE, LONGEST_LINE = 300, 1500
+"""Characters of a value that a message shows, and of a message."""
 
 
 def one_line(text: str) -> str:
     """The text with every character that would break the line, or cannot be printed, written as its escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return cut("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text), LONGEST_LINE)
+
+
+def cut(text: str, most: int) -> str:
+    """The text, without its middle where it is longer."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
 def shown(value: object) -> str:
@@ -18,16 +23,14 @@ def shown(value: object) -> str:
         text = repr(value)
     except (RecursionError, ValueError):  # nested too deeply; more digits than Python writes
         text = f"a {type(value).__name__} that cannot be written out"
-    half = LONGEST_VALUE // 2
-    return text if len(text) <= LONGEST_VALUE else f"{text[:half]} ... {text[-half:]}"
+    return cut(text, LONGEST_VALUE)
 
 
 class ConfigError(ValueError):
     """A setting the user must change: which key, which value, which rule, what to do."""
 
     def __init__(self, key: str, value: object, rule: str, fix: str) -> None:
-        name = key if len(key) <= LONGEST_VALUE else f"{key[:LONGEST_VALUE]} ..."
-        super().__init__(one_line(f"{name}={shown(value)}: {rule}. {fix}."))
+        super().__init__(one_line(f"{cut(key, LONGEST_VALUE)}={shown(value)}: {rule}. {fix}."))
 
 
 class SettingsError(ConfigError):

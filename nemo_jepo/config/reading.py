@@ -1,9 +1,9 @@
 """Files of a user, read so that whatever is wrong with one is one line: which file, what is wrong, what to do.
 
 Only regular files of a size that makes sense are opened: a FIFO or a device would block, and a size without limit would
-fill the memory. What a library raises over a file becomes such a line as well (`library`). A model's folder may not lead
-out of itself by `..`, by an absolute path or by a link; the links of the Hugging Face hub's cache lead into its own
-blobs, and are followed.
+fill the memory. What a library raises over a file becomes such a line as well (`library`). A model's folder may not
+lead out of itself by `..`, by an absolute path or by a link; the links of the Hugging Face hub's cache lead into its
+own blobs, and are followed.
 """
 
 import errno
@@ -182,12 +182,13 @@ def require_inside(key: str, folder: Path, file: Path) -> None:
         home, found = folder.resolve(), file.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a link that leads to itself is a RuntimeError
         raise ConfigError(key, str(file), f"cannot be read ({reason(error)})", "Put the file itself there") from error
-    if not found.is_relative_to(home) and not found.is_relative_to(_repository(home)):
+    if not found.is_relative_to(home) and not found.is_relative_to(_blobs(home)):
         rule = f"lies outside of the folder, at {found}"
         raise ConfigError(key, str(file), rule, "Put the file itself into the folder")
 
 
-def _repository(home: Path) -> Path:
-    """The repository in the hub's cache that a folder is a snapshot of: models--OWNER--NAME/snapshots/COMMIT."""
+def _blobs(home: Path) -> Path:
+    """Where a snapshot of the hub's cache, models--OWNER--NAME/snapshots/COMMIT, has its files; else the folder."""
     repository = home.parent.parent
-    return repository if home.parent.name == "snapshots" and repository.name.startswith("models--") else home
+    is_snapshot = home.parent.name == "snapshots" and repository.name.startswith("models--")
+    return repository / "blobs" if is_snapshot else home

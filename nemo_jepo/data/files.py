@@ -15,7 +15,7 @@ from nemo_jepo.config.errors import DataError, one_line
 from nemo_jepo.config.reading import COPY_AGAIN, reason, unusable
 
 LONGEST_LINE = 64 * 2**20
-"""Bytes of one line of JSONL: a file without line ends is not read into memory as a whole."""
+"""Bytes of one line of JSONL: a file without line ends, which holds no rows, is not read into memory as a whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +95,8 @@ def _jsonl(path: Path, keys: Keys) -> Iterator[tuple[int, object]]:
             while raw := file.readline(LONGEST_LINE + 1):
                 line += 1
                 if len(raw) > LONGEST_LINE:
-                    while raw and not raw.endswith(b"\n"):
-                        raw = file.readline(LONGEST_LINE)
-                    yield line, Unreadable(f"longer than {LONGEST_LINE:,} bytes")
-                elif raw.strip():
+                    raise DataError(f"{path}:{line}: longer than {LONGEST_LINE:,} bytes. Write one row on each line.")
+                if raw.strip():
                     yield line, _json(raw)
     except OSError as error:
         raise _broken_off(path, line, error) from error

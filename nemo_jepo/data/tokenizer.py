@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from nemo_jepo.config.errors import ConfigError, shown
-from nemo_jepo.config.reading import library, read_json, require_model_files, size_limit
+from nemo_jepo.config.reading import library, read_json, require_model_files
 from nemo_jepo.data.control_tokens import TextEncoder, chat_text
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def _require_own_files(settings: Path) -> None:
     """Raise ConfigError where tokenizer_config.json names files of another folder: transformers would open them."""
     if not settings.exists():
         return
-    names = read_json(KEY, settings, size_limit(settings)).get("fast_tokenizer_files", [])
+    names = read_json(KEY, settings).get("fast_tokenizer_files", [])
     if not isinstance(names, list) or any(Path(str(name)).name != name for name in names):
         rule = f"fast_tokenizer_files={shown(names)} must be names of files beside it"
         raise ConfigError(KEY, str(settings), rule, "Leave it out")

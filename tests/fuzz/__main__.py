@@ -7,7 +7,6 @@ import argparse
 import os
 import sys
 import tempfile
-import warnings
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -25,7 +24,6 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=CAMPAIGNS, help=", ".join(CAMPAIGNS))
     parser.add_argument("--failed", type=Path, help="folder that gets inputs that fail; default: a new one")
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
     failed = options.failed or Path(tempfile.mkdtemp(prefix="nemo_jepo_fuzz_"))
     chosen = {name: it for name, it in CAMPAIGNS.items() if options.only is None or name in options.only}
     with quiet_libraries():

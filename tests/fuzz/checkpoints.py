@@ -15,21 +15,25 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from tests.fuzz.runner import Campaign
 
 from nemo_jepo.actor.parallel import init_distributed
 from nemo_jepo.checkpoint.format import MARKER, mark_complete
 from nemo_jepo.checkpoint.writer import CheckpointWriter, load_checkpoint
 from tests.distributed import checkpoint_jobs as jobs
 from tests.distributed.damage_jobs import Payload
+from tests.fuzz.runner import Campaign
 
 SEEDS = st.binary(min_size=8, max_size=8)
-CALLS = [("os", "mkdir"), ("posix", "mkdir"), ("builtins", "exec"), ("builtins", "eval"), ("torch", "load")]
-CALLS += [
-    ("torch.serialization", "_get_layout"),
-    ("torch", "os.mkdir"),
-    ("pathlib", "PosixPath.mkdir"),
+CALLS = [
+    ("os", "mkdir"),
     ("os", "system"),
+    ("posix", "mkdir"),
+    ("builtins", "exec"),
+    ("builtins", "eval"),
+    ("torch", "load"),
+    ("torch", "os.mkdir"),
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath.mkdir"),
 ]
 
 

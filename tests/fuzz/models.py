@@ -47,7 +47,8 @@ CONFIGS: list[dict[str, Any]] = [
     {"model_type": "qwen3", "head_dim": 4} | TINY,
     {"model_type": "qwen3_moe", "head_dim": 4} | EXPERTS | TINY,
     {"model_type": "mixtral"} | EXPERTS | TINY,
-    {"model_type": "llama", "auto_map": {"AutoConfig": "evil.Evil"}, "configuration_files": ["config.4.0.0.json"]} | TINY,
+    {"model_type": "llama", "auto_map": {"AutoConfig": "evil.Evil"}, "configuration_files": ["config.4.0.0.json"]}
+    | TINY,
 ]
 HOSTILE = {"auto_map": {"AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
 EVIL = "import pathlib\npathlib.Path(__file__).with_name('executed').touch()\nclass Evil: pass\n"
@@ -73,6 +74,16 @@ def fresh(name: str) -> Path:
 def _parse(content: bytes) -> dict[str, bytes]:
     """A file of the corpus: the files of a folder as a JSON object, name -> text in Latin-1."""
     return {name: text.encode("latin-1") for name, text in json.loads(content).items()}
+
+
+def _parse_weights(content: bytes) -> dict[str, bytes]:
+    """Likewise, where @data@ stands for the data of the whole file, and @whole@ for all of it."""
+    header, data = weights()
+    parts = {b"@data@": data, b"@whole@": packed(header, data)}
+    files = _parse(content)
+    for mark, part in parts.items():
+        files = {name: text.replace(mark, part) for name, text in files.items()}
+    return files
 
 
 # ---- config.json
@@ -167,7 +178,6 @@ def read_weights(files: dict[str, bytes]) -> None:
         source.read(name, 0, 0, 1).sum().item()
 
 
-
 @st.composite
 def headers(draw: st.DrawFn) -> dict[str, bytes]:
     """A file whose header was changed, or lies about offsets, shapes, types, names or its own length."""
@@ -188,7 +198,10 @@ def headers(draw: st.DrawFn) -> dict[str, bytes]:
         {"shape": []},
         {"shape": [0]},
         {"shape": entry["shape"][::-1]},
-        *({"dtype": dtype} for dtype in ("F64", "I8", "BF16", "F8_E4M3", "F4", "F6_E2M3", "C64", "U16", "BOOL", "", "x")),
+        *(
+            {"dtype": dtype}
+            for dtype in ("F64", "I8", "BF16", "F8_E4M3", "F4", "F6_E2M3", "C64", "U16", "BOOL", "", "x")
+        ),
         {"extra": 1},
     ]
     lied = header | {name: entry | draw(st.sampled_from(lies))}
@@ -213,10 +226,14 @@ def indexes(draw: st.DrawFn) -> dict[str, bytes]:
     header, data = weights()
     names = sorted(set(header) - {"__metadata__"})
     index: dict[str, Any] = {"metadata": {"total_size": len(data)}, "weight_map": dict.fromkeys(names, "a.safetensors")}
-    where = draw(st.sampled_from(["../a.safetensors", "/etc/passwd", "..", ".", "", "a\0b", "x" * 300, "evil.py", "/dev/zero"]))
+    where = draw(
+        st.sampled_from(["../a.safetensors", "/etc/passwd", "..", ".", "", "a\0b", "x" * 300, "evil.py", "/dev/zero"])
+    )
     if draw(st.booleans()):
         index["weight_map"][draw(st.sampled_from(names))] = where
-    content = draw(changed(index).map(written) | damaged(written(index)) | st.just(written(index)) | values.map(written))
+    content = draw(
+        changed(index).map(written) | damaged(written(index)) | st.just(written(index)) | values.map(written)
+    )
     return {"a.safetensors": packed(header, data), "model.safetensors.index.json": content}
 
 
@@ -225,7 +242,9 @@ def prepare() -> None:
     weights()
 
 
-SAFETENSORS = Campaign(headers() | headers() | indexes(), read_weights, share=1.5, parse=_parse, prepare=prepare)
+SAFETENSORS = Campaign(
+    headers() | headers() | indexes(), read_weights, share=1.5, parse=_parse_weights, prepare=prepare
+)
 
 
 # ---- tokenizer
@@ -277,8 +296,17 @@ def tokenizers(draw: st.DrawFn) -> dict[str, bytes]:
     """A tokenizer's files, one of them changed; sometimes with a chat template, or files of older kinds."""
     files = dict(draw(st.sampled_from(tokenizer_files())))
     if draw(st.booleans()):
-        files["chat_template.jinja"] = draw(st.sampled_from(TEMPLATES) | st.text(max_size=40)).encode("utf-8", "replace")
-    older = ["special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "config.json"]
+        files["chat_template.jinja"] = draw(st.sampled_from(TEMPLATES) | st.text(max_size=40)).encode(
+            "utf-8", "replace"
+        )
+    older = [
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "merges.txt",
+        "tokenizer.model",
+        "config.json",
+    ]
     if draw(st.integers(0, 3)) == 0:
         name = draw(st.sampled_from(older))
         files[name] = draw(values.map(written) | st.binary(max_size=60) | st.just(written(CONFIGS[0])))

@@ -114,7 +114,7 @@ WORDS = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 2**63 -
 
 @st.composite
 def damaged(draw: st.DrawFn, content: bytes, most: int = 4) -> bytes:
-    """Bytes that were cut, overwritten, moved, doubled or lengthened in up to `most` places, most of them near an end."""
+    """Bytes that were cut, overwritten, moved, doubled or lengthened in up to `most` places, often near an end."""
     data = bytearray(content)
     for _ in range(draw(st.integers(1, most))):
         near = draw(st.sampled_from(["anywhere", "start", "end"]))

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -66,7 +67,9 @@ def run(name: str, campaign: Campaign, count: int, number: int, failed: Path) ->
         failed: folder that gets the inputs that fail.
     """
     result = Result()
-    campaign.prepare()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        campaign.prepare()
     for file in sorted(CORPUS.glob(f"{name}/*")):
         _try(name, campaign, campaign.parse(file.read_bytes()), result, failed)
 
@@ -86,7 +89,8 @@ def run(name: str, campaign: Campaign, count: int, number: int, failed: Path) ->
 def _try(name: str, campaign: Campaign, value: Any, result: Result, failed: Path) -> None:
     result.tried += 1
     try:
-        with time_limit(campaign.limit_s):
+        with time_limit(campaign.limit_s), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             campaign.target(value)
     except (ConfigError, DataError, RunError) as error:
         result.refused += 1
@@ -120,12 +124,12 @@ def time_limit(seconds: float) -> Iterator[None]:
         raise TooLong(f"more than {seconds} s")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    own, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, own, interval)  # of whoever limits the time of the whole, such as pytest
 
 
 def run_all(campaigns: dict[str, Campaign], count: int, number: int, failed: Path) -> dict[str, Result]:
