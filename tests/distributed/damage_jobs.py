@@ -74,3 +74,12 @@ def with_payload(file: Path, witness: Path) -> None:
         file.write_bytes(pickle.dumps(Payload(witness)))
     else:
         torch.save({"optimizer": Payload(witness)}, file)
+
+
+def fuzzed(name: str, count: int, failed: str) -> tuple[int, list[str]]:
+    """How many inputs of a campaign of `make fuzz` were tried, and the tracebacks of those that failed."""
+    from tests.fuzz.campaigns import CAMPAIGNS
+    from tests.fuzz.runner import run
+
+    result = run(name, CAMPAIGNS[name], count, 0, Path(failed))
+    return result.tried, result.failures

@@ -12,7 +12,7 @@ import torch
 
 from nemo_jepo.checkpoint.format import mark_complete
 from tests.distributed.checkpoint_jobs import trained
-from tests.distributed.damage_jobs import loaded, object_loaded, with_payload
+from tests.distributed.damage_jobs import fuzzed, loaded, object_loaded, with_payload
 from tests.support.rank_pool import on_ranks
 
 TP2 = {"tensor_model_parallel_size": 2}
@@ -125,3 +125,9 @@ def test_a_shard_outside_of_the_folder_is_not_read(copies, tmp_path):
     mark_complete(path, 2)
     (outcome,) = outcomes(ONE, [path])
     assert "../../secret is not among the files that it lists" in outcome["line"]
+
+
+@pytest.mark.parametrize("name", ["damage", "payload"])
+def test_some_inputs_of_the_campaigns_are_refused_in_one_line_or_change_nothing(name, tmp_path):
+    ((tried, failures),) = on_ranks(1, fuzzed, name, 15, str(tmp_path))
+    assert not failures and tried > 10, failures[:1]
