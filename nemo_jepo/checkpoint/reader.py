@@ -13,7 +13,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +110,8 @@ class Checked:
                 yield
             except Exception as error:
                 self._compare(found, expected)
+                if isinstance(error, SettingsError):
+                    raise
                 raise self._fault(f"{', '.join(names)} cannot be read ({_first_line(error)})") from error
             self._compare(found, expected)
 
@@ -150,16 +151,13 @@ def _first_line(error: BaseException) -> str:
 class _Reader(FileSystemReader):
     """Reads the shards of a plan, and compares the files that they lie in."""
 
-    def __init__(self, checked: Checked) -> None:
+    def __init__(self, checked: Checked, found: Metadata) -> None:
         super().__init__(checked.path)
-        self._checked = checked
-        self._metadata: Metadata | None = None
+        self._checked, self._metadata = checked, found
+        found.storage_meta = found.storage_meta or metadata.StorageMeta()
+        found.storage_meta.load_id = self.load_id
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        if self._metadata is None:
-            self._metadata = read_metadata(self._checked)
-            self._metadata.storage_meta = self._metadata.storage_meta or metadata.StorageMeta()
-            self._metadata.storage_meta.load_id = self.load_id
         return self._metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> "torch.futures.Future[None]":
@@ -189,12 +187,12 @@ class _Planner(megatron_torch.MCoreLoadPlanner):
 class _Shards(megatron_torch.TorchDistLoadShardedStrategy):
     """Megatron's reader of torch_dist shards, which makes its two helpers itself."""
 
-    def __init__(self, checked: Checked) -> None:
+    def __init__(self, checked: Checked, found: Metadata) -> None:
         super().__init__()
-        self._checked = checked
+        self._checked, self._metadata = checked, found
 
     def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> dict[str, Any]:
-        reader = _Reader(self._checked)
+        reader = _Reader(self._checked, self._metadata)
         with _exchanged(_get_filesystem_reader=lambda *_, **__: reader, MCoreLoadPlanner=_Planner):
             return super().load(sharded_state_dict, checkpoint_dir)
 
@@ -267,11 +265,11 @@ def load_shards(path: Path, sharded_state: dict[str, Any], verify: str = "own") 
         ConfigError: on every rank, where the checkpoint is not whole, a file that any rank reads has other bytes than
             when it was written, or one cannot be read; names the file.
     """
-    checked = Checked(path, verify)
-    on_every_rank(partial(_compare_shared, checked))
+    checked, found = Checked(path, verify), []
+    on_every_rank(lambda: found.append(_read_small_files(checked)))
     try:
         wanted = _without_extra_state(sharded_state)
-        return dist_checkpointing.load(wanted, str(path), _Shards(checked), _Common(checked))
+        return dist_checkpointing.load(wanted, str(path), _Shards(checked, found[0]), _Common(checked))
     except CheckpointException as error:  # torch gathers what went wrong on any rank
         first, _ = next(iter(error.failures.values()))
         raise _as_line(path, first) from error
@@ -279,11 +277,12 @@ def load_shards(path: Path, sharded_state: dict[str, Any], verify: str = "own") 
         raise _as_line(path, error) from error
 
 
-def _compare_shared(checked: Checked) -> None:
-    """The small files as they are read, and with `all` this rank's share of the others."""
+def _read_small_files(checked: Checked) -> Metadata:
+    """What .metadata says; the other small files are as they were written, and with `all` this rank's share of all."""
     with checked.compared(checked.shared_names()):
         json.loads((checked.path / "metadata.json").read_text())
         json.loads((checked.path / "loop.json").read_text())
+        return read_metadata(checked)
 
 
 def _as_line(path: Path, error: BaseException) -> ConfigError:
