@@ -143,9 +143,33 @@ def library(key: str, value: object, rule: str, fix: str) -> Iterator[None]:
     except (ConfigError, DataError, RunError, BrokenPipeError):
         raise
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if not isinstance(error, Exception) and not _is_panic(error):
             raise
         raise ConfigError(key, value, f"{rule} ({reason(error)})", fix) from error
+
+
+def _is_panic(error: BaseException) -> bool:
+    return type(error).__name__ == "PanicException"
+
+
+@contextmanager
+def held_stderr() -> Iterator[None]:
+    """What this process writes to stderr in the block appears behind it, or not at all where Rust has panicked: it
+    prints lines of its own beside what it raises."""
+    kept, said, panicked = os.dup(2), os.memfd_create("stderr"), False
+    os.dup2(said, 2)
+    try:
+        yield
+    except BaseException as error:
+        panicked = _is_panic(error)
+        raise
+    finally:
+        os.dup2(kept, 2)
+        os.lseek(said, 0, os.SEEK_SET)
+        while not panicked and (part := os.read(said, MIB)):
+            os.write(2, part)
+        os.close(kept)
+        os.close(said)
 
 
 def require_model_files(key: str, folder: str | Path) -> None:

@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from nemo_jepo.config.errors import ConfigError, shown
-from nemo_jepo.config.reading import library, read_json, require_model_files
+from nemo_jepo.config.reading import held_stderr, library, read_json, require_model_files
 from nemo_jepo.data.control_tokens import TextEncoder, chat_text
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def load_tokenizer(path: str | Path, use_chat_template: bool = False) -> "PreTra
         raise ConfigError(KEY, str(path), rule, "Give a folder with tokenizer.json")
     require_model_files(KEY, path)
     _require_own_files(Path(path) / "tokenizer_config.json")
-    with library(KEY, str(path), "transformers refuses its tokenizer", "Copy its files again"):
+    with library(KEY, str(path), "transformers refuses its tokenizer", "Copy its files again"), held_stderr():
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         TextEncoder(tokenizer).encode_plain([PROBE])
         tokenizer.eos_token, tokenizer.eos_token_id, tokenizer.chat_template  # noqa: B018 (they look things up)

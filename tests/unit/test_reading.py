@@ -9,6 +9,7 @@ import pytest
 
 from nemo_jepo.config.errors import ConfigError, DataError, one_line, shown
 from nemo_jepo.config.reading import (
+    held_stderr,
     library,
     line_of,
     read_json,
@@ -132,6 +133,17 @@ def test_what_is_no_fault_of_a_file_passes(error):
     with pytest.raises(type(error)) as caught, library("key", "file", "is refused", "Do that"):
         raise error
     assert caught.value is error
+
+
+def test_what_is_written_to_stderr_meanwhile_appears_behind_the_block_unless_rust_has_panicked(capfd):
+    with held_stderr():
+        os.write(2, b"a warning")
+        assert capfd.readouterr().err == ""
+    assert capfd.readouterr().err == "a warning"
+    with pytest.raises(PanicException), held_stderr():
+        os.write(2, b"thread panicked")
+        raise PanicException("b")
+    assert capfd.readouterr().err == ""
 
 
 # ---- the system's errors

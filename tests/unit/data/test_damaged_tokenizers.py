@@ -49,6 +49,12 @@ def test_a_tokenizer_that_cannot_write_every_word_is_one_line(folder):
     assert fault_of(folder).startswith(f"tokenizer.path='FOLDER': {rule}. ")
 
 
+def test_a_panic_of_rust_is_one_line_and_prints_nothing_beside_it(folder, capfd):
+    edit(folder / "tokenizer.json", normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"})
+    assert fault_of(folder).startswith("tokenizer.path='FOLDER': transformers refuses its tokenizer (")
+    assert "panicked" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     "template", ["{{", "{% for %}", "{{ 1 / 0 }}", "{{ messages[9].x.y }}", "{{ raise_exception('no') }}"]
 )
