@@ -119,7 +119,8 @@ def test_a_run_outlives_a_server_and_when_it_has_none_it_saves_and_goes_on_when_
         family = descendants(supervisor.pid)
         named(supervisor.pid, "api_server")[0].kill()
         wait_until(lambda: not alive(family), seconds=60)
-        assert any("the server at http" in log.read_text() for log in (tmp_path / "run" / "servers").glob("*.log"))
+        logs = list((tmp_path / "run" / "servers").glob("*.log"))
+        wait_until(lambda: any("the server at http" in log.read_text() for log in logs))
         wait_until(lambda: any(line["train_rollouts/servers"] == 1 for line in metrics(tmp_path)[killed_at - 1 :]), 200)
         wait_until(lambda: metrics(tmp_path)[-1]["train_rollouts/servers"] == 2, seconds=300)  # it came back
         lines = metrics(tmp_path)

@@ -107,7 +107,7 @@ def serve_once(command: Sequence[str], environment: Mapping[str, str], url: str,
             end_session(server.pid)
             server.wait()
             memory.remove()
-    return End(why or f"exit code {code}", served_s, code)
+    return End(why if code is None else f"exit code {code}", served_s, code)
 
 
 def watch(
