@@ -39,7 +39,7 @@ def ended(ranks: Ranks, stuck: int) -> list[str]:
 
 @pytest.mark.parametrize("stopped", [0, 2])
 def test_a_stopped_rank_is_named_and_all_others_end(stopped):
-    with started(3, steps(timeout_s=3)) as ranks:
+    with started(3, steps(timeout_s=6)) as ranks:
         wait_until(lambda: all("goes on" in output_of(file) for _, file in ranks), ranks)
         process, _ = ranks[stopped]
         os.kill(process.pid, signal.SIGSTOP)
@@ -56,7 +56,7 @@ def test_a_stopped_rank_is_named_and_all_others_end(stopped):
 
 
 def test_a_rank_that_lives_and_sleeps_is_named_with_the_line_that_it_sleeps_in():
-    with started(2, steps(timeout_s=2, sleeper=1)) as ranks:
+    with started(2, steps(timeout_s=6, sleeper=1)) as ranks:
         for process, file in ranks:
             assert process.wait(timeout=120) == 1, output_of(file)
         first, second = (output_of(file) for _, file in ranks)
@@ -68,17 +68,17 @@ def test_a_rank_that_lives_and_sleeps_is_named_with_the_line_that_it_sleeps_in()
 
 
 def test_ranks_that_end_at_different_times_are_not_stuck():
-    assert "is stuck" not in run_ranks(2, steps(timeout_s=3, num_steps=40, last_rank=0))
+    assert "is stuck" not in run_ranks(2, steps(timeout_s=6, num_steps=40, last_rank=0))
 
 
 def test_a_connection_that_breaks_is_made_again():
     """Steps go on for longer than the timeout."""
-    assert "is stuck" not in run_ranks(2, steps(timeout_s=4, num_steps=600, cut=True))
+    assert "is stuck" not in run_ranks(2, steps(timeout_s=6, num_steps=900, cut=True))
 
 
 def test_a_run_in_which_a_rank_is_stopped_ends_and_the_next_start_goes_on(tmp_path):
     arguments = command("train", tmp_path, "trainer.devices=2")
-    with started(2, [*arguments, "trainer.stuck_timeout_s=5"]) as ranks:
+    with started(2, [*arguments, "trainer.stuck_timeout_s=8"]) as ranks:
         lines = tmp_path / "run" / "metrics.jsonl"
         wait_until(lambda: lines.exists() and lines.read_text().count("\n") >= 3, ranks)
         os.kill(ranks[1][0].pid, signal.SIGSTOP)
