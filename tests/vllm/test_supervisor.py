@@ -10,7 +10,7 @@ import pytest
 
 from nemo_jepo.rollout.vllm import supervisor
 from nemo_jepo.utils.network import free_ports
-from tests.support.vllm_processes import alive, descendants, orphaned_memory
+from tests.support.vllm_processes import named
 
 SERVER = """
 import http.server, os, pathlib, sys, threading, time
@@ -72,7 +72,7 @@ def test_a_server_that_fails_is_started_again_until_it_does_not_come_up_any_more
     # Each life had a folder of its own, and nothing is left
     folders = {(tmp_path / f"life_{number}").read_text() for number in range(9)}
     assert len(folders) == 9 and not any(map(os.path.exists, folders))
-    assert not alive(descendants(os.getpid())) and not orphaned_memory() & {"socket"}
+    assert not named(os.getpid(), str(tmp_path))
 
 
 def test_a_wrong_option_ends_it_at_once(tmp_path, impatient):
