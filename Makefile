@@ -12,6 +12,7 @@ PIP_OPTIONS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 LOCK_OPTIONS ?=
+CHAOS ?=
 UV := 0.13.9
 VLLM := 0.32.0
 VLLM_STAMP := .venv/.vllm-$(VLLM)
@@ -25,7 +26,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=30
 PARALLEL = -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help env lock vllm te-stub peers demo smollm2 test test-rest test-all test-nightly accept-gpu accept-gpus test-gpu lint check docs reference clean
+.PHONY: help env lock vllm te-stub peers demo smollm2 test test-rest test-all test-nightly fuzz chaos accept-gpu accept-gpus test-gpu lint check docs reference clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -94,11 +95,17 @@ test-all: test test-rest ## everything that needs no GPU and no night
 test-nightly: $(STAMP) $(VLLM_STAMP) ## runs that learn something, and benchmarks from end to end
 	$(PYTEST) -m nightly
 
+chaos: $(STAMP) ## real runs killed, signalled and stopped at random moments, and a table: CHAOS="--kills 200 --seed 1"
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos $(CHAOS)
+
 accept-gpu: $(STAMP) ## ordered checks on one NVIDIA GPU in minutes: parity, speed, memory; one page in acceptance/
 	$(BIN)/python -m tests.gpu.accept
 
 accept-gpus: $(STAMP) ## the same on four GPUs of a node: layouts over NCCL, weight pushes, a lost server; in acceptance_four/
 	$(BIN)/python -m tests.gpu.accept_four
+
+fuzz: $(STAMP) ## minutes: 10,000 inputs that are wrong; FUZZ="--inputs 50000 --seed 3 --only rows" tries others
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(FUZZ)
 
 test-gpu: $(STAMP) ## acceptance on one NVIDIA GPU; what it lacks (Transformer Engine, vLLM, a second GPU) is skipped
 	$(BIN)/python -m pytest -q -rs tests/gpu

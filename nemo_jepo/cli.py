@@ -30,13 +30,16 @@ WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set.
 """
 
 import importlib
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from nemo_jepo.config.errors import ConfigError, DataError, RunError
-from nemo_jepo.utils.exit_codes import BAD_SETTINGS, DONE, ENDED_AT_ONCE, FAILED
+from nemo_jepo.config.reading import line_of
+from nemo_jepo.utils import early_signals
+from nemo_jepo.utils.exit_codes import BAD_SETTINGS, DONE, ENDED_AT_ONCE, FAILED, INTERRUPTED
 
 COMMANDS = {
     "train": "nemo_jepo.train:main",
@@ -46,7 +49,7 @@ COMMANDS = {
     "plan": "nemo_jepo.tools.plan.command:main",
     "doctor": "nemo_jepo.tools.doctor.command:main",
     "experiment": "nemo_jepo.tools.experiments:main",
-    "checkpoint": "nemo_jepo.checkpoint.format:main",
+    "checkpoint": "nemo_jepo.checkpoint.command:main",
     "report": "nemo_jepo.tools.report.command:main",
     "data": "nemo_jepo.tools.prepare.command:main",
     "serve": "nemo_jepo.rollout.vllm.server:main",
@@ -54,11 +57,15 @@ COMMANDS = {
 }
 """What runs a command: MODULE:FUNCTION, imported when the command is asked for. It takes the arguments after the
 command's name, gives the exit code, and raises for what the user must change."""
-WITH_SETTINGS = ("train", "evaluate")
+WITH_SETTINGS = {
+    "train": "interrupted during the start; nothing is lost, and the same command starts again",
+    "evaluate": "interrupted; the same command evaluates again",
+}
 """Commands whose function takes a `Config`: it is read first, so that a wrong setting is answered before torch and
-Megatron are imported."""
+Megatron are imported. With the line that a signal ends them with, until training begins."""
 EXIT_CODES: dict[type[BaseException], int] = {ConfigError: BAD_SETTINGS, DataError: BAD_SETTINGS, RunError: FAILED}
-"""Errors that are one line on stderr; any other is a bug and leaves its traceback."""
+"""Errors that are one line on stderr. So are those of the system that nothing below has answered (`line_of`); any other
+is a bug and leaves its traceback."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         asked = name in ("-h", "--help", "help")
         print(__doc__, file=sys.stdout if asked else sys.stderr)
         return DONE if asked else BAD_SETTINGS
+    if argv is None:  # this process is the command's own
+        heed_signals(name)
     for library in ("megatron", "torch", "nemo", "lightning", "transformers"):
         warnings.filterwarnings("ignore", module=rf"{library}\b")  # of the libraries about their own code
     try:
@@ -75,15 +84,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     except tuple(EXIT_CODES) as error:
         print(error, file=sys.stderr)
         return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+    except (OSError, MemoryError) as error:
+        print(line_of(error), file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return ENDED_AT_ONCE
 
 
+def heed_signals(name: str) -> None:
+    """Have the command end with one line at a signal, from here until it has a way of its own."""
+    if name in WITH_SETTINGS:
+        early_signals.end_at(early_signals.ENDING, WITH_SETTINGS[name], INTERRUPTED)
+    else:
+        early_signals.end_at([signal.SIGINT], "interrupted", ENDED_AT_ONCE)
+
+
 def run(name: str, argv: list[str]) -> int:
     """The exit code of a command; raises what the command raises."""
     if name not in WITH_SETTINGS:
-        return load(COMMANDS[name])(argv)
+        command = load(COMMANDS[name])
+        early_signals.release()  # what it has begun it clears up
+        return command(argv)
     from nemo_jepo.config.compose import read_command_line  # Hydra, which half of the commands do without
 
     config = read_command_line(argv, trains=name == "train")

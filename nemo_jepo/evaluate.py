@@ -8,18 +8,21 @@
 
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from nemo_jepo.actor.parallel import Layout, init_distributed, init_model_parallel
+from nemo_jepo.actor.heartbeat import heartbeat
+from nemo_jepo.actor.parallel import Layout, init_distributed, init_model_parallel, on_first_rank
 from nemo_jepo.actor.scoring import assembled, score
-from nemo_jepo.checkpoint.format import latest_checkpoint
+from nemo_jepo.checkpoint.format import latest_checkpoint, passed_over
 from nemo_jepo.config.schema import Config
 from nemo_jepo.config.warmup import started_from
 from nemo_jepo.data.dataset import PromptSplits
@@ -57,14 +60,15 @@ def main(config: Config) -> int:
     init_distributed()
     init_model_parallel(config.model)
     folder, layout = config.run_folder, Layout()
-    newest = newest_of_run(folder) if config.exp_manager.resume_if_exists else None
+    newest = on_first_rank(partial(newest_of_run, folder)) if config.exp_manager.resume_if_exists else None
     if newest is not None:
         config = started_from(config, newest)
     without = replace(config.objective, name="jepo", no_chain="none")
     config = replace(config, objective=without, kl=replace(config.kl, beta=0.0))  # pi_ref would be the model itself
     splits = PromptSplits(trains=False)
-    with OwnServers(folder) as servers, closing(build(config, folder, layout, servers, splits)) as t:
-        metrics, _ = evaluate(t, t.validation)
+    with heartbeat(config.trainer.stuck_timeout_s), OwnServers(folder) as servers:
+        with closing(build(config, folder, layout, servers, splits)) as t:
+            metrics, _ = evaluate(t, t.validation)
     if layout.rank == 0:
         source = str(newest or t.config.pretrained_checkpoint.restore_from_path or "random initialisation")
         always = dict.fromkeys(("accuracy", "proxy_nll", "marker_rate", "cot_tokens_mean"))
@@ -75,8 +79,13 @@ def main(config: Config) -> int:
 
 
 def newest_of_run(folder: Path) -> Path | None:
-    """The newest checkpoint of a run, or of its warm-up where it has none yet."""
-    return latest_checkpoint(folder / "checkpoints") or latest_checkpoint(folder / "warmup" / "checkpoints")
+    """The newest checkpoint of a run, or of its warm-up where it has none yet; newer broken ones are named."""
+    for checkpoints in (folder / "checkpoints", folder / "warmup" / "checkpoints"):
+        for line in passed_over(checkpoints):
+            print(line, file=sys.stderr)
+        if (newest := latest_checkpoint(checkpoints)) is not None:
+            return newest
+    return None
 
 
 def evaluate(

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from nemo_jepo.actor.actor import DTYPES, MegatronJEPOActor
 from nemo_jepo.actor.model import load_hf_config
 from nemo_jepo.actor.optimizer import optimizer_kind, require_same_kind
 from nemo_jepo.actor.parallel import Layout, on_first_rank
+from nemo_jepo.actor.weights.checksums import compared
 from nemo_jepo.actor.weights.load import load_stage, open_source
 from nemo_jepo.checkpoint.format import is_checkpoint, latest_checkpoint
 from nemo_jepo.checkpoint.writer import CheckpointWriter, RunState, load_checkpoint, read_loop_state
@@ -149,13 +151,19 @@ def find_hf_config(
     return hf_config
 
 
-def load_initial_weights(actor: MegatronJEPOActor, path: str | None, seed: int) -> None:
-    """Weights of a Hugging Face folder, of a checkpoint in any layout, or (path None) seeded random ones."""
+def load_initial_weights(actor: MegatronJEPOActor, path: str | None, seed: int, verify: str) -> None:
+    """Weights of a Hugging Face folder, of a checkpoint in any layout, or (path None) seeded random ones.
+
+    Args:
+        verify: checkpoint.verify_on_load.
+    """
     if path is not None and is_checkpoint(Path(path)):
-        state = load_checkpoint(Path(path), {"model": actor.sharded_weights()})
+        state = load_checkpoint(Path(path), {"model": actor.sharded_weights()}, verify)
         actor.load_weights(state.sharded["model"])
         return
-    load_stage(actor.chunks, actor.hf_config, open_source(actor.hf_config, path, seed), actor.layout)
+    source, layout = open_source(actor.hf_config, path, seed), actor.layout
+    with nullcontext() if path is None else compared(Path(path), verify, layout.rank, layout.world_size):
+        load_stage(actor.chunks, actor.hf_config, source, layout)
 
 
 def build(config: Config, folder: Path, layout: Layout, servers: OwnServers, splits: PromptSplits) -> Trainer:
@@ -188,7 +196,7 @@ def build(config: Config, folder: Path, layout: Layout, servers: OwnServers, spl
     # The model, while the servers start
     servers.start(config, layout, hf_config, tokenizer)
     actor = MegatronJEPOActor(hf_config, config.model, precision, layout)
-    load_initial_weights(actor, restored, config.model.seed)
+    load_initial_weights(actor, restored, config.model.seed, config.checkpoint.verify_on_load)
     if config.keeps_reference_policy:
         actor.keep_reference_policy()
 
@@ -264,20 +272,20 @@ def save(t: Trainer, step: int, last: bool) -> None:
     t.checkpoints.save(step, state, last)
 
 
-def resume(t: Trainer, folder: Path) -> int:
-    """Take up the run's newest whole checkpoint, if there is one; all ranks.
+def resume(t: Trainer, path: Path | None) -> int:
+    """Take up a checkpoint of the run, if there is one; all ranks.
 
     Returns:
         Steps done so far.
     Raises:
-        ConfigError: the checkpoint holds another kind of optimizer.
+        ConfigError: the checkpoint is damaged, or holds another kind of optimizer.
     """
-    path = latest_checkpoint(folder / "checkpoints")
     if path is None:
         return 0
     kind = optimizer_kind(t.config.model.optim, t.config.trainer.precision)
     require_same_kind(path, read_loop_state(path).get("optimizer"), kind)
-    state = t.checkpoints.resume(path, t.actor.sharded_state_dict(is_loading=True))
+    shards, verify = t.actor.sharded_state_dict(is_loading=True), t.config.checkpoint.verify_on_load
+    state = t.checkpoints.resume(path, shards, verify)
     t.actor.load_state_dict(state.sharded)
     t.actor.scores_in_bf16 = state.loop.get("scores_in_bf16", False)  # an older checkpoint does not say
     t.stream.load_state_dict(state.loop["data"])

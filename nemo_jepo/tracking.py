@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from nemo_jepo.collapse import ChainWatch
 from nemo_jepo.config.schema import ExpManagerConfig
+from nemo_jepo.utils import phases
 from nemo_jepo.utils.files import write_atomically
 
 CONSOLE = {
@@ -53,10 +54,11 @@ class SilentTracker:
 
     @contextmanager
     def timer(self, name: str) -> Iterator[None]:
-        """Adds the seconds spent inside to `timers/name` of the next `log`."""
+        """Adds the seconds spent inside to `timers/name` of the next `log`; to a watcher it is a phase of the run."""
         start = time.perf_counter()
         try:
-            yield
+            with phases.phase(name):
+                yield
         finally:
             key = f"timers/{name}"
             self._seconds[key] = self._seconds.get(key, 0.0) + time.perf_counter() - start
@@ -90,6 +92,7 @@ class SilentTracker:
 
     def close(self) -> None:
         """Ends bar and loggers."""
+        phases.leave_training()
 
     def __enter__(self) -> "SilentTracker":
         return self
@@ -161,7 +164,8 @@ class Tracker(SilentTracker):
             for line in kept:
                 self._chains.see(_step_of(line), json.loads(line))
         for path in self._folder.glob("rollouts/*.jsonl"):
-            if int(re.sub(r"\D", "", path.stem)) > step:
+            written = re.search(r"_(\d+)$", path.stem)  # others are not ours
+            if written is not None and int(written[1]) > step:
                 path.unlink()
         if self._bar is not None:
             self._bar.initial = self._bar.n = max(step, 0)
@@ -173,6 +177,7 @@ class Tracker(SilentTracker):
 
     def close(self) -> None:
         """See SilentTracker."""
+        super().close()
         if self._bar is not None:
             self._bar.close()
         for logger in self._loggers:

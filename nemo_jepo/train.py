@@ -17,11 +17,14 @@ from types import FrameType
 import torch
 
 from nemo_jepo.actor.fp8_guard import guard_fp8
-from nemo_jepo.actor.parallel import Layout, init_distributed, init_model_parallel
+from nemo_jepo.actor.heartbeat import heartbeat
+from nemo_jepo.actor.parallel import Layout, init_distributed, init_model_parallel, on_first_rank
 from nemo_jepo.actor.scoring import score
-from nemo_jepo.checkpoint.format import latest_checkpoint, step_of
+from nemo_jepo.checkpoint.format import latest_checkpoint, passed_over, step_of, sweep
+from nemo_jepo.checkpoint.run_lock import only_run_in
 from nemo_jepo.config.compose import to_yaml
 from nemo_jepo.config.errors import ConfigError
+from nemo_jepo.config.reading import read_json
 from nemo_jepo.config.schema import Config
 from nemo_jepo.config.warmup import after_warmup, warmup_config
 from nemo_jepo.data.dataset import PromptSplits
@@ -43,6 +46,7 @@ from nemo_jepo.rollout.sampler import SamplersLost, SamplingStopped
 from nemo_jepo.setup import Trainer, build, resume, save
 from nemo_jepo.tracking import SilentTracker, Tracker
 from nemo_jepo.types import Prompt, Rollout, SplicedBatch
+from nemo_jepo.utils import early_signals
 from nemo_jepo.utils.exit_codes import DONE, FAILED, INTERRUPTED
 from nemo_jepo.utils.files import write_atomically
 from nemo_jepo.weight_sync import sync_weights
@@ -151,18 +155,20 @@ def report_update(optim: dict[str, float], step: int, tracker: SilentTracker) ->
     return with_prefix("train_optim", optim)
 
 
-def fit(t: Trainer, folder: Path, tracker: SilentTracker, interrupted: Callable[[], bool]) -> int:
-    """Train from the last checkpoint of the run, or from the initial weights, to the end.
+def fit(t: Trainer, folder: Path, newest: Path | None, tracker: SilentTracker, interrupted: "Interrupt") -> int:
+    """Train from the newest checkpoint of the run, or from the initial weights, to the end.
 
     Args:
         folder: the run's folder.
+        newest: its newest whole checkpoint.
         interrupted: asked after every step and between the batches of a validation; True saves and ends.
     Returns:
         DONE, or INTERRUPTED after saving, also where no server is left to sample from; FAILED where none ever was.
     """
     loop = t.config.trainer.jepo
     t.actor.start_training(t.config.model.optim, loop.gradient_clip_val, loop.max_steps)
-    step = resume(t, folder)
+    step = resume(t, newest)
+    interrupted.listen()
     tracker.rewind(step if step else -1)
     metrics = unreported_metrics(folder, step)  # of a step that is done and not in metrics.jsonl yet
     if metrics is None:
@@ -193,7 +199,8 @@ def fit(t: Trainer, folder: Path, tracker: SilentTracker, interrupted: Callable[
             tracker.say(f"no server is left to sample from, so the run saves after step {step} and ends: {error}")
         if step and metrics is not None:
             keep_unreported(t, folder, step, metrics)
-        save(t, step, last=True)
+        with tracker.timer("save_time"):
+            save(t, step, last=True)
         return FAILED if isinstance(error, SamplersLost) and not step else INTERRUPTED
     return DONE
 
@@ -235,10 +242,14 @@ def keep_unreported(t: Trainer, folder: Path, step: int, metrics: dict[str, floa
 
 
 def unreported_metrics(folder: Path, step: int) -> dict[str, float] | None:
-    """The own metrics of this step, if an earlier start ended during its validation."""
+    """The own metrics of this step, if an earlier start ended during its validation.
+
+    Raises:
+        ConfigError: they cannot be read.
+    """
     path = folder / "unreported.json"
-    kept = json.loads(path.read_text()) if path.exists() else {"step": None}
-    return kept["metrics"] if kept["step"] == step else None
+    kept = read_json("exp_manager.name", path) if path.exists() else {}
+    return kept.get("metrics") if kept.get("step") == step else None
 
 
 def forget_unreported(t: Trainer, folder: Path) -> None:
@@ -255,8 +266,12 @@ class Interrupt:
 
     def __init__(self) -> None:
         self._received = False
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+
+    def listen(self) -> None:
+        """From here on; until then a signal ends the run's start, and nothing is lost."""
+        for number in early_signals.ENDING:
             signal.signal(number, self._remember)
+        early_signals.release()
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self._received and number == signal.SIGINT:
@@ -272,24 +287,23 @@ def main(config: Config) -> int:
     init_distributed()
     init_model_parallel(config.model)
     interrupt, folder, splits = Interrupt(), config.run_folder, PromptSplits()
-    with OwnServers(folder) as servers:
+    with heartbeat(config.trainer.stuck_timeout_s), only_run_in(folder), OwnServers(folder) as servers:
         if config.warmup.max_steps:
             code = run(warmup_config(config), folder / "warmup", servers, splits, interrupt)
             if code:
                 return code
-            checkpoint = latest_checkpoint(folder / "warmup" / "checkpoints")
+            checkpoint = newest_on_every_rank(folder / "warmup" / "checkpoints")
             assert checkpoint is not None, "a warm-up that ended has saved"
             config = after_warmup(config, checkpoint)
         return run(config, folder, servers, splits, interrupt)
 
 
-def run(config: Config, folder: Path, servers: OwnServers, splits: PromptSplits, interrupt: Callable[[], bool]) -> int:
+def run(config: Config, folder: Path, servers: OwnServers, splits: PromptSplits, interrupt: Interrupt) -> int:
     """One training run from where it was to its end; nothing is built where it has ended. Returns `fit`'s code."""
     layout, steps = Layout(), config.trainer.jepo.max_steps
-    newest = latest_checkpoint(folder / "checkpoints")
+    newest = newest_on_every_rank(folder / "checkpoints")
     done = 0 if newest is None else step_of(newest)
     reported = unreported_metrics(folder, done) is None
-    layout.barrier()  # nobody looks for checkpoints while rank 0 already writes one
     if newest is not None and not config.exp_manager.resume_if_exists:
         fix = "Choose another name, or exp_manager.resume_if_exists=true"
         raise ConfigError("exp_manager.name", config.exp_manager.name, f"{newest} exists", fix)
@@ -301,4 +315,19 @@ def run(config: Config, folder: Path, servers: OwnServers, splits: PromptSplits,
     tracker = Tracker(folder, config.exp_manager, steps, num_samples, done + 1) if layout.rank == 0 else SilentTracker()
     with closing(t), tracker:
         tracker.save_config(to_yaml(t.config))
-        return fit(t, folder, tracker, interrupt)
+        if layout.rank == 0:
+            tidy(folder / "checkpoints", tracker)
+        return fit(t, folder, newest, tracker, interrupt)
+
+
+def newest_on_every_rank(checkpoints: Path) -> Path | None:
+    """The newest whole checkpoint of a run as rank 0 sees it, None where it has none; see latest_checkpoint."""
+    return on_first_rank(partial(latest_checkpoint, checkpoints))
+
+
+def tidy(checkpoints: Path, tracker: SilentTracker) -> None:
+    """Say which newer checkpoints are passed over, and delete what killed runs left."""
+    for line in passed_over(checkpoints):
+        tracker.say(line)
+    for rest in sweep(checkpoints):
+        tracker.say(f"removed {rest}, which a killed run left")

@@ -7,6 +7,7 @@ GPU its layers serve in bf16; otherwise megatron-core's local layers with packed
 import logging
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,40 +31,55 @@ from nemo_jepo.actor.local_layers import PackedRMSNorm, SwiGLU
 from nemo_jepo.actor.precision import assert_fp8_is_used, fp8_options
 from nemo_jepo.actor.weights.families import Shape, family_of
 from nemo_jepo.config.errors import ConfigError
+from nemo_jepo.config.reading import library
 from nemo_jepo.config.schema import ModelConfig
+from nemo_jepo.config.shapes import check_shape, is_positive, read_hf_config
 
 log = logging.getLogger(__name__)
 
 _LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
-def load_hf_config(source: str | dict[str, Any]) -> PretrainedConfig:
+def load_hf_config(source: str | dict[str, Any], key: str = "model") -> PretrainedConfig:
     """The Hugging Face config of a folder, a config.json or an inline mapping with a model_type.
 
+    The file is read here and not by transformers, which would follow what it says to other files and to code.
+
+    Args:
+        key: of the setting that names a folder or a file, for the error.
     Raises:
-        ConfigError: another family, or a variant of one that the actor would compute differently.
+        ConfigError: another family, a variant of one that the actor would compute differently, or no config at all.
     """
+    file = None
     if isinstance(source, str):
-        config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        file = Path(source) / "config.json" if Path(source).is_dir() else Path(source)
+        shape = read_hf_config(key, file)
     else:
-        shape = dict(source)
-        family = shape.pop("model_type", None)
-        family_of(family, "model.hf_config.model_type")
+        key, shape = "model.hf_config", dict(source)
+        check_shape(key, shape)
+    family = shape.pop("model_type", None)
+    family_of(family, "model_type" if file else "model.hf_config.model_type")
+    fix = "Copy the file again, or correct it" if file else "Correct it"
+    with library(key, str(file) if file else source, "transformers refuses it", fix):
         config = AutoConfig.for_model(family, **shape)
+        whole = config.to_dict()
+    check_shape(key, whole, file)
     _check_family(config)
     return config
 
 
 def _check_family(config: PretrainedConfig) -> None:
-    family_of(config.model_type)
-    rope = config.rope_parameters
-    supported = rope["rope_type"] == "default" or (
-        rope["rope_type"] == "llama3" and all(rope[key] == value for key, value in _LLAMA3_SCALING.items())
+    rope = getattr(config, "rope_parameters", None)
+    rope = rope if isinstance(rope, dict) else {}
+    kind = rope.get("rope_type")
+    supported = kind == "default" or (
+        kind == "llama3" and all(rope.get(key) == value for key, value in _LLAMA3_SCALING.items())
     )
     if not supported:
-        raise ConfigError(
-            "rope_parameters", dict(rope), "only plain and llama3 scaling exist in the actor", "Use these"
-        )
+        raise ConfigError("rope_parameters", rope, "only plain and llama3 scaling exist in the actor", "Use these")
+    for key in ("rope_theta", "factor") if kind == "llama3" else ("rope_theta",):
+        if not is_positive(rope.get(key)):
+            raise ConfigError(f"rope_parameters.{key}", rope.get(key), "must be a positive number", "Correct it")
     for key, plain in (("hidden_act", "silu"), ("mlp_bias", False), ("use_sliding_window", False)):
         if getattr(config, key, plain) != plain:
             raise ConfigError(key, getattr(config, key), f"the actor computes {plain!r} only", "Use another model")

@@ -19,6 +19,7 @@ from torch import Tensor
 from nemo_jepo.actor import cpu, fallback
 from nemo_jepo.config.errors import ConfigError, SettingsError
 from nemo_jepo.config.schema import ModelConfig
+from nemo_jepo.utils import phases
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 FIRST_RANK_TIMEOUT = timedelta(days=1)
@@ -102,17 +103,35 @@ def on_first_rank(work: Callable[[], Result]) -> Result:
         return work()
     group = dist.new_group(backend="gloo", timeout=FIRST_RANK_TIMEOUT)
     box: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            box[0] = work()
-        except ConfigError as error:
-            box[1] = str(error)
-    dist.broadcast_object_list(box, group=group, group_src=0)
+    with phases.phase(phases.ALONE):
+        if dist.get_rank() == 0:
+            try:
+                box[0] = work()
+            except ConfigError as error:
+                box[1] = str(error)
+        dist.broadcast_object_list(box, group=group, group_src=0)
     dist.destroy_process_group(group)
     result, line = box
     if line is not None:
         raise SettingsError(line)
     return result
+
+
+def on_every_rank(work: Callable[[], None]) -> None:
+    """Run `work` on each rank of the world; a fault of one becomes that of all, so that none waits for one that ended.
+
+    Raises:
+        ConfigError: the first rank's that raised one, on every rank.
+    """
+    line = None
+    try:
+        work()
+    except ConfigError as error:
+        line = str(error)
+    lines: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(lines, line)
+    for line in filter(None, lines):
+        raise SettingsError(line)
 
 
 class Layout:

@@ -5,8 +5,8 @@ tensor more, whichever way they go.
 """
 
 import ctypes
-import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,13 +15,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.tensor_parallel import layers
 from transformers import PretrainedConfig
 
 from nemo_jepo.actor import parallel
 from nemo_jepo.actor.actor import DTYPES, MegatronJEPOActor
 from nemo_jepo.actor.model import load_hf_config
+from nemo_jepo.actor.weights.checksums import compared
 from nemo_jepo.actor.weights.families import FAMILIES
 from nemo_jepo.actor.weights.hf_folder import SafetensorsFolder
 from nemo_jepo.actor.weights.load import hf_shapes, load_stage
@@ -30,12 +30,14 @@ from nemo_jepo.checkpoint.format import require_whole
 from nemo_jepo.checkpoint.hf.export import copy_companions, export_hf
 from nemo_jepo.checkpoint.hf.from_gguf import write_hf_folder
 from nemo_jepo.checkpoint.hf.torch_dist import SerialSave, load_in_place
+from nemo_jepo.checkpoint.reader import held_dtype
 from nemo_jepo.checkpoint.writer import save_with
 from nemo_jepo.config import compose
 from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.hub import folder_of, is_hub_name, require_here
 from nemo_jepo.config.layouts import check_layout
-from nemo_jepo.config.schema import ModelConfig
+from nemo_jepo.config.schema import Config, ModelConfig
+from nemo_jepo.config.shapes import read_hf_config
 from nemo_jepo.utils.exit_codes import BAD_SETTINGS, DONE
 
 MMAP_THRESHOLD = (-3, 128 * 1024)
@@ -71,14 +73,17 @@ def import_hf(source: Path, checkpoint: Path, overrides: Sequence[str] = ()) -> 
 
     Args:
         source: a folder, a .gguf file, or owner/name[@revision] of the hub.
-        overrides: model.* settings, the layout to load in; any other layout reads the checkpoint all the same.
+        overrides: model.* settings, the layout to load in (any other reads it all the same), and checkpoint.*
     Raises:
         ConfigError: what is wrong with the model or the settings, before anything is written; or the disk is full.
     """
-    model = _model_settings(overrides)
+    config = _settings(overrides)
     _require_new("CHECKPOINT", checkpoint)
+    if re.fullmatch(r"step_0*[1-9]\d*", checkpoint.name):
+        rule = "is the name of a run's later step, and an imported model has made none"
+        raise ConfigError("CHECKPOINT", str(checkpoint), rule, "Choose another name")
     with _hf_folder(source, checkpoint) as hf_folder:
-        _import_folder(hf_folder, checkpoint, model)
+        _import_folder(hf_folder, checkpoint, config)
 
 
 @contextmanager
@@ -107,12 +112,13 @@ def _hf_folder(source: Path, checkpoint: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _import_folder(hf_folder: Path, checkpoint: Path, model: ModelConfig) -> None:
+def _import_folder(hf_folder: Path, checkpoint: Path, config: Config) -> None:
     hf_config = _read_config("HF_DIR", hf_folder)
     source = SafetensorsFolder(hf_folder)
     source.check(hf_shapes(hf_config))
-    actor = _build_actor(hf_config, model, source.dtype)
-    load_stage(actor.chunks, hf_config, source, actor.layout)
+    actor = _build_actor(hf_config, config.model, source.dtype)
+    with compared(hf_folder, config.checkpoint.verify_on_load, actor.layout.rank, actor.layout.world_size):
+        load_stage(actor.chunks, hf_config, source, actor.layout)
     staging = checkpoint.with_name(f".{checkpoint.name}.partial")
     with _on_disk("CHECKPOINT", staging, actor.layout):
         weights = {"model": actor.sharded_weights()}
@@ -127,17 +133,17 @@ def export_hf_folder(checkpoint: Path, hf_folder: Path, overrides: Sequence[str]
     """Write a checkpoint of any layout as a new Hugging Face folder, which appears when it is whole.
 
     Args:
-        overrides: model.* settings, the layout to read it in.
+        overrides: model.* and checkpoint.* settings, the layout to read it in.
     Raises:
         ConfigError: the checkpoint is not whole, the folder exists, the disk is full.
     """
-    model = _model_settings(overrides)
+    config = _settings(overrides)
     require_whole(checkpoint)
     _require_new("HF_DIR", hf_folder)
     hf_config = _read_config("CHECKPOINT", checkpoint)
-    held = dist_checkpointing.load_tensors_metadata(str(checkpoint))["decoder.final_layernorm.weight"].dtype
-    actor = _build_actor(hf_config, model, held)
-    load_in_place(checkpoint, actor.sharded_weights())
+    held = held_dtype(checkpoint, "decoder.final_layernorm.weight")
+    actor = _build_actor(hf_config, config.model, held)
+    load_in_place(checkpoint, actor.sharded_weights(), config.checkpoint.verify_on_load)
     dtype = torch.float16 if hf_config.dtype == torch.float16 else held  # fp16 is held as fp32
     stream = _in_dtype(weight_stream(actor.chunks, hf_config, actor.layout), dtype)
     if actor.layout.rank == 0:
@@ -147,12 +153,13 @@ def export_hf_folder(checkpoint: Path, hf_folder: Path, overrides: Sequence[str]
             pass
 
 
-def _model_settings(overrides: Sequence[str]) -> ModelConfig:
-    """The model node of a command line."""
+def _settings(overrides: Sequence[str]) -> Config:
+    """The settings of a command line."""
     for override in overrides:
-        if not override.startswith("model."):
-            raise ConfigError("setting", override, "import and export take model.* settings only", "Leave it out")
-    return compose.resolve(compose.compose(compose.DEFAULT_CONFIG, overrides)).model
+        if not override.startswith(("model.", "checkpoint.")):
+            rule = "import and export take model.* and checkpoint.* settings only"
+            raise ConfigError("setting", override, rule, "Leave it out")
+    return compose.resolve(compose.compose(compose.DEFAULT_CONFIG, overrides))
 
 
 def _require_new(argument: str, folder: Path) -> None:
@@ -167,20 +174,11 @@ def _read_config(argument: str, folder: Path) -> PretrainedConfig:
         ConfigError: there is none, or none of that kind.
     """
     file = folder / "config.json"
-    try:
-        family = json.loads(file.read_text()).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(argument, str(file), f"cannot be read ({error})", "Name the model's folder") from error
-    if family not in FAMILIES:
+    family = read_hf_config(argument, file).get("model_type")
+    if not isinstance(family, str) or family not in FAMILIES:
         rule = f"model_type {family!r} is not supported; {', '.join(FAMILIES)} are"
         raise ConfigError(argument, str(file), rule, "Use a model of these families")
-    try:
-        return load_hf_config(str(folder))
-    except ConfigError:
-        raise
-    except Exception as error:  # transformers checks a config in many places, with many exceptions
-        rule = f"transformers refuses it ({str(error).strip().splitlines()[-1].strip()})"
-        raise ConfigError(argument, str(file), rule, "Copy the file again, or correct it") from error
+    return load_hf_config(str(file), argument)
 
 
 def _in_dtype(stream: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,34 +1,61 @@
 """What lies in a run's checkpoints folder: which checkpoints are whole, what breaks the others. No torch here.
 
-    nemo-jepo checkpoint list RUN_FOLDER      every checkpoint: whole or what is missing, size, date
-    nemo-jepo checkpoint verify CHECKPOINT    reads every byte again and names the first broken file
+    step_000040/complete.json     {"step": 40, "files": {name: bytes}, "sha256": {name: checksum}}; written last
+    .step_000040.0a1b2c3d.partial     being written, or its writer was killed
+    .step_000040.0a1b2c3d.deleted     being deleted, or what deleted it was killed
 
-Exit code 0 when all is whole, 1 when something is not, 2 for a wrong command line.
+A checkpoint is renamed to what it is when nothing of it is missing, and renamed before anything of it is deleted.
 """
 
 import json
 import re
-import sys
-from collections.abc import Iterable, Sequence
-from datetime import datetime
-from pathlib import Path
-from typing import Any
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
 
 from nemo_jepo.config.errors import ConfigError
-from nemo_jepo.utils.exit_codes import BAD_SETTINGS, DONE, FAILED
 from nemo_jepo.utils.files import sha256_of, write_atomically
 
 MARKER = "complete.json"
-USAGE = "usage: nemo-jepo checkpoint list RUN_FOLDER\n       nemo-jepo checkpoint verify CHECKPOINT"
+NEEDED = (".metadata", "metadata.json", "common.pt", "loop.json")
+"""Files without which nothing can be loaded, whatever the marker says."""
+MARKER_BYTES = 256 * 2**20
+"""More than any marker has: a line of 200 bytes for each file of a million."""
+RETRIES_S = (0.5, 1.0, 2.0)
+"""Pauses before a read that failed is tried again: shared file systems have moments."""
+REST = re.compile(r"\.step_\d+\.[0-9a-f]+\.(partial|deleted)")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Marker:
+    """What complete.json says."""
+
+    step: int
+    sizes: dict[str, int]
+    """Bytes of every file, by its path in the folder."""
+    checksums: dict[str, str]
+    """SHA-256 of each of them, in hexadecimal; empty in a checkpoint from before there were checksums."""
 
 
 # ---- which are whole ------------------------------------------------------------------------------------------
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Every finished step_* folder, whole or not, oldest first."""
-    found = (path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name))
-    return sorted(found, key=step_of)
+    """Every finished step_* folder, whole or not, oldest first; none where there is no such folder.
+
+    Raises:
+        ConfigError: the folder cannot be read.
+    """
+    try:
+        names = _again(folder, lambda: [path.name for path in folder.iterdir()])
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted((folder / name for name in names if re.fullmatch(r"step_\d+", name)), key=step_of)
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
@@ -42,9 +69,32 @@ def step_of(checkpoint: Path) -> int:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint, None without one. A broken `latest` is passed over."""
-    checkpoints = whole_checkpoints(folder)
-    return checkpoints[-1] if checkpoints else None
+    """The newest whole checkpoint; None where there is none at all, whole or not.
+
+    Raises:
+        ConfigError: there are some and none is whole, or one cannot be read: a run that began anew would overwrite it.
+    """
+    faults: list[str] = []
+    for path in reversed(checkpoints_in(folder)):
+        fault = fault_of(path)
+        if fault is None:
+            return path
+        faults.append(f"{path.name} {fault}")
+    if faults:
+        fix = "Put back what is missing, or move that folder away to begin at step 0"
+        raise ConfigError("checkpoints", str(folder), f"none is whole: {'; '.join(faults)}", fix)
+    return None
+
+
+def passed_over(folder: Path) -> list[str]:
+    """A line for each checkpoint that is newer than the newest whole one, and why it is not whole."""
+    lines: list[str] = []
+    for path in reversed(checkpoints_in(folder)):
+        fault = fault_of(path)
+        if fault is None:
+            break
+        lines.append(f"{path} is passed over, although it is the newer one: {fault}")
+    return lines
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -52,22 +102,34 @@ def is_checkpoint(path: Path) -> bool:
     return (path / MARKER).exists() or (path / ".metadata").exists()
 
 
-def require_whole(path: Path) -> None:
-    """Raise ConfigError, naming what is missing, unless the folder is a complete checkpoint."""
+def require_whole(path: Path) -> Marker:
+    """What a complete checkpoint's marker says.
+
+    Raises:
+        ConfigError: the folder is none; names what is missing.
+    """
     fault = fault_of(path)
     if fault is not None:
         raise ConfigError("checkpoint", str(path), fault, "Use another checkpoint")
+    return read_marker(path)
 
 
 def fault_of(path: Path) -> str | None:
-    """What keeps a folder from being a whole checkpoint, as far as names and sizes tell; None when it is one."""
+    """What keeps a folder from being a whole checkpoint, as far as names and sizes tell; None when it is one.
+
+    Raises:
+        ConfigError: the disk does not tell, also when asked again.
+    """
     try:
-        sizes = _marker(path)["files"]
-    except (OSError, ValueError, KeyError):
-        return f"has no readable {MARKER}: it was never finished"
-    for name, size in sizes.items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != size:
+        marker = read_marker(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return f"has no {MARKER}: it was never finished"
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        return f"has no readable {MARKER} ({error})"
+    for name, size in marker.sizes.items():
+        if _size_of(path / name) != size:
             return f"{name} is missing or has another size than when it was written"
     return None
 
@@ -80,13 +142,87 @@ def broken_file(path: Path) -> str | None:
     fault = fault_of(path)
     if fault is not None:
         return fault
-    for name, expected in _marker(path).get("sha256", {}).items():
+    for name, expected in read_marker(path).checksums.items():
         if sha256_of(path / name) != expected:
-            return f"{name} holds other bytes than when it was written (sha256)"
+            return other_bytes(name)
     return None
 
 
-# ---- how one becomes whole ------------------------------------------------------------------------------------
+def other_bytes(name: str) -> str:
+    """What is wrong with a file whose checksum is another."""
+    return f"{name} holds other bytes than when it was written (sha256)"
+
+
+def read_marker(path: Path) -> Marker:
+    """What complete.json says.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: what is wrong with it.
+        ConfigError: the disk does not tell, also when asked again.
+    """
+    file = path / MARKER
+    if not 0 < (_size_of(file, missing=0) or 1) <= MARKER_BYTES:
+        raise ValueError(f"more than {MARKER_BYTES} bytes")
+    text = _again(file, file.read_bytes)
+    try:
+        held = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("not JSON") from error
+    if not isinstance(held, dict) or not {"step", "files"} <= held.keys() <= {"step", "files", "sha256"}:
+        raise ValueError("other keys than step, files and sha256")
+    marker = Marker(held["step"], held["files"], held.get("sha256", {}))
+    _check_marker(marker, has_checksums="sha256" in held)
+    if re.fullmatch(r"step_\d+", path.name) and step_of(path) != marker.step:
+        raise ValueError(f"of step {marker.step}")
+    return marker
+
+
+def _check_marker(marker: Marker, has_checksums: bool) -> None:
+    """Raise ValueError unless it is what `mark_complete` writes: numbers, and names inside of the folder."""
+    if type(marker.step) is not int or marker.step < 0:
+        raise ValueError("step is no number of steps")
+    if not isinstance(marker.sizes, dict) or not all(type(size) is int and size >= 0 for size in marker.sizes.values()):
+        raise ValueError("files are not names with their sizes")
+    for name in marker.sizes:
+        parts = PurePosixPath(name).parts
+        if not parts or parts[0] == "/" or ".." in parts or "\0" in name:
+            raise ValueError(f"{name!r} is outside of the folder")
+    for name in NEEDED:
+        if name not in marker.sizes:
+            raise ValueError(f"without {name}")
+    if has_checksums and (not isinstance(marker.checksums, dict) or marker.checksums.keys() != marker.sizes.keys()):
+        raise ValueError("checksums of other files than it lists")
+
+
+def _size_of(file: Path, missing: int | None = None) -> int | None:
+    """Bytes of a regular file; `missing` where there is no such file."""
+    try:
+        return _again(file, file.stat).st_size if _again(file, file.is_file) else missing
+    except (FileNotFoundError, NotADirectoryError):
+        return missing
+
+
+def _again(path: Path, read: Callable[[], Result]) -> Result:
+    """What `read` gives; tried again where the disk fails, but not where there is no such file.
+
+    Raises:
+        ConfigError: it failed each time.
+    """
+    for pause_s in (*RETRIES_S, None):
+        try:
+            return read()
+        except (FileNotFoundError, NotADirectoryError):
+            raise
+        except OSError as error:
+            if pause_s is None:
+                rule = f"cannot be read ({error.strerror or error}), after {len(RETRIES_S) + 1} attempts"
+                raise ConfigError("checkpoint", str(path), rule, "Look after the disk, and start again") from error
+            time.sleep(pause_s)
+    raise AssertionError("the last attempt returns or raises")
+
+
+# ---- how one becomes whole, and how one goes ------------------------------------------------------------------
 
 
 def note_checksums(folder: Path, rank: int, files: Iterable[Path]) -> None:
@@ -107,77 +243,28 @@ def mark_complete(folder: Path, step: int) -> None:
         sizes[name] = file.stat().st_size
         if name not in checksums:
             checksums[name] = sha256_of(file)
-    write_atomically(folder / MARKER, json.dumps({"step": step, "files": sizes, "sha256": checksums}, indent=1))
+    marker: dict[str, Any] = {"step": step, "files": sizes, "sha256": checksums}
+    write_atomically(folder / MARKER, json.dumps(marker, indent=1))
 
 
-def _marker(path: Path) -> dict[str, Any]:
-    return json.loads((path / MARKER).read_text())
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint, so that none that is half deleted has its name; nothing where there is none."""
+    rest = checkpoint.with_name(f".{checkpoint.name}.{secrets.token_hex(4)}.deleted")
+    try:
+        checkpoint.rename(rest)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(rest, ignore_errors=True)  # `sweep` tries again
 
 
-# ---- nemo-jepo checkpoint -------------------------------------------------------------------------------------
+def rests_in(folder: Path) -> list[Path]:
+    """What killed runs left half written or half deleted, or what is being written now."""
+    return sorted(path for path in folder.glob(".step_*") if REST.fullmatch(path.name))
 
 
-def main(argv: Sequence[str]) -> int:
-    """`nemo-jepo checkpoint`; see the head of this file."""
-    commands = {"list": list_checkpoints, "verify": verify_checkpoint}
-    if argv[:1] in (["-h"], ["--help"]):
-        print(USAGE)
-        return DONE
-    if len(argv) != 2 or argv[0] not in commands:
-        print(USAGE, file=sys.stderr)
-        return BAD_SETTINGS
-    return commands[argv[0]](Path(argv[1]))
-
-
-def list_checkpoints(run_folder: Path) -> int:
-    """Print one line for each checkpoint of a run, oldest first.
-
-    Raises:
-        ConfigError: the folder has no checkpoints folder.
-    """
-    folder = run_folder / "checkpoints"
-    if not folder.is_dir():
-        raise ConfigError("RUN_FOLDER", str(run_folder), "has no folder named checkpoints", "Give a run's folder")
-    faults = {path: fault_of(path) for path in checkpoints_in(folder)}
-    for path, fault in faults.items():
-        print(f"{path.name}  {_size(path):>9}  {_date(path)}  {fault or 'whole'}")
-    for path in sorted(folder.glob(".step_*.partial")):
-        step = path.name.split(".")[1]
-        print(f"{step}  {_size(path):>9}  {_date(path)}  unfinished: being written, or its writer was killed")
-    if not faults:
-        print(f"{folder}: no checkpoint yet")
-    return FAILED if any(faults.values()) else DONE
-
-
-def verify_checkpoint(checkpoint: Path) -> int:
-    """Read a checkpoint again and print whether it is whole, or its first broken file.
-
-    Raises:
-        ConfigError: no such folder.
-    """
-    if not checkpoint.is_dir():
-        raise ConfigError("CHECKPOINT", str(checkpoint), "no such folder", "Give a checkpoints/step_* folder")
-    fault = broken_file(checkpoint)
-    if fault is not None:
-        print(f"{checkpoint}: {fault}")
-        return FAILED
-    marker = _marker(checkpoint)
-    read = "every byte is as it was written" if "sha256" in marker else "sizes are right; it has no checksums"
-    print(f"{checkpoint}: whole, {len(marker['files'])} files, {_size(checkpoint)}, {read}")
-    return DONE
-
-
-def _size(path: Path) -> str:
-    num_bytes = float(sum(file.stat().st_size for file in path.rglob("*") if file.is_file()))
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.4g} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.4g} TiB"
-
-
-def _date(path: Path) -> str:
-    """When it was finished; of an unfinished one, when it last got a file."""
-    file = path / MARKER
-    changed = (file if file.exists() else path).stat().st_mtime
-    return datetime.fromtimestamp(changed).strftime("%Y-%m-%d %H:%M:%S")
+def sweep(folder: Path) -> list[Path]:
+    """Delete what killed runs left, and say what; no run may be at work in the folder."""
+    rests = rests_in(folder)
+    for rest in rests:
+        shutil.rmtree(rest, ignore_errors=True)
+    return rests

@@ -14,7 +14,6 @@ import json
 import os
 import pickle
 import secrets
-import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,8 +26,6 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
@@ -37,11 +34,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from nemo_jepo.checkpoint.format import (
     mark_complete,
     note_checksums,
-    require_whole,
+    remove,
     step_of,
     whole_checkpoints,
 )
+from nemo_jepo.checkpoint.reader import load_shards
 from nemo_jepo.config.errors import RunError
+from nemo_jepo.config.reading import FULL, read_json
 from nemo_jepo.utils.files import write_atomically
 from nemo_jepo.utils.processes import die_with_parent
 
@@ -70,7 +69,9 @@ def _told_in_one_line() -> Iterator[None]:
         yield
     except CheckpointException as error:
         causes = {str(cause).splitlines()[0] for cause, _ in error.failures.values()}
-        rest = "Older checkpoints are whole; make room and start the run again."
+        is_full = any(getattr(cause, "errno", None) in FULL for cause, _ in error.failures.values())
+        fix = "make room" if is_full else "look after the disk"
+        rest = f"Older checkpoints are whole; {fix} and start the run again."
         line = f"a checkpoint could not be written ({', '.join(sorted(causes))}). {rest}"
         raise CheckpointNotWritten(line) from error
 
@@ -126,7 +127,7 @@ class CheckpointWriter:
         _write_small_files(staging, held.loop, self._write_model_files)
         request.add_finalize_fn(partial(_complete, staging, final, self._keep))
         if request.async_fn is not None:  # this rank has something to write
-            write = partial(_write_and_note_checksums, request.async_fn, staging, dist.get_rank())
+            write = partial(_write_and_note_checksums, request.async_fn, staging, dist.get_rank(), os.getpid())
             request = request._replace(async_fn=write)
         if self._in_background and not last:
             self._background.schedule_async_request(request)
@@ -146,9 +147,9 @@ class CheckpointWriter:
         with _told_in_one_line():
             self._background.maybe_finalize_async_calls(blocking=True)
 
-    def resume(self, path: Path, sharded_state: dict[str, Any]) -> RunState:
+    def resume(self, path: Path, sharded_state: dict[str, Any], verify: str = "own") -> RunState:
         """Read one of the run's checkpoints, which then is its newest; as load_checkpoint does."""
-        state = load_checkpoint(path, sharded_state)
+        state = load_checkpoint(path, sharded_state, verify)
         self.saved_step = step_of(path)
         return state
 
@@ -173,43 +174,24 @@ def save_with(
     return final
 
 
-def load_checkpoint(path: Path, sharded_state: dict[str, Any]) -> RunState:
-    """Read a checkpoint in the current layout, whatever layout wrote it. All ranks.
-
-    Args:
-        path: one checkpoint folder.
-        sharded_state: shards of the state to fill; parts of a checkpoint that it leaves out are not read.
-    Returns:
-        The state with its tensors filled in.
-    Raises:
-        ConfigError: the checkpoint is not whole; says which file.
-    """
-    require_whole(path)
-    known = {shard.key for shard in load_sharded_metadata(str(path)).values()}
-    wanted = _without_unknown_extra_state(sharded_state, known)
-    return RunState(dist_checkpointing.load(wanted, str(path)), read_loop_state(path))
-
-
-def _without_unknown_extra_state(state: dict[str, Any], known: set[str]) -> dict[str, Any]:
-    """The state without what Transformer Engine's layers ask for beside weights, where local layers wrote none."""
-    return {
-        name: _without_unknown_extra_state(value, known) if isinstance(value, dict) else value
-        for name, value in state.items()
-        if not (isinstance(value, ShardedObject) and name.endswith("_extra_state") and value.key not in known)
-    }
+def load_checkpoint(path: Path, sharded_state: dict[str, Any], verify: str = "own") -> RunState:
+    """Read a checkpoint in the current layout, whatever layout wrote it; arguments and errors of `load_shards`."""
+    return RunState(load_shards(path, sharded_state, verify), read_loop_state(path))
 
 
 def read_loop_state(path: Path) -> dict[str, Any]:
-    """The loop's own numbers in a checkpoint."""
-    return json.loads((path / LOOP_STATE).read_text())
+    """The loop's own numbers in a checkpoint.
+
+    Raises:
+        ConfigError: they cannot be read.
+    """
+    return read_json("checkpoint", path / LOOP_STATE)
 
 
 def _new_folder(folder: Path, step: int) -> Path:
     """An empty hidden folder. Its name is new, for writers of a killed run may still be at work in an old one."""
     box = [folder / f".step_{step:06d}.{secrets.token_hex(4)}.partial"]
     if dist.get_rank() == 0:
-        for leftover in folder.glob(".step_*.partial"):
-            shutil.rmtree(leftover, ignore_errors=True)
         box[0].mkdir(parents=True)
     dist.broadcast_object_list(box, src=0)
     return box[0]
@@ -220,11 +202,11 @@ def _complete(staging: Path, final: Path, keep: int) -> None:
     folder = final.parent
     if dist.get_rank() == 0:
         mark_complete(staging, step_of(final))
-        shutil.rmtree(final, ignore_errors=True)  # not whole, or nobody would save this step again
+        remove(final)  # not whole, or nobody would save this step again
         os.rename(staging, final)
         write_atomically(folder / "latest", final.name)
         for old in whole_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+            remove(old)
     dist.barrier()
 
 
@@ -266,7 +248,15 @@ class _PickledQueue:
         return pickle.loads(self._queue.get_nowait())
 
 
-def _write_and_note_checksums(write: Callable[..., None], folder: Path, rank: int, *shards: Any) -> None:
-    """Megatron's writer of this rank's files, then their checksums: both in the background of a background save."""
+def _write_and_note_checksums(
+    write: Callable[..., None], folder: Path, rank: int, writer_of: int, *shards: Any
+) -> None:
+    """Megatron's writer of this rank's files, then their checksums: both in the background of a background save.
+
+    Args:
+        writer_of: the run's process, from which a background save forks.
+    """
+    if os.getpid() != writer_of:
+        die_with_parent()  # nobody would make a checkpoint of what it writes
     write(*shards)
     note_checksums(folder, rank, folder.glob(f"__{rank}_*.distcp"))

@@ -4,15 +4,18 @@
 settings, files and machines. Both raise ConfigError for the first broken rule, under the key that the user typed.
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from importlib.util import find_spec
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from nemo_jepo.config.data import WORKED_TASKS
 from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.judge import RUN_SERVERS, check_judge
-from nemo_jepo.config.layouts import check_fp8_settings, check_layout, model_shape
-from nemo_jepo.config.rules import rules_of
+from nemo_jepo.config.layouts import check_fp8_settings, check_layout
+from nemo_jepo.config.reading import reason
+from nemo_jepo.config.rules import Rule, plain_fault, rules_of
 from nemo_jepo.config.schema import (
     ArithmeticConfig,
     Config,
@@ -26,17 +29,60 @@ from nemo_jepo.config.schema import (
     TrainerConfig,
     WarmupConfig,
 )
+from nemo_jepo.config.shapes import model_shape
 
 
 def check_fields(node: Any, prefix: str = "") -> None:
-    """The declared rules of every field below `node`, a dataclass of settings whose key is `prefix` without its dot."""
+    """The declared rules of every field below `node`, a dataclass of settings whose key is `prefix` without its dot.
+
+    After them, what holds for every setting: numbers are finite and of 64 bits, texts are texts (`rules.plain_fault`).
+    """
+    kinds = get_type_hints(type(node))
     for declared in fields(node):
         key, value = f"{prefix}{declared.name}", getattr(node, declared.name)
-        if is_dataclass(value):
+        if not _is_of(kinds[declared.name], value):  # ${...} may stand for anything in the place of a section
+            raise ConfigError(key, value, f"must be {_named(kinds[declared.name])}", "Set what is in it")
+        if is_dataclass(kinds[declared.name]):
             check_fields(value, f"{key}.")
+            continue
         for rule in rules_of(declared):
-            if value is not None and not rule.holds(value):
+            if value is not None and not _holds(rule, key, value):
                 raise ConfigError(key, value, f"must be {rule.text}", rule.fix)
+        for inner, leaf in _leaves(key, value):
+            if (fault := plain_fault(leaf)) is not None:
+                raise ConfigError(inner, leaf, *fault)
+
+
+def _is_of(kind: Any, value: Any) -> bool:
+    """Whether a value is of a declared type, as far as sections, lists and mappings go."""
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    holders = tuple(get_origin(it) or it for it in kinds)
+    nested = is_dataclass(value) or isinstance(value, (list, dict))
+    return kind is Any or isinstance(value, holders) or not (nested or any(map(is_dataclass, holders)))
+
+
+def _named(kind: Any) -> str:
+    return "a section of settings" if is_dataclass(kind) else f"of the type {kind}"
+
+
+def _holds(rule: Rule, key: str, value: Any) -> bool:
+    try:
+        return rule.holds(value)
+    except (OSError, ValueError) as error:  # no file system has such a path
+        raise ConfigError(key, value, f"cannot be looked up ({reason(error)})", rule.fix) from error
+
+
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """(key, value) of everything inside lists and free-form mappings, their keys too; else the value itself."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield key, name
+            yield from _leaves(f"{key}.{name}", inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _leaves(key, inner)
+    else:
+        yield key, value
 
 
 def check(config: Config, world_size: int, trains: bool = True) -> None:
@@ -255,8 +301,8 @@ def _check_model(model: ModelConfig, pretrained: PretrainedConfig) -> None:
     if shape is None:
         return
     for name in ("num_attention_heads", "intermediate_size", "num_hidden_layers"):
-        if name not in shape:
-            raise ConfigError(given[0], sorted(shape), f"the model's shape has no {name}", "Add it")
+        if shape.get(name) is None:
+            raise ConfigError(given[0], list(shape), f"the model's shape has no {name}", "Add it")
     check_layout(model, shape)
 
 

@@ -6,6 +6,9 @@ Neither torch nor NeMo is imported here, so a wrong setting is reported within a
 defaults list with `nemo_jepo_schema`; a folder of one's own (`--config-path DIR`) also sees the groups of conf/.
 """
 
+import argparse
+import contextlib
+import io
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,14 +16,14 @@ from contextlib import contextmanager
 from dataclasses import is_dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Any, NoReturn, cast, get_type_hints
 
 import hydra
 from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import OverrideType
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -32,10 +35,14 @@ from nemo_jepo.config.check import check, check_fields
 from nemo_jepo.config.conf_files import conf_dir
 from nemo_jepo.config.errors import ConfigError, SettingsError
 from nemo_jepo.config.objectives import RENAMED_OBJECTIVES
+from nemo_jepo.config.reading import library
+from nemo_jepo.config.rules import plain_fault
 from nemo_jepo.config.schema import Config
 from nemo_jepo.config.usage import usage
 
 DEFAULT_CONFIG = "jepo"
+LONGEST_KEY = 200
+"""Characters of a wrong key that are compared with the right ones."""
 
 
 class ConfSearchPath(SearchPathPlugin):
@@ -62,6 +69,7 @@ KEYS = dict(_typed_keys(Config))
 
 def nearest_key(key: str) -> str:
     """The valid key that resembles `key` most, its last part counting as much as the whole."""
+    key = key[-LONGEST_KEY:]
 
     def likeness(candidate: str) -> float:
         names = SequenceMatcher(a=key.rpartition(".")[2], b=candidate.rpartition(".")[2])
@@ -76,9 +84,23 @@ def _is_valid(key: str) -> bool:
     return key in KEYS or any("dict" in str(KEYS.get(node)) for node in above)
 
 
+def _parsed(overrides: Sequence[str]) -> Iterator[Override]:
+    """The overrides by Hydra's grammar; what is wrong with one names it."""
+    parser = OverridesParser.create()
+    for text in overrides:
+        with one_line_errors(text):
+            try:
+                parsed = parser.parse_override(text)
+            except HydraException as error:
+                why = " ".join(line for line in str(error).splitlines() if "^" not in line)
+                rule = f"is no override ({why.removeprefix(f'Error parsing override {text!r} ')})"
+                raise ConfigError("setting", text, rule, "Write key=value, and quote a text: 'key=\"a: b\"'") from error
+        yield parsed
+
+
 def _refuse_unknown_keys(overrides: Sequence[str]) -> None:
     """OmegaConf answers `+model.typo=1` with a bare AttributeError, so keys are looked up before it sees them."""
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
+    for override in _parsed(overrides):
         key = override.key_or_group
         if not key.startswith(("hydra.", "hydra/")) and not _is_valid(key):
             raise ConfigError(key, override.value(), "no such key", f"Did you mean {nearest_key(key)}")
@@ -86,10 +108,9 @@ def _refuse_unknown_keys(overrides: Sequence[str]) -> None:
 
 def _mappings_take_keys(overrides: Sequence[str]) -> list[str]:
     """`data.task_args={max_terms: 3}` as Hydra wants it, with ++: a free-form mapping takes any key."""
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
     free = [
         "dict" in str(KEYS.get(one.key_or_group)) and isinstance(one.value(), dict) and one.type == OverrideType.CHANGE
-        for one in parsed
+        for one in _parsed(overrides)
     ]
     return [f"++{text}" if is_free else text for text, is_free in zip(overrides, free, strict=True)]
 
@@ -106,7 +127,8 @@ def explain(error: Exception) -> str:
         return f"--config-name {name[1]}: no such file. Choose one of {ours}, or give its folder by --config-path."
     full_key = re.search(r"full_key: (\S+)", text)
     if full_key is None:
-        return re.sub(r"(Config search path:|See https).*", "", " ".join(text.split())).strip()
+        line = re.sub(r"(Config search path:|See https).*", "", " ".join(text.split())).strip()
+        return line or f"settings: cannot be read ({type(error).__name__}). Look for what is no plain YAML."
     key = full_key[1]
     if "has missing mandatory value" in text:
         return f"{key}: has no default. Add {key}=VALUE."
@@ -119,11 +141,13 @@ def explain(error: Exception) -> str:
 
 
 @contextmanager
-def _one_line_errors() -> Iterator[None]:
-    try:
-        yield
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        raise SettingsError(explain(error)) from error
+def one_line_errors(text: str = "the command line or a conf file") -> Iterator[None]:
+    """What Hydra, its grammar, OmegaConf and YAML raise in this block over settings is one line; `text` is at fault."""
+    with library("setting", text, "cannot be read", "Look for what is no plain YAML"):
+        try:
+            yield
+        except (HydraException, OmegaConfBaseException, YAMLError) as error:
+            raise SettingsError(explain(error)) from error
 
 
 def compose(config_name: str, overrides: Sequence[str] = (), config_path: str | Path | None = None) -> DictConfig:
@@ -137,7 +161,10 @@ def compose(config_name: str, overrides: Sequence[str] = (), config_path: str | 
         ConfigError: unknown key, wrong type, missing file or choice, malformed YAML or override.
     """
     folder = Path(config_path or conf_dir()).absolute()
-    with _one_line_errors():
+    for text in (config_name, str(folder), *overrides):
+        if (fault := plain_fault(text)) is not None:
+            raise ConfigError("settings", text, *fault)
+    with one_line_errors():
         _refuse_unknown_keys(overrides)
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(folder)):
             return hydra.compose(config_name, overrides=_mappings_take_keys(overrides))
@@ -148,7 +175,7 @@ def resolve(cfg: DictConfig) -> Config:
 
     A config without nemo_jepo_schema, such as a run's saved config.yaml, gets its types here.
     """
-    with _one_line_errors():
+    with one_line_errors():
         config = cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), cfg)))
     _read_renamed(config)
     check_fields(config)
@@ -176,29 +203,54 @@ def read_command_line(argv: Sequence[str], trains: bool = True) -> Config | None
     Raises:
         ConfigError: the first wrong setting.
     """
-    parser = get_args_parser()
-    parser.add_argument("--model", nargs="?", const="")
-    arguments = parser.parse_args(list(argv))
+    arguments = _options(argv)
     if arguments.model is not None:
         arguments.overrides = with_model(arguments.model, arguments.overrides, trains)
     name = arguments.config_name or DEFAULT_CONFIG
     folder = Path(arguments.config_path or arguments.config_dir or conf_dir()).absolute()
     if arguments.multirun:
         raise ConfigError("--multirun", True, "one process trains one model", "Start one run for each setting")
+    if arguments.experimental_rerun is not None:  # a pickle, which runs what it says
+        raise ConfigError("--experimental-rerun", arguments.experimental_rerun, "is not read", "Give the settings")
     if arguments.help:
         print(usage(conf_dir(), DEFAULT_CONFIG, Config))
         return None
     composed = compose(name, arguments.overrides, folder)
     if arguments.cfg == "job":
-        with _one_line_errors():
-            print(OmegaConf.to_yaml(_section(composed, arguments.package), resolve=True), end="")
+        with one_line_errors():
+            text = OmegaConf.to_yaml(_section(composed, arguments.package), resolve=True)
+        print(text, end="")
         return None
     if arguments.cfg or arguments.info or arguments.hydra_help or arguments.shell_completion:
-        _run_hydra(arguments, get_args_parser(), print, str(folder), name)
+        _show_by_hydra(arguments, str(folder), name)
         return None
     config = resolve(composed)
     check(config, int(os.environ.get("WORLD_SIZE", "1")), trains)
     return config
+
+
+def _options(argv: Sequence[str]) -> argparse.Namespace:
+    """The options of a command line, and its overrides."""
+    parser = get_args_parser()
+    parser.add_argument("--model", nargs="?", const="")
+
+    def refuse(message: str) -> NoReturn:
+        raise SettingsError(f"command line: {message}. See nemo-jepo train --help.")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    return parser.parse_args(list(argv))
+
+
+def _show_by_hydra(arguments: argparse.Namespace, folder: str, config_name: str) -> None:
+    """What Hydra prints of the composition and of itself; ConfigError with its last word where it cannot."""
+    said = io.StringIO()
+    try:
+        with one_line_errors(), contextlib.redirect_stderr(said):
+            _run_hydra(arguments, get_args_parser(), print, folder, config_name)
+    except SystemExit as end:
+        if end.code:
+            lines = said.getvalue().split("\n\n")[0].split()
+            raise SettingsError(f"command line: Hydra cannot show this ({' '.join(lines)}).") from end
 
 
 def with_model(model: str, overrides: Sequence[str], trains: bool) -> list[str]:

@@ -1,8 +1,6 @@
 """Rules between a model's shape, layout and precision, checked before a model is built. No torch here."""
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from nemo_jepo.config.errors import ConfigError
@@ -13,15 +11,6 @@ FP8_TOKENS = 16
 BLOCKWISE_TOKENS = 128
 """The side of a block. Sequence-parallel shards of other sizes are gathered in BF16: Transformer Engine 2.11,
 Float8BlockQuantizer.is_quantizable."""
-
-
-def model_shape(model: ModelConfig, restore_from_path: str | None) -> dict[str, Any] | None:
-    """The Hugging Face config of the model as a dict; None for a checkpoint that keeps its own elsewhere."""
-    if model.hf_config:
-        return model.hf_config
-    folder = Path(model.hf_config_path or str(restore_from_path))
-    file = folder / "config.json" if folder.is_dir() else folder
-    return json.loads(file.read_text()) if file.is_file() else None
 
 
 def check_layout(model: ModelConfig, shape: Mapping[str, Any]) -> None:

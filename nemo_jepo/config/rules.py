@@ -4,10 +4,14 @@ warmup_steps: int = setting(0, ge=0)
 name: str = setting("constant", choices=("constant", "cosine"))
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field
 from pathlib import Path
 from typing import Any
+
+LONGEST_NAME, LONGEST_PATH = 255, 3000
+"""Bytes: of a file's name, and of a folder's path that leaves room for what is written into it (of 4,096)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,28 @@ def setting(
     if callable(default):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def path_that_fits(text: str) -> bool:
+    """Whether a file system takes such a name, and files with names of their own below it."""
+    return len(text.encode()) <= LONGEST_PATH and all(len(part.encode()) <= LONGEST_NAME for part in text.split("/"))
+
+
+def plain_fault(value: Any) -> tuple[str, str] | None:
+    """What no setting may hold, whatever its other rules say: (rule, fix), or None where a leaf of settings is fine.
+
+    A number that is not finite or beyond 64 bits breaks what is computed with it much later; half of a surrogate pair
+    cannot be written, and no path or argument holds a NUL.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return "must be a finite number", "Give a number"
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return "must be a whole number of 64 bits", "Give a smaller one"
+    if isinstance(value, str) and "\0" in value:
+        return "must be a text without NUL", "Leave it out"
+    if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+        return "must be a text, and holds half of a surrogate pair", "Write it in UTF-8"
+    return None
 
 
 def rules_of(declared: Field) -> tuple[Rule, ...]:

@@ -6,7 +6,7 @@ Defaults live in these dataclasses and nowhere else; conf/ holds only difference
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from omegaconf import MISSING
@@ -22,13 +22,14 @@ from nemo_jepo.config.objectives import (
     REWARD_NORMALIZATIONS,
     ObjectiveKind,
 )
-from nemo_jepo.config.rules import Rule, setting
+from nemo_jepo.config.rules import LONGEST_NAME, LONGEST_PATH, Rule, path_that_fits, setting
 from nemo_jepo.config.samplers import SAMPLERS, SamplerKind
 
 __all__ = [  # every section, wherever it stands
     "AdvantageConfig",
     "AnswerConfig",
     "ArithmeticConfig",
+    "CheckpointConfig",
     "Config",
     "DataConfig",
     "EvaluationConfig",
@@ -89,6 +90,9 @@ class TrainerConfig:
     """Trainer processes on a node: GPUs, or CPU processes over gloo."""
     precision: str = setting("bf16", choices=("bf16", "fp32"))
     """bf16 (with fp32 main weights and gradients), or fp32 (tests and CPU; never Transformer Engine's layers)."""
+    stuck_timeout_s: float | None = setting(180.0, gt=0, fix="Raise it, or null to watch nobody")
+    """Of several ranks, one without a sign of life for so long is named, with host, phase and Python stack, and the job
+    ends; so it is with one that the others wait for, so long beyond twice the phase's longest time. Null: no watch."""
     jepo: LoopConfig = field(default_factory=LoopConfig)
 
 
@@ -307,13 +311,39 @@ class PretrainedConfig:
     owner/name, or owner/name@revision. Null: random weights."""
 
 
+def _stays_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return name.isprintable() and bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+
+
+INSIDE = Rule(
+    "the name of a folder inside exp_manager.exp_dir, without .. and control characters",
+    _stays_inside,
+    "Use letters, digits, - and _, and / for a folder in a folder",
+)
+FITS = Rule(
+    f"a path that a file system takes, at most {LONGEST_NAME} bytes a name and {LONGEST_PATH} in all",
+    path_that_fits,
+    "Use a shorter one",
+)
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    """How checkpoints and other weights are read."""
+
+    verify_on_load: str = setting("own", choices=("own", "all", "none"))
+    """Which files a rank compares with the SHA-256 they were written with, while it reads them. own: those it reads;
+    all: every file of the folder, divided over the ranks, too; none: no file, and damage is trained on."""
+
+
 @dataclass(kw_only=True, slots=True)
 class ExpManagerConfig:
     """The keys of NeMo's exp_manager that a run uses; the run folder is <exp_dir>/<name>."""
 
-    exp_dir: str = "results"
+    exp_dir: str = setting("results", FITS)
     """Folder of the runs."""
-    name: str = MISSING
+    name: str = setting(MISSING, INSIDE, FITS)
     """Name of the run; every conf file sets one."""
     resume_if_exists: bool = True
     """Go on from the newest checkpoint. False: a run folder that holds a checkpoint is an error; evaluate leaves it."""
@@ -336,6 +366,7 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     pretrained_checkpoint: PretrainedConfig = field(default_factory=PretrainedConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     answer: AnswerConfig = field(default_factory=AnswerConfig)

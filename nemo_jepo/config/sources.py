@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 
 from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.hub import folder_of, is_hub_name, require_here
+from nemo_jepo.config.reading import library
 from nemo_jepo.config.schema import Config
 
 MODEL, TOKENIZER = "pretrained_checkpoint.restore_from_path", "tokenizer.path"
@@ -24,7 +25,8 @@ def with_commits(config: Config, run_folder: Path, has_saved: bool) -> Config:
     """
     file = run_folder / "config.yaml"
     goes_on = has_saved and config.exp_manager.resume_if_exists and file.exists()
-    began = OmegaConf.load(file) if goes_on else OmegaConf.create()
+    with library("exp_manager.name", str(file), "cannot be read", "Give another name, or remove the run"):
+        began = OmegaConf.load(file) if goes_on else OmegaConf.create()
     return _with_models(config, lambda key, model: _with_commit(key, model, OmegaConf.select(began, key)))
 
 

@@ -13,8 +13,11 @@ A text that spells no control token, which is nearly every one, is encoded as if
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+from nemo_jepo.config.reading import library
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,9 +27,24 @@ OPEN, CLOSE = "\ufdd0", "\ufdd1"
 QUOTED = re.compile(f"{OPEN}(\\d+){CLOSE}")
 
 
+@contextmanager
+def one_line_errors(tokenizer: "PreTrainedTokenizerBase") -> Iterator[None]:
+    """What a tokenizer or its chat template raises in this block is a ConfigError that names its folder."""
+    rule, fix = "the tokenizer or its chat template fails on a text", "Copy its files again, or use another one"
+    with library("tokenizer.path", tokenizer.name_or_path, rule, fix):
+        yield
+
+
 def encode_text(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     """The ids of a text in which nothing is a control token."""
-    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    with one_line_errors(tokenizer):
+        return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+
+def chat_text(tokenizer: "PreTrainedTokenizerBase", turns: list[dict[str, str]], **options: bool) -> str:
+    """What the tokenizer's chat template makes of turns; `options` are those of apply_chat_template."""
+    with one_line_errors(tokenizer):
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, **options))
 
 
 class TextEncoder:
@@ -54,7 +72,8 @@ class TextEncoder:
         """The ids of templates with quoted text in them: control tokens outside of quotes alone have their ids."""
         if not texts:
             return []
-        encoded = self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        with one_line_errors(self._tokenizer):
+            encoded = self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         return [self._encode_pieces(text) if OPEN in text else ids for text, ids in zip(texts, encoded, strict=True)]
 
     def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
@@ -62,11 +81,13 @@ class TextEncoder:
         if not texts:
             return []
         settings = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-        return self._tokenizer(list(texts), **settings)["input_ids"]
+        with one_line_errors(self._tokenizer):
+            return self._tokenizer(list(texts), **settings)["input_ids"]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text with its special tokens, exactly as the tokens spell it."""
-        return self._tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False)
+        with one_line_errors(self._tokenizer):
+            return self._tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False)
 
     def unwritable(self, text: str) -> str | None:
         """A control token that the text spells and that this tokenizer cannot write in any other way, if there is one.

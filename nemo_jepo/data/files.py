@@ -1,6 +1,7 @@
 """Rows of a JSONL or Parquet file, one at a time: question, answer, chain of thought.
 
-A row that cannot be used is a `BadRow`, an ordinary item of the stream: what to do about it is the caller's choice.
+A row that cannot be used is a `BadRow`, an ordinary item of the stream: what to do about it is the caller's choice. A
+file that cannot be read on is an error, whatever the caller does about rows: what it still held would be missing.
 """
 
 import json
@@ -8,8 +9,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from nemo_jepo.config.errors import DataError
+from nemo_jepo.config.errors import DataError, one_line
+from nemo_jepo.config.reading import COPY_AGAIN, reason, unusable
+
+LONGEST_LINE = 64 * 2**20
+"""Bytes of one line of JSONL: a file without line ends, which holds no rows, is not read into memory as a whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +47,14 @@ class BadRow:
 
     def __str__(self) -> str:
         field = "" if self.field is None else f"field {self.field!r}: "
-        return f"{self.source}:{self.line}: {field}{self.problem}"
+        return one_line(f"{self.source}:{self.line}: {field}{self.problem}")
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """In the place of a row's record: why there is none."""
+
+    problem: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,45 +70,85 @@ def read_rows(path: Path, keys: Keys) -> Iterator[Row | BadRow]:
     """Every row of the file in order, the unusable ones as `BadRow`.
 
     Raises:
-        DataError: the name ends in neither .jsonl nor .parquet, or the file is not Parquet although its name says so.
+        DataError: the name ends in neither .jsonl nor .parquet; no regular file is there; the file is not Parquet
+            although its name says so; or it cannot be read to its end, with the row that was reached.
     """
     readers = {".jsonl": _jsonl, ".parquet": _parquet}
     if path.suffix not in readers:
         raise DataError(f"{path}: must end in .jsonl or .parquet. Convert or rename the file.")
+    if (fault := unusable(path)) is not None:
+        raise DataError(f"{path}: {'. '.join(fault)}.")
     for line, record in readers[path.suffix](path, keys):
-        if not isinstance(record, dict):
+        if isinstance(record, Unreadable):
+            yield BadRow(str(path), line, None, record.problem)
+        elif not isinstance(record, dict):
             yield BadRow(str(path), line, None, "not a JSON object")
         else:
             yield _row(str(path), line, record, keys)
 
 
 def _jsonl(path: Path, keys: Keys) -> Iterator[tuple[int, object]]:
-    """(line, value); blank lines are passed over, a line that is not JSON has the value None."""
-    with path.open("rb") as file:
-        for line, raw in enumerate(file, start=1):
-            if raw.strip():
-                try:
-                    yield line, json.loads(raw)
-                except ValueError:
-                    yield line, None
+    """(line, value); blank lines are passed over."""
+    line = 0
+    try:
+        with path.open("rb") as file:
+            while raw := file.readline(LONGEST_LINE + 1):
+                line += 1
+                if len(raw) > LONGEST_LINE:
+                    raise DataError(f"{path}:{line}: longer than {LONGEST_LINE:,} bytes. Write one row on each line.")
+                if raw.strip():
+                    yield line, _json(raw)
+    except OSError as error:
+        raise _broken_off(path, line, error) from error
+
+
+def _json(raw: bytes) -> object:
+    try:
+        return json.loads(raw)
+    except RecursionError as error:
+        return Unreadable(reason(error))
+    except ValueError as error:  # also of an integer of more than 4300 digits
+        return Unreadable("a number of too many digits" if "digits" in str(error) else "not a JSON object")
+
+
+def _broken_off(path: Path, line: int, error: BaseException) -> DataError:
+    return DataError(f"{path}: cannot be read beyond row {line:,} ({reason(error)}). {COPY_AGAIN}.")
 
 
 def _parquet(path: Path, keys: Keys) -> Iterator[tuple[int, object]]:
     """(row, record) with only the columns that are read."""
     import pyarrow.parquet  # JSONL needs none of it
 
+    line = 0
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path}: not a Parquet file ({error}). Give the path of one, or of a .jsonl file.") from error
-    with file:
-        wanted = (keys.prompt, keys.answer, keys.chain_of_thought)
-        columns = [name for name in file.schema_arrow.names if name in wanted]
-        line = 0
-        for batch in file.iter_batches(columns=columns):
-            for record in batch.to_pylist():
-                line += 1
-                yield line, record
+        file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
+    except Exception as error:  # damage shows in errors of Arrow, of the system, of Unicode and of memory
+        kind = f"not a Parquet file ({reason(error)})"
+        raise DataError(f"{path}: {kind}. Give the path of one, or of a .jsonl file.") from error
+    try:
+        with file:
+            wanted = (keys.prompt, keys.answer, keys.chain_of_thought)
+            columns = [name for name in file.schema_arrow.names if name in wanted]
+            for batch in file.iter_batches(columns=columns):
+                for record in _records(batch):
+                    line += 1
+                    yield line, record
+            promised = file.metadata.num_rows
+    except Exception as error:  # likewise
+        raise _broken_off(path, line, error) from error
+    if line != promised:
+        raise DataError(f"{path}: cannot be read beyond row {line:,} of {promised:,}. {COPY_AGAIN}.")
+
+
+def _records(batch: Any) -> list[Any]:
+    """The batch's rows; one whose values Python cannot hold (no UTF-8, a date beyond its calendar) by itself."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError) as error:
+        if len(batch) == 1:
+            return [Unreadable(f"cannot be read ({reason(error)})")]
+    half = len(batch) // 2
+    return _records(batch.slice(0, half)) + _records(batch.slice(half))
 
 
 def _row(source: str, line: int, record: dict[str, object], keys: Keys) -> Row | BadRow:
@@ -116,14 +169,22 @@ def _row(source: str, line: int, record: dict[str, object], keys: Keys) -> Row |
 def _text(record: dict[str, object], key: str) -> tuple[str, str]:
     """(text, "") or ("", problem). A finite number is read as its decimal text."""
     if key not in record:
-        return "", f"missing; the row has {', '.join(sorted(record)) or 'no field'}"
+        return "", f"missing; the row has {', '.join(sorted(record))[:200] or 'no field'}"
     value = record[key]
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+    if isinstance(value, int) and not isinstance(value, bool) or isinstance(value, float) and math.isfinite(value):
         value = str(value)
     if not isinstance(value, str):
-        return "", f"must be a string or a number, is {json.dumps(value, default=str)[:40]}"
+        return "", f"must be a string or a number, is {_brief(value)}"
     if not value.strip():
         return "", "empty"
     if any("\ud800" <= character <= "\udfff" for character in value):
         return "", "holds half of a surrogate pair, which is no text"
     return value, ""
+
+
+def _brief(value: object) -> str:
+    """The beginning of a value as JSON."""
+    try:
+        return json.dumps(value, default=str)[:40]
+    except (RecursionError, TypeError, ValueError):
+        return f"a {type(value).__name__}"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from nemo_jepo.config.conf_files import examples_file
 from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.schema import AnswerConfig, DataConfig
-from nemo_jepo.data.control_tokens import TextEncoder
+from nemo_jepo.data.control_tokens import TextEncoder, chat_text, one_line_errors
 from nemo_jepo.data.examples import solved_examples
 from nemo_jepo.data.files import BadRow, Row
 from nemo_jepo.types import Prompt
@@ -91,7 +91,7 @@ class PromptWriter:
         for asked, completion in self._solved:
             turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": completion}]
         turns.append({"role": "user", "content": self._asked(question)})
-        return str(self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+        return chat_text(self._tokenizer, turns, add_generation_prompt=True)
 
     def _asked(self, question: str) -> str:
         return self._config.prompt_template.replace("{question}", self.encoder.quoted(question))
@@ -109,7 +109,8 @@ class PromptWriter:
 def _begin_of_text(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
     """The id that this tokenizer itself puts before a text, if it does. A chat template brings its own."""
     bos = tokenizer.bos_token_id
-    return (bos,) if bos is not None and tokenizer("a")["input_ids"][0] == bos else ()
+    with one_line_errors(tokenizer):
+        return (bos,) if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else ()
 
 
 def _problem(row: Row, prompt: list[int], answer: list[int], config: DataConfig, encoder: TextEncoder) -> BadRow | None:

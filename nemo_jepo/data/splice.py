@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.schema import AnswerConfig
-from nemo_jepo.data.control_tokens import encode_text
+from nemo_jepo.data.control_tokens import encode_text, one_line_errors
 from nemo_jepo.types import Prompt, Rollout, Spliced
 
 if TYPE_CHECKING:
@@ -271,4 +271,5 @@ class Splicer:
 
     def _text(self, token_ids: Sequence[int]) -> str:
         """The text with its special tokens, exactly as the tokens spell it."""
-        return self._tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False)
+        with one_line_errors(self._tokenizer):
+            return self._tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False)

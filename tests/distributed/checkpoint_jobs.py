@@ -109,7 +109,7 @@ def held_writer(held_rank: int, release: Path) -> Callable[..., None]:
     def hold_and_write(megatron_write, folder, rank, *shards):
         while rank == held_rank and not release.exists():
             time.sleep(0.01)
-        write(megatron_write, folder, rank, *shards)
+        write(megatron_write, folder, rank, *shards)  # the first of shards is the run's process
 
     return hold_and_write
 

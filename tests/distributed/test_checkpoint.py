@@ -167,7 +167,7 @@ def error_of(path: Path) -> str:
 def test_without_complete_json_a_folder_is_passed_over(saves):
     (saves / "step_000004" / "complete.json").unlink()
     assert latest_checkpoint(saves) == saves / "step_000003"
-    assert "step_000004': has no readable complete.json" in error_of(saves / "step_000004")
+    assert "step_000004': has no complete.json" in error_of(saves / "step_000004")
 
 
 def test_with_half_a_complete_json_a_folder_is_passed_over(saves):
@@ -187,10 +187,11 @@ def test_with_a_truncated_or_missing_file_a_folder_is_passed_over_and_the_file_n
     assert f"{file.name} is missing" in error_of(saves / "step_000004")
 
 
-def test_without_a_whole_checkpoint_there_is_no_latest(saves):
+def test_without_a_whole_checkpoint_there_is_an_error(saves):
     for step in (3, 4):
         (saves / f"step_{step:06d}" / "complete.json").unlink()
-    assert latest_checkpoint(saves) is None
+    with pytest.raises(ConfigError, match="none is whole: step_000004 has no complete.json"):
+        latest_checkpoint(saves)
     assert latest_checkpoint(saves / "nowhere") is None
 
 

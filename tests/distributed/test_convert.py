@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from nemo_jepo.actor.weights.checksums import CHECKSUMS, known_checksums
+from nemo_jepo.utils.files import sha256_of
 from tests.distributed.convert_jobs import exported, imported, imported_by_name
 from tests.support.command_line import TINY
 from tests.support.gguf_files import write_gguf
@@ -109,7 +111,9 @@ def test_an_exported_folder_is_the_imported_one_bit_for_bit(model, written, read
         assert torch.equal(found[name], tensor), name
     beside = {file.name: file.read_bytes() for file in source.iterdir() if "safetensors" not in file.name}
     assert {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"} <= set(beside)
-    assert {file.name: file.read_bytes() for file in back.iterdir() if "safetensors" not in file.name} == beside
+    others = (file for file in back.iterdir() if "safetensors" not in file.name and file.name != CHECKSUMS)
+    assert {file.name: file.read_bytes() for file in others} == beside
+    assert known_checksums(back) == {file.name: sha256_of(file) for file in back.iterdir() if file.name != CHECKSUMS}
 
 
 def test_a_model_is_imported_by_its_name_which_the_first_rank_looks_up(root):

@@ -1,5 +1,6 @@
 """What import and export say when they cannot, and what they leave behind when they are stopped in the middle."""
 
+import hashlib
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from nemo_jepo import cli
+from nemo_jepo.actor.weights.checksums import CHECKSUMS
 from nemo_jepo.checkpoint.format import require_whole
 from nemo_jepo.checkpoint.hf.export import export_hf
 from nemo_jepo.config.errors import ConfigError
@@ -84,11 +86,60 @@ def test_a_wrong_command_line_is_one_line(source, tmp_path, monkeypatch, capsys)
 
     target = tmp_path / "checkpoint"
     assert "must divide the 1 trainer ranks" in line("import", source, target, "model.tensor_model_parallel_size=2")
-    assert "model.* settings only" in line("import", source, target, "trainer.devices=2")
+    assert "model.* and checkpoint.* settings only" in line("import", source, target, "trainer.devices=2")
     assert "model.tensor_parallel" in line("import", source, target, "model.tensor_parallel=2")
     assert "exists" in line("import", source, tmp_path)
     assert "never finished" in line("export", source, tmp_path / "back")
+    assert "a run's later step" in line("import", source, tmp_path / "step_000100")
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def exported(source: Path, folder: Path) -> Path:
+    """The model as export writes it."""
+    tensors = load_file(source / "model.safetensors")
+    export_hf(tensors.items(), {name: tuple(t.shape) for name, t in tensors.items()}, torch.float32, folder, source)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_an_export_with_a_changed_bit_is_not_imported(name, source, tmp_path, monkeypatch, capsys):
+    folder = exported(source, tmp_path / "exported")
+    if name == "config.json":
+        edit_config(folder, rope_theta=20000.0)
+    else:
+        flip_a_bit(folder / name)
+    line = fault_of(monkeypatch, capsys, "import", folder, tmp_path / "checkpoint")
+    assert f"{folder / name}': holds other bytes than when it was written (sha256). Copy the file again; if you" in line
+    assert not (tmp_path / "checkpoint").exists()
+    monkeypatch.setattr(sys, "argv", ["nemo-jepo", "import", *map(str, (folder, tmp_path / "checkpoint"))])
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "checkpoint.verify_on_load=none"])
+    assert cli.main() == 0
+
+
+def test_a_file_of_the_hubs_cache_has_the_checksum_of_its_name(source, tmp_path, monkeypatch, capsys):
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / ("0" * 40)
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for file in source.iterdir():
+        blob = blobs / hashlib.sha256(file.read_bytes()).hexdigest()
+        file.rename(blob)
+        (snapshot / file.name).symlink_to(blob)
+    flip_a_bit((snapshot / "model.safetensors").resolve())
+    line = fault_of(monkeypatch, capsys, "import", snapshot, tmp_path / "checkpoint")
+    assert f"{snapshot / 'model.safetensors'}': holds other bytes" in line
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null", '{"../x": "00"}', '{"model.safetensors": 3}', "[" * 5000])
+def test_a_list_of_checksums_that_is_none_is_one_line(text, source, tmp_path, monkeypatch, capsys):
+    (source / CHECKSUMS).write_text(text)
+    line = fault_of(monkeypatch, capsys, "import", source, tmp_path / "checkpoint")
+    assert f"{source / CHECKSUMS}': cannot be read (" in line
 
 
 def test_a_target_inside_a_file_is_one_line(source, tmp_path):

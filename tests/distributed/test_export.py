@@ -1,5 +1,7 @@
 """The folders that export writes: what transformers loads, whole or not at all."""
 
+import hashlib
+import json
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -10,6 +12,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+from nemo_jepo.actor.weights.checksums import CHECKSUMS, known_checksums
 from nemo_jepo.actor.weights.hf_folder import SafetensorsFolder
 from nemo_jepo.checkpoint.hf.export import export_hf
 from tests.support import fork_server
@@ -66,6 +69,8 @@ def test_what_travels_along_is_copied_byte_for_byte(companions, tmp_path):
     tensors = numbered(1)
     export_hf(tensors.items(), shapes_of(tensors), torch.float32, tmp_path / "m", companions)
     written = {file.name: file.read_bytes() for file in (tmp_path / "m").iterdir()}
+    checksums = {name: hashlib.sha256(content).hexdigest() for name, content in written.items() if name != CHECKSUMS}
+    assert json.loads(written.pop(CHECKSUMS)) == known_checksums(tmp_path / "m") == checksums
     assert written.pop("model.safetensors")
     assert written == {file.name: file.read_bytes() for file in companions.iterdir() if file.name != "common.pt"}
 

@@ -3,9 +3,9 @@
 import json
 import os
 import signal
-import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,8 @@ from nemo_jepo.checkpoint.format import latest_checkpoint
 from nemo_jepo.config.schema import AnswerConfig
 from nemo_jepo.data.splice import Splicer
 from tests.support import fork_server
-from tests.support.command_line import ENVIRONMENT, command, metrics, run, run_truly, true_command
+from tests.support.command_line import ENVIRONMENT, command, metrics, run, run_truly
+from tests.support.interrupted import bits, hears_signals, num_lines, popen, start, stop_when, unfinished
 
 
 @pytest.fixture(scope="module")
@@ -24,50 +25,6 @@ def uninterrupted(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("uninterrupted")
     run_truly("train", folder)
     return folder
-
-
-def stop_when(
-    condition: Callable[[], bool],
-    how: signal.Signals,
-    folder: Path,
-    *overrides: str,
-    whole_group: bool = False,
-    truly: bool = False,
-) -> int:
-    """Start the run, send the signal as soon as the condition holds, and return the exit code.
-
-    Args:
-        whole_group: also to the run's helper processes, as Slurm and terminals do.
-        truly: the installed program instead of a child of the fork server.
-    """
-    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
-    process: subprocess.Popen | fork_server.Process
-    if truly:
-        process = subprocess.Popen(true_command("train", folder, *overrides), env=ENVIRONMENT, **options)
-    else:
-        process = fork_server.start(command("train", folder, *overrides), environment=ENVIRONMENT, **options)
-    try:
-        deadline = time.monotonic() + 200
-        while not condition():
-            assert process.poll() is None, f"ended with {process.returncode} before the moment to stop it came"
-            assert time.monotonic() < deadline, "the moment to stop it never came"
-            time.sleep(0.001)
-        if whole_group:
-            os.killpg(process.pid, how)
-        else:
-            process.send_signal(how)
-        return process.wait(timeout=200)
-    finally:
-        process.kill()
-
-
-def num_lines(folder: Path) -> int:
-    file = folder / "run" / "metrics.jsonl"
-    return file.read_text().count("\n") if file.exists() else 0
-
-
-def unfinished(checkpoints: Path, step: int) -> list[Path]:
-    return list(checkpoints.glob(f".step_{step:06d}.*.partial"))
 
 
 @pytest.mark.parametrize("background", [False, True], ids=["waiting for saves", "saving in the background"])
@@ -89,12 +46,6 @@ def test_a_run_killed_in_a_step_and_in_a_save_ends_as_if_never_interrupted(backg
     assert bits(tmp_path) == bits(uninterrupted)
 
 
-def bits(folder: Path) -> dict[str, str]:
-    """Checksums of the last checkpoint's tensors."""
-    marker = json.loads((folder / "run" / "checkpoints" / "step_000006" / "complete.json").read_text())
-    return {name: checksum for name, checksum in marker["sha256"].items() if name.endswith(".distcp")}
-
-
 @pytest.mark.parametrize(
     "how, setting",
     [(signal.SIGTERM, "trainer.jepo.async_save=true"), (signal.SIGUSR1, "trainer.jepo.async_save=false")],
@@ -106,6 +57,42 @@ def test_a_signal_to_all_processes_saves_exits_75_and_the_next_start_goes_on(how
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == f"step_{steps:06d}"
     run("train", tmp_path)
     assert metrics(tmp_path) == metrics(uninterrupted)
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    ("name", "truly", "delay_s"), [("train", True, 0), ("evaluate", True, 1), ("train", False, 0.3)]
+)
+def test_a_signal_during_the_start_ends_it_with_75_and_one_line(name, truly, delay_s, how, tmp_path):
+    """As soon as it hears; in the middle of importing torch; while the model is built or the first steps are made."""
+    with open(tmp_path / "output", "w+") as output:
+        process = start(name, tmp_path, truly=truly, output=output)
+        try:
+            while not hears_signals(process.pid):
+                assert process.poll() is None
+                time.sleep(0.001)
+            time.sleep(delay_s)
+            process.send_signal(how)
+            assert process.wait(timeout=200) == 75
+        finally:
+            process.kill()
+        said = (tmp_path / "output").read_text()
+    assert "Traceback" not in said
+    if not num_lines(tmp_path):
+        assert said.splitlines()[-1].startswith("interrupted") and said.count("interrupted") == 1
+
+
+def test_ctrl_c_during_the_imports_of_any_other_command_is_one_line(tmp_path):
+    with open(tmp_path / "output", "w+") as output:
+        program = [str(Path(sys.executable).parent / "nemo-jepo"), "export", "checkpoint", "folder"]
+        process = popen(program, stdout=output, stderr=output)
+        try:
+            time.sleep(1)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=200) == 130
+        finally:
+            process.kill()
+    assert (tmp_path / "output").read_text() == "interrupted\n"
 
 
 def test_a_run_told_to_stop_in_a_validation_saves_its_step_and_validates_it_at_the_next_start(tmp_path):

@@ -142,6 +142,24 @@ def test_a_signal_meant_for_the_trainer_leaves_the_worker_alone(worker, process_
     assert worker.ask({"answer": 7}) == 7 and process_of_worker() == process
 
 
+def test_a_signal_while_a_worker_starts_leaves_it_alone(worker):
+    """Slurm and terminals send it to all processes of a run."""
+    before, signalled = set(psutil.Process().children()), threading.Event()
+
+    def signal_at_once():
+        while not (new := set(psutil.Process().children()) - before):
+            pass
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            new.copy().pop().send_signal(number)
+        signalled.set()
+
+    watching = threading.Thread(target=signal_at_once)
+    watching.start()
+    assert worker.ask({"answer": 7}) == 7
+    watching.join()
+    assert signalled.is_set() and worker.ask({"answer": 8}) == 8
+
+
 def test_a_worker_at_work_does_not_outlive_a_killed_parent():
     script = (
         "from nemo_jepo.rewards.process import WorkerProcess\n"

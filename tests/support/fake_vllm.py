@@ -64,6 +64,8 @@ class FakeVLLM(LoopbackServer):
         """Of the connections that asked /weight_info."""
         self.running = self.most_running = 0
         self.version = "7"
+        self.engine_hangs = False
+        """What the engine would have to answer is not answered; /health is."""
         self.asleep: set[str] = set()
         """Of weights and kv_cache."""
         self.refused: set[str] = set()
@@ -81,6 +83,7 @@ class FakeVLLM(LoopbackServer):
             web.post("/wake_up", self._wake_up),
             web.post("/update_weight_version", self._update_weight_version),
             web.post("/collective_rpc", self._collective_rpc),
+            web.post("/nemo_jepo/restart", self._done),
             *(web.post(f"/{route}", self._done) for route in ("pause", "resume", "reset_prefix_cache")),
         ]
 
@@ -153,4 +156,6 @@ class FakeVLLM(LoopbackServer):
     async def _weight_info(self, request: web.Request) -> web.Response:
         assert request.transport is not None
         self.control_ports.append(request.transport.get_extra_info("peername")[1])
+        while self.engine_hangs:
+            await asyncio.sleep(0.01)
         return web.json_response({"weight_version": self.version})

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
 
-from nemo_jepo.rollout.vllm.server import KEY_VARIABLE, health_of
+from nemo_jepo.rollout.vllm.server import KEY_VARIABLE
+from nemo_jepo.rollout.vllm.supervisor import health_of
 from nemo_jepo.utils.network import free_ports
 from nemo_jepo.utils.processes import die_with_parent
 from tests.support.command_line import ENVIRONMENT
@@ -24,23 +25,20 @@ VOCAB = 320
 CONFIGS = {"llama": LlamaConfig, "qwen3": Qwen3Config}
 
 
-def tiny_model(folder: Path, family: str, tied: bool, seed: int) -> PreTrainedModel:
+def tiny_model(folder: Path, family: str, tied: bool, seed: int, **changes: object) -> PreTrainedModel:
     """A seeded random model with its tokenizer, written as a Hugging Face folder; fp32."""
-    config = CONFIGS[family](
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=32,  # the least that vLLM's attention takes on a CPU
-        max_position_embeddings=256,
-        tie_word_embeddings=tied,
-        initializer_range=0.2,  # a distribution that is far from uniform
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 32,  # the least that vLLM's attention takes on a CPU
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,  # a distribution that is far from uniform
+    }
+    special = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
+    config = CONFIGS[family](vocab_size=VOCAB, tie_word_embeddings=tied, **special, **(shape | changes))
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     model.save_pretrained(folder)
@@ -61,10 +59,17 @@ class Server:
         self.process.wait(60)
 
 
-def start_server(model_folder: Path, *options: str, log: Path, environment: Mapping[str, str] | None = None) -> Server:
+def start_server(
+    model_folder: Path,
+    *options: str,
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+    port: int | None = None,
+    program: Sequence[str] = ("-m", "nemo_jepo.cli"),
+) -> Server:
     """`nemo-jepo serve`, not waited for; options of vLLM's own after "--", variables beside those of this process."""
-    (port,) = free_ports(1)
-    command = [sys.executable, "-m", "nemo_jepo.cli", "serve", str(model_folder), "--port", str(port)]
+    port = port or free_ports(1)[0]
+    command = [sys.executable, *program, "serve", str(model_folder), "--port", str(port)]
     command += ["--dtype", "float32", "--max-model-len", "256", *options]
     with log.open("ab") as file:
         process = subprocess.Popen(

@@ -1,5 +1,6 @@
 """The table of commands, and what an error becomes: one line and an exit code."""
 
+import errno
 import sys
 
 import pytest
@@ -62,3 +63,14 @@ def test_without_a_command_the_usage_goes_to_stderr_and_with_help_to_stdout(caps
     for word in ("-h", "--help", "help"):
         assert cli.main([word]) == 0
         assert capsys.readouterr() == (f"{cli.__doc__}\n", "")
+
+
+def test_an_error_of_the_system_that_nobody_answers_is_one_line_and_a_bug_keeps_its_traceback(monkeypatch, capsys):
+    full = OSError(errno.ENOSPC, "No space left on device", "/out/metrics.jsonl")
+    monkeypatch.setattr(command, "main", raising(full))
+    assert cli.main(["plan"]) == 1
+    line = "/out/metrics.jsonl: cannot be written (No space left on device), in nemo_jepo.cli. "
+    assert capsys.readouterr() == ("", f"{line}Make room there, or give another place.\n")
+    monkeypatch.setattr(command, "main", raising(AssertionError("ours")))
+    with pytest.raises(AssertionError, match="ours"):
+        cli.main(["plan"])

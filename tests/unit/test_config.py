@@ -145,7 +145,7 @@ def test_a_wrong_line_of_a_conf_file_is_named_with_its_file(tmp_path, text, line
         (["objective=ppo"], "objective=ppo (in demo.yaml): no such choice. Choose one of avg_logprob, gm, jepo, "),
         (["exp_manager.name=???"], "exp_manager.name: has no default. Add exp_manager.name="),
         (["model=1"], "model=1: "),
-        (["model.seed"], "Error parsing override 'model.seed'"),
+        (["model.seed"], "setting='model.seed': is no override (missing EQUAL at '<EOF>')"),
         (["model.seed=${no.such}"], "model.seed: Interpolation key 'no.such' not found"),
     ],
 )

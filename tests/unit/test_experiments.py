@@ -110,7 +110,7 @@ def test_overrides_of_the_command_line_reach_every_run():
 def test_an_arm_may_have_a_warm_up_of_its_own_behind_that_of_the_set(tmp_path):
     text = SMALL.replace("max_steps=2]", "max_steps=2, warmup.max_steps=7]")
     file = small_file(tmp_path, text.replace("jepo: []", "jepo: [warmup.max_steps=3, warmup.sft_target=sampled_chain]"))
-    commands = {run.arm: run.command() for run in plan_runs(file, only(load_experiment(file), [3], []), [])}
+    commands = {run.arm: run.command() for run in plan_runs("small", only(load_experiment(file), [3], []), [])}
     values = {
         arm: dict(it.split("=", 1) for it in command if it.startswith(("warmup.", "pretrained_checkpoint.")))
         for arm, command in commands.items()

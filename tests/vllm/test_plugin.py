@@ -111,3 +111,43 @@ def test_half_a_layer_of_a_push_that_broke_off_is_not_taken_for_a_part_of_the_ne
         parameter.weight_loader(parameter, torch.full((4,), value))
     finalize_layerwise_reload(layer, SimpleNamespace(dtype=torch.float32))
     assert layer.a.tolist() == [2.0] * 4 and layer.b.tolist() == [3.0] * 4
+
+
+def test_a_layer_of_which_nothing_has_come_is_named_and_the_next_reload_may_bring_it():
+    from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
+
+    from nemo_jepo.rollout.vllm.reload import begin_reload, end_reload, layers_not_loaded
+
+    model = nn.ModuleDict({"came": TwoParameters(), "did_not": TwoParameters()})
+    record_metadata_for_reloading(model)
+    begin_reload(model)
+    for parameter in (model["came"].a, model["came"].b):
+        parameter.weight_loader(parameter, torch.ones(4))
+    assert layers_not_loaded(model) == ["did_not"]
+    with pytest.raises(ValueError, match="^not all weights of did_not came"):
+        end_reload(model, SimpleNamespace(dtype=torch.float32))
+    begin_reload(model)
+    for layer in model.values():
+        for parameter in (layer.a, layer.b):
+            parameter.weight_loader(parameter, torch.ones(4))
+    end_reload(model, SimpleNamespace(dtype=torch.float32))
+    assert model["did_not"].b.tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("names", "shapes", "dtype_name"),
+    [
+        (["a", "a"], [[2], [2]], "float32"),
+        (["a"], [[2], [2]], "float32"),
+        ([1], [[2]], "float32"),
+        (["a"], [[-2]], "float32"),
+        (["a"], [[2]], "load"),
+        (["a"], [[2]], "no_such"),
+    ],
+)
+def test_a_description_that_is_of_no_tensors_is_refused(names, shapes, dtype_name):
+    from nemo_jepo.rollout.vllm.reload import check_description
+
+    with pytest.raises(ValueError):
+        check_description(names, shapes, dtype_name)
+    assert check_description(["a", "b"], [[2, 3], []], "bfloat16") is torch.bfloat16

@@ -3,6 +3,7 @@
 import json
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,8 +118,9 @@ def test_a_run_outlives_a_server_and_when_it_has_none_it_saves_and_goes_on_when_
         supervisor = named(run.pid, "nemo_jepo.cli")[0]
         family = descendants(supervisor.pid)
         named(supervisor.pid, "api_server")[0].kill()
-        wait_until(lambda: not alive([supervisor, *family]), seconds=60)
-        assert any("the server at http" in log.read_text() for log in (tmp_path / "run" / "servers").glob("*.log"))
+        wait_until(lambda: not alive(family), seconds=60)
+        logs = list((tmp_path / "run" / "servers").glob("*.log"))
+        wait_until(lambda: any("the server at http" in log.read_text() for log in logs))
         wait_until(lambda: any(line["train_rollouts/servers"] == 1 for line in metrics(tmp_path)[killed_at - 1 :]), 200)
         wait_until(lambda: metrics(tmp_path)[-1]["train_rollouts/servers"] == 2, seconds=300)  # it came back
         lines = metrics(tmp_path)
@@ -137,6 +139,30 @@ def test_a_run_outlives_a_server_and_when_it_has_none_it_saves_and_goes_on_when_
     assert [line["step"] for line in lines] == list(range(1, done + 4))
     assert all(line["train_rollouts/logprob_difference"] < 1e-4 for line in lines)
     assert_every_prompt_was_trained_on_once_and_in_order(tmp_path, done + 3, tmp_path / "run" / "tokenizer")
+
+
+def test_a_run_that_is_killed_while_it_pushes_goes_on_with_the_same_servers(servers, tmp_path):
+    """They are not this run's: they outlive it, paused, with half of an update."""
+    log, own = servers.alike()[0].log, servers.settings(2)
+
+    def num_pushes() -> int:
+        return log.read_text(errors="replace").count("setting pause state to PAUSED_ALL")
+
+    with running(tmp_path, *own, "trainer.jepo.max_steps=1000") as run:
+        reach(run, tmp_path, 3)
+        before = num_pushes()
+        while num_pushes() == before:
+            time.sleep(0.002)
+        run.kill()
+        run.wait()
+    num_steps = steps_done(tmp_path) + 3
+    with running(tmp_path, *own, f"trainer.jepo.max_steps={num_steps}") as again:
+        assert finish(again, tmp_path) == 0, console(tmp_path)
+    lines = metrics(tmp_path)
+    assert [line["step"] for line in lines] == list(range(1, num_steps + 1))
+    assert all(line["train_rollouts/servers"] == 2 for line in lines)
+    assert all(line["train_rollouts/logprob_difference"] < 1e-4 for line in lines)
+    assert_every_prompt_was_trained_on_once_and_in_order(tmp_path, num_steps, servers.model_folder)
 
 
 def staleness(folder: Path) -> float:

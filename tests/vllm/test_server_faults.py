@@ -4,11 +4,14 @@ from collections.abc import Iterator, Sequence
 
 import psutil
 import pytest
+import torch
 from torch import Tensor
 
 from nemo_jepo.config.schema import VLLMConfig
+from nemo_jepo.rollout.vllm.channels import write_files
 from nemo_jepo.rollout.vllm.pool import Pool
-from nemo_jepo.rollout.vllm.push import Pushed
+from nemo_jepo.rollout.vllm.push import Pushed, WeightTransfer
+from nemo_jepo.utils.http import ServerFault
 from tests.support.pushes import PROMPTS, assert_samples_with, request, stream, transfer_of
 from tests.support.serving import KEY, VOCAB, Server, SharedServers
 from tests.support.vllm_processes import named, needs_vllm
@@ -85,7 +88,7 @@ def test_a_server_that_is_killed_in_mid_push_is_lost_at_once_and_requests_in_fli
         assert len(work.result()) == 32
         assert_samples_with(pool, new, 2, [other.url])
     pool.close()
-    lost.process.wait(60)
+    lost.end()
 
 
 def test_a_stream_that_breaks_off_ends_every_transfer_and_no_server_counts_as_synced(servers, tmp_path):
@@ -119,6 +122,40 @@ def test_an_update_that_a_dead_trainer_left_open_does_not_keep_the_next_one_out(
         pushed = transfer.push([server.url], stream(new), 5)
         assert pushed == Pushed(updated=(server.url,)), pushed.lost
         assert_samples_with(pool, new, 5, [server.url])
+    pool.close()
+
+
+def test_files_that_are_not_the_models_weights_are_refused_and_the_next_push_makes_the_server_whole(servers, tmp_path):
+    _, new = servers.models
+    (server,) = servers.alike(1)
+    pool = Pool([server.url], VLLMConfig(), KEY, VOCAB)
+    empty, half, other = (tmp_path / name for name in ("empty", "half", "other"))
+    empty.mkdir()
+    torch.save(dict(stream(new)), empty / "model.bin")
+    write_files(((name, tensor) for name, tensor in stream(new) if "k_proj" not in name), half)
+    write_files([("model.layers.7.mlp.down_proj.weight", torch.zeros(64, 96))], other)
+    for folder in (str(empty), str(half), str(other), str(tmp_path / "none"), "weights"):
+        with pytest.raises(ServerFault, match="status 500"):
+            pool.control(server.url, "POST", "/collective_rpc", {"method": "load_files", "kwargs": {"folder": folder}})
+    with transfer_of(pool, new, tmp_path) as transfer:
+        pushed = transfer.push([server.url], stream(new), 5)
+        assert pushed == Pushed(updated=(server.url,)), pushed.lost
+        assert_samples_with(pool, new, 5, [server.url])
+    pool.close()
+
+
+def test_a_push_that_leaves_a_layer_out_is_an_error(servers, tmp_path):
+    _, new = servers.models
+    (server,) = servers.alike(1)
+    pool = Pool([server.url], VLLMConfig(), KEY, VOCAB)
+    part = [(name, tensor) for name, tensor in stream(new) if not name.startswith("model.layers.1.")]
+    shapes = [(name, tuple(tensor.shape)) for name, tensor in part]
+    transfer = WeightTransfer(pool.control, VLLMConfig(), shapes, torch.float32, tmp_path)
+    assert server.url in transfer.push([server.url], part, 6).lost
+    transfer.close()
+    with transfer_of(pool, new, tmp_path) as transfer:
+        assert transfer.push([server.url], stream(new), 7) == Pushed(updated=(server.url,))
+        assert_samples_with(pool, new, 7, [server.url])
     pool.close()
 
 

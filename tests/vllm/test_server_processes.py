@@ -2,12 +2,12 @@
 
 import importlib.metadata
 import signal
-import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -16,12 +16,19 @@ import pytest
 from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.schema import VLLMConfig
 from nemo_jepo.rollout.vllm import server
+from nemo_jepo.rollout.vllm.client import StaleServer
 from nemo_jepo.rollout.vllm.local import LocalServers, ServedModel
+from nemo_jepo.rollout.vllm.middleware import RESTART_ROUTE
+from nemo_jepo.rollout.vllm.options import REFUSED, check_options
+from nemo_jepo.rollout.vllm.pool import Pool
+from nemo_jepo.rollout.vllm.push import Pushed
+from nemo_jepo.rollout.vllm.supervisor import health_of
 from nemo_jepo.utils.network import free_ports
 from nemo_jepo.utils.processes import SharedMemory
 from tests.support import fork_server
 from tests.support.command_line import ENVIRONMENT, command
-from tests.support.serving import KEY, tiny_model
+from tests.support.pushes import PROMPTS, assert_samples_with, request, stream, transfer_of
+from tests.support.serving import KEY, VOCAB, tiny_model
 from tests.support.vllm_processes import alive, descendants, named, needs_vllm, wait_until
 
 pytestmark = pytest.mark.timeout(900)
@@ -39,20 +46,36 @@ def refusal(*argv: str, **environment: str) -> str:
 
 
 @needs_vllm
-def test_a_public_address_is_refused_in_one_line(tmp_path):
+def test_a_public_address_and_options_that_go_round_a_rule_are_refused_in_one_line(tmp_path):
     (tmp_path / "config.json").touch()
     line = refusal(str(tmp_path), "--host", "0.0.0.0", NEMO_JEPO_API_KEY="k")
     assert line.startswith("--host='0.0.0.0': the servers' development routes must not be reachable")
-    for host in ("8.8.8.8", "::"):
-        with pytest.raises(ConfigError, match="^--host=.*must not be reachable"):
-            server.check_address(host, 8000)
+    line = refusal(str(tmp_path), "--", "--max-num-seqs", "4", "--ho=0.0.0.0", NEMO_JEPO_API_KEY="k")
+    assert line.startswith("--='--ho=0.0.0.0': the server must listen where `nemo-jepo serve` has checked it")
 
 
-def test_a_taken_port_is_refused():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"^--port={port}: 127.0.0.1:{port}: Address already in use"):
-            server.check_address("127.0.0.1", port)
+@needs_vllm
+def test_every_spelling_by_which_vllm_takes_a_refused_option_is_refused(monkeypatch):
+    """And nothing is refused for being the beginning of one, where it is an option itself."""
+    monkeypatch.setenv("VLLM_PLUGINS", "nemo_jepo")
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(FlexibleArgumentParser())
+    refused = {f"--{name}" for names in REFUSED.values() for name in names}
+    options = parser._option_string_actions
+    assert refused <= set(options)
+    for option, action in options.items():
+        takes_refused = bool(refused & set(action.option_strings)) and not option.startswith("--no-trust")
+        if option.startswith("--") and not takes_refused and option not in refused:
+            check_options([option])
+    for option in refused:
+        for end in range(3, len(option) + 1):
+            if option[:end] in set(options) - refused:
+                continue  # another option of its own
+            for spelling in (option[:end], option[:end].replace("-", "_").replace("__", "--", 1), f"{option[:end]}.x"):
+                with pytest.raises(ConfigError):
+                    check_options([spelling])
 
 
 @needs_vllm
@@ -186,14 +209,38 @@ def test_the_key_opens_every_route_is_shown_to_nobody_and_a_stop_leaves_nothing(
 
 
 @needs_vllm
-@pytest.mark.parametrize("victim", ["api_server", "EngineCor"])
-def test_when_a_process_of_a_server_is_killed_the_rest_ends_with_one_line(victim, servers):
-    taken = servers.take()
-    family = descendants(taken.process.pid)
-    named(taken.process.pid, victim)[0].kill()
-    assert taken.process.wait(60) == 1
-    assert not alive(family)
-    assert f"nemo-jepo serve: the server at {taken.url} died" in taken.log.read_text()
+def test_a_server_that_dies_or_is_asked_to_is_started_again_and_is_not_sampled_from_before_it_has_weights(
+    servers, tmp_path
+):
+    """Its engine is killed; then its engine is stopped, and only the key's holder can tell."""
+    (_, new), taken = servers.models, servers.take()
+    pool = Pool([taken.url], VLLMConfig(), KEY, VOCAB)
+
+    def come_back(fault: Callable[[], object]) -> None:
+        family = descendants(taken.process.pid)
+        fault()
+        wait_until(lambda: not alive(family), seconds=120)
+        wait_until(lambda: health_of(taken.url) == "good", seconds=600)
+        assert taken.process.poll() is None
+
+    def stop_and_ask() -> None:
+        named(taken.process.pid, "EngineCor")[0].suspend()
+        assert status(taken.url, RESTART_ROUTE, "POST", key="wrong") == 401
+        assert status(taken.url, RESTART_ROUTE, "POST", key=KEY) == 200
+
+    with transfer_of(pool, new, tmp_path) as transfer:
+        for version, fault in enumerate((named(taken.process.pid, "EngineCor")[0].kill, stop_and_ask)):
+            assert transfer.push([taken.url], stream(new), version) == Pushed(updated=(taken.url,))
+            pool.admit(taken.url, version)
+            come_back(fault)
+            with pytest.raises(StaleServer):
+                pool.submit(PROMPTS, request(), (), only=taken.url).result()
+            assert taken.url in pool.out()
+        assert transfer.push([taken.url], stream(new), 2) == Pushed(updated=(taken.url,))
+        assert_samples_with(pool, new, 2, [taken.url])
+    pool.close()
+    taken.end()
+    assert taken.log.read_text().count("it is started again") == 2
 
 
 @needs_vllm
@@ -231,11 +278,11 @@ for line in sys.stdin:
             return run.stdout.readline().strip()
 
         serving = start("one")
-        wait_until(lambda: server.health_of(serving) == "good", seconds=600)
+        wait_until(lambda: health_of(serving) == "good", seconds=600)
         for number in (signal.SIGINT, signal.SIGTERM):
             named(run.pid, "nemo_jepo.cli")[0].send_signal(number)
         time.sleep(2)
-        assert server.health_of(serving) == "good"
+        assert health_of(serving) == "good"
         one = len(named(run.pid, "api_server"))
         start("two")
         wait_until(lambda: len(named(run.pid, "api_server")) > one)

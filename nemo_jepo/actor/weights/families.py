@@ -61,9 +61,9 @@ def family_of(model_type: object, key: str = "model_type") -> Family:
     Raises:
         ConfigError: a family without an entry above.
     """
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError(key, model_type, f"must be one of {', '.join(FAMILIES)}", "Use a model of these families")
-    return FAMILIES[str(model_type)]
+    return FAMILIES[model_type]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ safetensors' own writer takes a file's tensors all at once. Here a file's header
 because names, shapes and dtype are known before the first tensor arrives, and the bytes follow as they come.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,9 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nemo_jepo.actor.weights.checksums import CHECKSUMS
 from nemo_jepo.actor.weights.hf_folder import INDEX
 from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.hub import COMPANIONS
+from nemo_jepo.utils.files import sha256_of
 
 Shapes = Mapping[str, tuple[int, ...]]
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -55,8 +58,10 @@ def export_hf(
         partial.mkdir(parents=True)
         plan = _plan(shapes, dtype, shard_bytes)
         tensors = iter(stream)
-        for file, names in plan.items():
-            _write_file(partial / file, tensors, {name: shapes[name] for name in names}, dtype)
+        checksums = {
+            file: _write_file(partial / file, tensors, {name: shapes[name] for name in names}, dtype)
+            for file, names in plan.items()
+        }
         assert next(tensors, None) is None, "the stream gave more than was planned"
         copy_companions(companions, partial)
         if len(plan) > 1:
@@ -65,6 +70,8 @@ def export_hf(
                 "weight_map": {name: file for file, names in plan.items() for name in names},
             }
             (partial / INDEX).write_text(json.dumps(index, indent=2))
+        checksums |= {file.name: sha256_of(file) for file in partial.iterdir() if file.name not in checksums}
+        (partial / CHECKSUMS).write_text(json.dumps(checksums, indent=1, sort_keys=True))
         _to_disk(*partial.iterdir(), partial)
         os.rename(partial, folder)
         _to_disk(folder.parent)
@@ -95,8 +102,8 @@ def _plan(shapes: Shapes, dtype: torch.dtype, shard_bytes: int) -> dict[str, lis
     return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards)}
 
 
-def _write_file(file: Path, stream: Iterator[tuple[str, Tensor]], shapes: Shapes, dtype: torch.dtype) -> None:
-    """One safetensors file with the next tensors of the stream.
+def _write_file(file: Path, stream: Iterator[tuple[str, Tensor]], shapes: Shapes, dtype: torch.dtype) -> str:
+    """Write one safetensors file with the next tensors of the stream; returns its SHA-256.
 
     Format: header length (8 bytes, little-endian), header (JSON, padded with spaces to 8 bytes), data in one piece.
     """
@@ -107,21 +114,23 @@ def _write_file(file: Path, stream: Iterator[tuple[str, Tensor]], shapes: Shapes
         header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    writing = "__metadata__"
+    writing, digest = "__metadata__", hashlib.sha256()
     try:
         with file.open("wb", buffering=0) as data:
-            _write_all(data, memoryview(len(text).to_bytes(8, "little") + text))
+            _write_all(data, memoryview(len(text).to_bytes(8, "little") + text), digest)
             for writing, shape in shapes.items():
                 name, tensor = next(stream)
                 assert (name, tensor.shape, tensor.dtype) == (writing, shape, dtype), f"{name} for {writing}"
-                _write_all(data, tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+                _write_all(data, tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data, digest)
                 del tensor  # before the stream makes the next one
     except OSError as error:
         raise _unwritten(file, f"tensor {writing} cannot be written ({error})") from error
+    return digest.hexdigest()
 
 
-def _write_all(data: FileIO, rest: memoryview) -> None:
+def _write_all(data: FileIO, rest: memoryview, digest: "hashlib._Hash") -> None:
     """An unbuffered write may take a part only; a full disk shows at the tensor that does not fit."""
+    digest.update(rest)
     while rest:
         rest = rest[data.write(rest) :]
 

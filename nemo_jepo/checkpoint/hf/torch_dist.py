@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import apply_factories
 from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from megatron.core.dist_checkpointing.strategies.torch import (
@@ -24,6 +23,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from nemo_jepo.checkpoint.reader import load_shards
 from nemo_jepo.config.errors import ConfigError
 
 
@@ -88,11 +88,14 @@ def _alone(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
 
 
-def load_in_place(checkpoint: Path, sharded_weights: dict[str, Any]) -> None:
+def load_in_place(checkpoint: Path, sharded_weights: dict[str, Any], verify: str = "own") -> None:
     """Read a checkpoint into the parameters that `sharded_weights` describes. All ranks.
 
     Args:
         sharded_weights: a model's sharded_state_dict, which is used up.
+        verify: checkpoint.verify_on_load.
+    Raises:
+        ConfigError: as `load_shards`.
     """
     apply_factories(sharded_weights)  # halves of fc1, as views of the parameter: nothing is left to join
-    dist_checkpointing.load({"model": sharded_weights}, str(checkpoint))
+    load_shards(checkpoint, {"model": sharded_weights}, verify)

@@ -19,14 +19,12 @@ from nemo_jepo.config.schema import VLLMConfig
 from nemo_jepo.rollout.vllm.fleet import Control
 from nemo_jepo.rollout.vllm.local import LocalServers
 from nemo_jepo.rollout.vllm.pool import Pool
-from nemo_jepo.rollout.vllm.push import WeightTransfer
+from nemo_jepo.rollout.vllm.push import NO_WEIGHTS, WeightTransfer
 from nemo_jepo.rollout.vllm.sampler import VLLMSampler
 from nemo_jepo.utils.http import ServerFault
 
 TURN_TIMEOUT_S = 120.0
 """Seconds that a server may take to fall asleep or to wake."""
-NO_WEIGHTS = "none"
-"""The version of a sleeping server's weights, so that no replica takes it for one that has them."""
 
 Faults = dict[str, str]
 """Server -> why it did not do what it was asked to."""

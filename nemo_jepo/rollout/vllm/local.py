@@ -9,7 +9,9 @@ from pathlib import Path
 
 from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.schema import VLLMConfig
-from nemo_jepo.rollout.vllm.server import KEY_VARIABLE, STOP, vllm_distribution
+from nemo_jepo.rollout.vllm.options import vllm_option
+from nemo_jepo.rollout.vllm.server import KEY_VARIABLE, vllm_distribution
+from nemo_jepo.rollout.vllm.supervisor import STOP
 from nemo_jepo.utils.network import free_ports
 
 TRAINERS_OWN = (
@@ -67,7 +69,9 @@ class LocalServers:
         }
         command = [sys.executable, "-m", "nemo_jepo.cli", "serve", str(model.folder), "--stop-with-parent"]
         command += [str(part) for option in options.items() for part in option]
-        command += ["--", *(p for name, value in self._settings.engine_args.items() for p in _vllm_option(name, value))]
+        if self._settings.engine_args.get("enable_sleep_mode"):
+            command.append("--no-restart")  # while it sleeps its GPU is another's: the run starts it again
+        command += ["--", *(p for name, value in self._settings.engine_args.items() for p in vllm_option(name, value))]
         environment = {name: value for name, value in os.environ.items() if name not in TRAINERS_OWN}
         environment[KEY_VARIABLE] = self._key
         if vllm_distribution()[0] == "vllm":
@@ -125,11 +129,3 @@ def _last_error(log: Path) -> str:
     lines = log.read_text(errors="replace").strip().splitlines()
     errors = [line for line in lines if "error" in line.lower()]
     return f"{log}: {(errors or lines or ['empty'])[-1].strip()[-300:]}"
-
-
-def _vllm_option(name: str, value: object) -> list[str]:
-    """One engine_args entry as vLLM's command line has it; true is a flag, false its negation."""
-    option = "--" + name.replace("_", "-")
-    if isinstance(value, bool):
-        return [option if value else f"--no-{option[2:]}"]
-    return [option, str(value)]

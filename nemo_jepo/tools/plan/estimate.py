@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from nemo_jepo.config.check import check
 from nemo_jepo.config.errors import ConfigError
-from nemo_jepo.config.layouts import model_shape
 from nemo_jepo.config.schema import Config
+from nemo_jepo.config.shapes import model_shape
 from nemo_jepo.tools.plan.calibration import (
     DECODE_STEP_SECONDS,
     EMBEDDED_STEP_SECONDS,

@@ -151,7 +151,7 @@ def _write(target: Path, splits: dict[str, tuple[Rows, list[bool | None]]], mani
         written = {}
         for split, (rows, flags) in splits.items():
             file = unfinished / f"{split}.parquet"
-            pyarrow.parquet.write_table(_table(rows, flags), file, compression="zstd")
+            pyarrow.parquet.write_table(_table(rows, flags), file, compression="zstd", write_page_checksum=True)
             counts = {"rows": len(rows), "verifiable": flags.count(True), "verifier_faults": flags.count(None)}
             written[file.name] = counts | {"sha256": sha256_of(file)}
         manifest = manifest | {

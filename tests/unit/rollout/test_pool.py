@@ -145,6 +145,21 @@ def test_a_broken_server_is_taken_out_and_the_other_one_answers(break_it):
         assert list(pool.ready()) == [good.url] and pool.num_failed == 0
 
 
+def test_requests_leave_a_server_whose_engine_hangs_but_not_one_that_takes_weights(monkeypatch):
+    """Its /health says that all is well."""
+    monkeypatch.setattr(pool_module, "ENGINE_TIMEOUT_S", 0.1)
+    with pool_of(2) as (pool, (bad, good)):
+        bad.hangs = bad.engine_hangs = pool.takes_weights = True
+        drawn = pool.submit(PROMPTS, REQUEST, ())
+        wait_until(lambda: bad.running and good.requests)
+        pool.take_out(good.url, "for the moment")
+        assert list(pool.ready()) == [bad.url]
+        pool.admit(good.url, 7)
+        pool.takes_weights = False
+        assert_all_good(drawn.result(DEADLINE_S))
+        assert list(pool.ready()) == [good.url] and "/weight_info: no answer" in pool.out()[bad.url]
+
+
 def test_one_bad_answer_in_between_costs_a_retry_and_no_server():
     answers = iter([with_logprobs(float("nan")), *[good_answer] * 999])
     with pool_of(2) as (pool, (bad, _)):

@@ -17,6 +17,8 @@ from nemo_jepo.rollout.vllm.push import Pushed, WeightTransfer
 
 SHAPES = [(f"layer.{number}", (2,)) for number in range(12)]
 TIMEOUT_S = 1.0
+BEGUN = ["/pause", "/update_weight_version"]
+DONE = ["/reset_prefix_cache", "/resume"]
 NEVER_S = 1e6
 """A deadline that no test lives to see."""
 
@@ -113,7 +115,7 @@ def test_all_servers_take_one_stream_and_keep_their_group_for_the_next(servers, 
     for version in (1, 2):
         assert transfer.push("abc", weights(), version) == Pushed(updated=("a", "b", "c"))
         for url in "abc":
-            assert servers.told(url) == ["/pause", "/reset_prefix_cache", "/resume"]
+            assert servers.told(url) == BEGUN + DONE
     (group,) = transfer.groups
     assert group.taken == [name for name, _ in SHAPES] * 2
 
@@ -129,11 +131,12 @@ def test_a_server_that_stands_still_is_lost_at_the_deadline_and_the_others_wait_
         "b": "no weight sync within rollout.vllm.sync_timeout_s. Sent 4 of 12 tensors, the last layer.3; "
         "missing rank 1 of b"
     }
+    assert pushed.stuck == {"b"}
     # Nobody samples with weights of which half has come
-    assert servers.told("a") == servers.told("b") == servers.told("c") == ["/pause"]
+    assert servers.told("a") == servers.told("b") == servers.told("c") == BEGUN
     assert transfer.push(pushed.waiting, weights(), version=1) == Pushed(updated=("a", "c"))
     assert [group.urls for group in transfer.groups] == [("a", "b", "c"), ("a", "c")]
-    assert servers.told("a") == ["/pause", "/reset_prefix_cache", "/resume"]
+    assert servers.told("a") == BEGUN + DONE
 
 
 def test_a_server_that_dies_ends_the_push_at_once(servers, tmp_path):

@@ -9,6 +9,7 @@ import torch
 
 from nemo_jepo.config.schema import VLLMConfig
 from nemo_jepo.rollout.sampler import GenerationRequest, SamplersLost, SamplingStopped
+from nemo_jepo.rollout.vllm import pool as pool_module
 from nemo_jepo.rollout.vllm.pool import Pool
 from nemo_jepo.rollout.vllm.push import Pushed, WeightTransfer
 from nemo_jepo.rollout.vllm.sampler import VLLMSampler
@@ -29,6 +30,7 @@ class Transfer(WeightTransfer):
     """Reads the stream; the servers in `faults` do not take it, and those of their group only the next time."""
 
     faults: dict[str, str] = {}
+    stuck: frozenset[str] = frozenset()
     pushes: list[tuple[str, ...]]
 
     def push(self, urls, named_tensors, version):
@@ -36,7 +38,7 @@ class Transfer(WeightTransfer):
         self.pushes.append(tuple(urls))
         lost = {url: self.faults[url] for url in urls if url in self.faults}
         well = tuple(url for url in urls if url not in lost)
-        return Pushed(waiting=well, lost=lost) if lost else Pushed(updated=well)
+        return Pushed(waiting=well, lost=lost, stuck=self.stuck) if lost else Pushed(updated=well)
 
 
 @pytest.fixture
@@ -113,6 +115,65 @@ def test_servers_that_waited_for_older_weights_are_given_the_new_ones_with_all_o
     transfer.faults = {}
     assert not sampler.load_weights([("weight", torch.zeros(1))], SYNCED + 1)
     assert transfer.pushes == [(first.url, second.url)] * 2
+
+
+RESTART = "nemo_jepo/restart"
+
+
+def test_a_server_that_spoils_two_syncs_in_a_row_although_it_answers_is_to_be_started_again(sampler_of):
+    sampler, transfer, fakes = sampler_of(2, 2)
+    transfer.faults = {fakes[0].url: "refused"}
+    sync(sampler)
+    assert RESTART not in fakes[0].log
+    transfer.faults = {}
+    sync(sampler)  # it took weights: what was before does not count
+    transfer.faults = {fakes[0].url: "refused"}
+    sync(sampler)
+    assert RESTART not in fakes[0].log
+    sync(sampler)
+    assert fakes[0].log.count(RESTART) == 1 and RESTART not in fakes[1].log
+    sync(sampler)  # a new one: it is not asked at once again
+    assert fakes[0].log.count(RESTART) == 1
+
+
+def test_a_server_that_does_not_let_go_of_a_push_is_to_be_started_again_at_once(sampler_of):
+    sampler, transfer, fakes = sampler_of(2, 2)
+    transfer.faults, transfer.stuck = {fakes[0].url: "late"}, frozenset({fakes[0].url})
+    sync(sampler)
+    assert fakes[0].log.count(RESTART) == 1
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_the_last_server_is_to_be_started_again_at_once(sampler_of, monkeypatch, hangs):
+    """The run ends, and the next one would count from 0."""
+    monkeypatch.setattr(pool_module, "ENGINE_TIMEOUT_S", 0.2)
+    sampler, transfer, fakes = sampler_of(1, 1)
+    fakes[0].engine_hangs = hangs
+    transfer.faults = {fakes[0].url: "refused"}
+    sync(sampler)
+    assert fakes[0].log.count(RESTART) == 1
+
+
+def test_a_server_that_answers_nothing_is_left_to_its_supervisor(sampler_of):
+    sampler, transfer, fakes = sampler_of(2, 2)
+    fakes[0].health = 503
+    for _ in range(3):
+        sync(sampler)
+    assert RESTART not in fakes[0].log and transfer.pushes == [(fakes[1].url,)] * 3
+
+
+def test_a_server_whose_engine_hangs_spoils_no_push_and_is_to_be_started_again(sampler_of, monkeypatch):
+    """Its /health says that all is well."""
+    monkeypatch.setattr(pool_module, "ENGINE_TIMEOUT_S", 0.2)
+    sampler, transfer, fakes = sampler_of(2, 2)
+    fakes[0].engine_hangs = True
+    sync(sampler)
+    assert RESTART not in fakes[0].log
+    sync(sampler)
+    assert fakes[0].log.count(RESTART) == 1
+    fakes[0].engine_hangs = False
+    sync(sampler)
+    assert transfer.pushes == [(fakes[1].url,), (fakes[1].url,), (fakes[0].url, fakes[1].url)]
 
 
 def test_the_markers_spellings_end_a_completion_only_where_it_is_asked_to(sampler_of):

@@ -1,6 +1,7 @@
 """Folders that cannot be the model: one line that names the tensor and the file, and nothing is read."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -160,3 +161,64 @@ def test_a_seed_needs_no_folder():
     expected = SeededWeights(hf_shapes(config), config.initializer_range, seed=3)
     name = "model.layers.1.mlp.up_proj.weight"
     assert torch.equal(source.read(name), expected.read(name))
+
+
+def with_header(file: Path, change) -> None:
+    """The file, with what `change` makes of its header's text."""
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = change(content[8 : 8 + length])
+    file.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+
+
+NORM = "model.norm.weight"
+LIES = {
+    "offsets that overlap": {"data_offsets": [0, 128]},
+    "offsets backwards": {"data_offsets": [128, 0]},
+    "a shape of more bytes": {"shape": [33]},
+    "a shape that overflows": {"shape": [2**40, 2**40]},
+    "no such dtype": {"dtype": "F128"},
+    "offsets of nothing": {"data_offsets": []},
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_header_that_lies_is_one_line(lie, folder):
+    def change(text: bytes) -> bytes:
+        header = json.loads(text)
+        return json.dumps(header | {NORM: header[NORM] | LIES[lie]}).encode()
+
+    with_header(folder / WHOLE, change)
+    assert "cannot be read (" in fault_of(folder, WHOLE)
+
+
+def test_a_name_that_stands_twice_in_a_header_is_named(folder):
+    with_header(
+        folder / WHOLE, lambda text: text.rstrip()[:-1] + b"," + json.dumps({NORM: json.loads(text)[NORM]}).encode()[1:]
+    )
+    assert fault_of(folder, WHOLE) == f"tensor {NORM} stands 2 times in the header. Copy the file again."
+
+
+@pytest.mark.parametrize("length", [10**7, 2**31, 2**64 - 1])
+def test_a_header_that_says_to_be_longer_than_the_file_is_not_read(length, folder):
+    content = (folder / WHOLE).read_bytes()
+    (folder / WHOLE).write_bytes(length.to_bytes(8, "little") + content[8:])
+    assert fault_of(folder, WHOLE).startswith("cannot be read (")
+
+
+@pytest.mark.parametrize("target", ["../outside.safetensors", "/outside.safetensors", "..", "."])
+def test_an_index_that_leads_out_of_the_folder_is_refused(target, folder):
+    (folder / INDEX).write_text(json.dumps({"weight_map": {NORM: target}}))
+    with pytest.raises(ConfigError, match="lies outside of the folder|is a folder, and only a regular file is read"):
+        SafetensorsFolder(folder)
+
+
+def test_a_link_out_of_the_folder_and_a_fifo_are_refused(folder, tmp_path):
+    (folder / WHOLE).rename(tmp_path / "elsewhere")
+    (folder / WHOLE).symlink_to(tmp_path / "elsewhere")
+    assert fault_of(folder, WHOLE).startswith(
+        f"lies outside of the folder, at {tmp_path}/elsewhere. Put the file itself"
+    )
+    (folder / WHOLE).unlink()
+    os.mkfifo(folder / WHOLE)
+    assert fault_of(folder, WHOLE).startswith("is a FIFO, and only a regular file is read")
