@@ -34,7 +34,7 @@ def take_steps(
             with phase("generate"):
                 time.sleep(0.01)
             with phase("train_time"):
-                if step == 20:
+                if step == 200:  # every rank has heard of the others by then
                     print("goes on", flush=True)
                     if dist.get_rank() == sleeper:
                         fall_asleep()
