@@ -18,7 +18,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from nemo_jepo.config.errors import ConfigError
-from nemo_jepo.utils.files import sha256_of, write_atomically
+from nemo_jepo.config.reading import reason
+from nemo_jepo.utils.files import OTHER_BYTES, sha256_of, write_atomically
 
 MARKER = "complete.json"
 NEEDED = (".metadata", "metadata.json", "common.pt", "loop.json")
@@ -144,13 +145,8 @@ def broken_file(path: Path) -> str | None:
         return fault
     for name, expected in read_marker(path).checksums.items():
         if sha256_of(path / name) != expected:
-            return other_bytes(name)
+            return f"{name} {OTHER_BYTES}"
     return None
-
-
-def other_bytes(name: str) -> str:
-    """What is wrong with a file whose checksum is another."""
-    return f"{name} holds other bytes than when it was written (sha256)"
 
 
 def read_marker(path: Path) -> Marker:
@@ -216,7 +212,7 @@ def _again(path: Path, read: Callable[[], Result]) -> Result:
             raise
         except OSError as error:
             if pause_s is None:
-                rule = f"cannot be read ({error.strerror or error}), after {len(RETRIES_S) + 1} attempts"
+                rule = f"cannot be read ({reason(error)}), after {len(RETRIES_S) + 1} attempts"
                 raise ConfigError("checkpoint", str(path), rule, "Look after the disk, and start again") from error
             time.sleep(pause_s)
     raise AssertionError("the last attempt returns or raises")

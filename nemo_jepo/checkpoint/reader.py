@@ -29,9 +29,10 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 
 from nemo_jepo.actor.parallel import on_every_rank
-from nemo_jepo.checkpoint.format import Marker, other_bytes, require_whole
+from nemo_jepo.checkpoint.format import Marker, require_whole
 from nemo_jepo.config.errors import ConfigError, SettingsError
-from nemo_jepo.utils.files import hashing_threads, sha256_of
+from nemo_jepo.config.reading import reason
+from nemo_jepo.utils.files import OTHER_BYTES, hashing_threads, sha256_of
 
 METADATA = ".metadata"
 OFTEN_READ = (METADATA, "metadata.json", "common.pt", "loop.json")
@@ -89,10 +90,11 @@ class Checked:
         self.path = path
         self.verify = verify
         self._marker: Marker = require_whole(path)
+        self._compared: set[str] = set()
 
     @contextmanager
     def compared(self, names: Iterable[str]) -> Iterator[None]:
-        """Read these files in the block, while threads compute their checksums.
+        """Read these files in the block, while threads compute the checksums of those not compared before.
 
         Raises:
             SettingsError: a file is not of this checkpoint; its bytes are others, whatever the block says of them; the
@@ -102,17 +104,17 @@ class Checked:
         for name in names:
             if name not in self._marker.sizes:
                 raise self._fault(f"{name} is not among the files that it lists")
-        expected = {name: self._marker.checksums[name] for name in names if name in self._marker.checksums}
+        checksums = self._marker.checksums if self.verify != "none" else {}
+        expected = {name: checksums[name] for name in names if name in checksums and name not in self._compared}
         with hashing_threads() as threads:
-            wanted = expected if self.verify != "none" else {}
-            found = {name: threads.submit(sha256_of, self.path / name) for name in wanted}
+            found = {name: threads.submit(sha256_of, self.path / name) for name in expected}
             try:
                 yield
             except Exception as error:
                 self._compare(found, expected)
                 if isinstance(error, SettingsError):
                     raise
-                raise self._fault(f"{', '.join(names)} cannot be read ({_first_line(error)})") from error
+                raise self._fault(f"{', '.join(names)} cannot be read ({reason(error)})") from error
             self._compare(found, expected)
 
     def _compare(self, found: Mapping[str, "Future[str]"], expected: Mapping[str, str]) -> None:
@@ -120,9 +122,10 @@ class Checked:
             try:
                 same = checksum.result() == expected[name]
             except OSError as error:
-                raise self._fault(f"{name} cannot be read ({_first_line(error)})") from error
+                raise self._fault(f"{name} cannot be read ({reason(error)})") from error
+            self._compared.add(name)
             if not same:
-                raise self._fault(other_bytes(name))
+                raise self._fault(f"{name} {OTHER_BYTES}")
 
     def _fault(self, rule: str) -> SettingsError:
         """An error that may travel between ranks."""
@@ -136,13 +139,6 @@ class Checked:
         large = [name for name in sorted(self._marker.sizes) if name.endswith(".distcp")]
         names = small if rank == 0 else [name for name in small if name in OFTEN_READ]
         return names + (large[rank::size] if self.verify == "all" else [])
-
-
-def _first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    text = (str(error).strip() or "no reason").splitlines()[0]
-    name = "" if isinstance(error, (OSError, pickle.UnpicklingError)) else f"{type(error).__name__}: "
-    return name + "".join(letter if letter.isprintable() else "?" for letter in text)[:300]
 
 
 # ---- Megatron's reader, without what it would execute ---------------------------------------------------------
@@ -288,7 +284,7 @@ def _read_small_files(checked: Checked) -> Metadata:
 def _as_line(path: Path, error: BaseException) -> ConfigError:
     if isinstance(error, ConfigError):
         return SettingsError(str(error))
-    rule = f"cannot be loaded ({_first_line(error)})"
+    rule = f"cannot be loaded ({reason(error)})"
     return ConfigError("checkpoint", str(path), rule, "Use a checkpoint of this model, and this program")
 
 

@@ -25,6 +25,7 @@ import psutil
 
 from nemo_jepo.actor.parallel import on_first_rank
 from nemo_jepo.config.errors import ConfigError
+from nemo_jepo.config.reading import reason
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ class _Lock:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         except (OSError, ValueError) as error:
-            rule = f"the run's folder cannot be written ({getattr(error, 'strerror', None) or error})"
+            rule = f"the run's folder cannot be written ({reason(error)})"
             raise ConfigError(
                 "exp_manager.exp_dir", str(folder), rule, "Choose a folder that this user may write in"
             ) from error
@@ -132,7 +133,7 @@ class _Lock:
                 raise ConfigError(
                     "exp_manager.exp_dir",
                     str(self._file),
-                    f"cannot be locked ({error.strerror})",
+                    f"cannot be locked ({reason(error)})",
                     "Use another file system",
                 ) from error
             self._has_locks = False

@@ -5,6 +5,9 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+OTHER_BYTES = "holds other bytes than when it was written (sha256)"
+"""What is wrong with a file whose checksum is another."""
+
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file that holds all of the content or what it held before, whenever the process is killed.

@@ -16,6 +16,7 @@ from nemo_jepo.actor.actor import MegatronJEPOActor
 from nemo_jepo.config import compose
 from nemo_jepo.config.check import check
 from nemo_jepo.rollout import build
+from nemo_jepo.rollout.vllm import client
 from nemo_jepo.rollout.vllm.local import ServedModel
 from tests.support.command_line import TINY
 from tests.support.fake_vllm import KEY, Body, FakeVLLM
@@ -95,6 +96,8 @@ def trained(job: dict[str, Any]) -> dict[str, Any]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(build, "LocalServers", Servers))
         stack.enter_context(mock.patch.object(build, "vllm_distribution", lambda: ("vllm", "0.32.0")))
+        # What moves to the other server is drawn anew, and on a busy machine silence means nothing.
+        stack.enter_context(mock.patch.object(client, "HEALTH_TIMEOUT_S", 600.0))
         stack.enter_context(mock.patch.object(build.secrets, "token_urlsafe", lambda size: KEY))
         if "rollout=vllm_colocated" in overrides:
             for name in ("start_training", "train_step", "sharded_state_dict", "get_init_policy_logprobs"):

@@ -14,7 +14,7 @@ from nemo_jepo.checkpoint.format import mark_complete
 from nemo_jepo.checkpoint.reader import load_shards
 from nemo_jepo.checkpoint.writer import load_checkpoint
 from nemo_jepo.config.errors import ConfigError
-from tests.distributed.checkpoint_jobs import build, state_of
+from tests.distributed.checkpoint_jobs import build, state_of, streamed
 
 
 class Payload:
@@ -42,8 +42,8 @@ def _loaded(actor: Any, path: Path, job: dict[str, Any]) -> dict[str, Any]:
         return {"line": str(error)}
     if weights_alone:
         actor.load_weights(state.sharded["model"])
-    else:
-        actor.load_state_dict(state.sharded)
+        return {"state": dict(streamed(actor))}
+    actor.load_state_dict(state.sharded)
     return {"state": state_of(actor)}
 
 

@@ -111,6 +111,13 @@ def test_a_stream_that_breaks_off_ends_every_transfer_and_no_server_counts_as_sy
     give_up_what_broke(servers, one, again)
 
 
+def assert_next_push_is_whole(pool, url, new, folder):
+    with transfer_of(pool, new, folder) as transfer:
+        pushed = transfer.push([url], stream(new), 5)
+        assert pushed == Pushed(updated=(url,)), pushed.lost
+        assert_samples_with(pool, new, 5, [url])
+
+
 def test_an_update_that_a_dead_trainer_left_open_does_not_keep_the_next_one_out(servers, tmp_path):
     """It died between the beginning and the first tensor."""
     _, new = servers.models
@@ -118,10 +125,7 @@ def test_an_update_that_a_dead_trainer_left_open_does_not_keep_the_next_one_out(
     pool = Pool([server.url], VLLMConfig(), KEY, VOCAB)
     pool.control(server.url, "POST", "/pause", params={"mode": "keep"})
     pool.control(server.url, "POST", "/start_weight_update")
-    with transfer_of(pool, new, tmp_path) as transfer:
-        pushed = transfer.push([server.url], stream(new), 5)
-        assert pushed == Pushed(updated=(server.url,)), pushed.lost
-        assert_samples_with(pool, new, 5, [server.url])
+    assert_next_push_is_whole(pool, server.url, new, tmp_path)
     pool.close()
 
 
@@ -137,10 +141,7 @@ def test_files_that_are_not_the_models_weights_are_refused_and_the_next_push_mak
     for folder in (str(empty), str(half), str(other), str(tmp_path / "none"), "weights"):
         with pytest.raises(ServerFault, match="status 500"):
             pool.control(server.url, "POST", "/collective_rpc", {"method": "load_files", "kwargs": {"folder": folder}})
-    with transfer_of(pool, new, tmp_path) as transfer:
-        pushed = transfer.push([server.url], stream(new), 5)
-        assert pushed == Pushed(updated=(server.url,)), pushed.lost
-        assert_samples_with(pool, new, 5, [server.url])
+    assert_next_push_is_whole(pool, server.url, new, tmp_path)
     pool.close()
 
 

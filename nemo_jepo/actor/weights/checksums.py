@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nemo_jepo.actor.parallel import on_every_rank
+from nemo_jepo.actor.weights.hf_folder import KEY
 from nemo_jepo.config.errors import ConfigError
-from nemo_jepo.config.reading import COPY_AGAIN, read_json
-from nemo_jepo.utils.files import hashing_threads, sha256_of
+from nemo_jepo.config.reading import COPY_AGAIN, read_json, reason
+from nemo_jepo.utils.files import OTHER_BYTES, hashing_threads, sha256_of
 
 CHECKSUMS = "nemo_jepo.sha256.json"
-KEY = "pretrained_checkpoint.restore_from_path"
 
 
 def known_checksums(folder: Path) -> dict[str, str]:
@@ -54,10 +54,12 @@ def compared(folder: Path, verify: str, rank: int, size: int) -> Iterator[None]:
 
         def compare() -> None:
             for name, checksum in found.items():
-                if not (folder / name).is_file():
-                    raise _fault(folder / name, "is missing")
-                if checksum.result() != known[name]:
-                    raise _fault(folder / name, "holds other bytes than when it was written (sha256)")
+                try:
+                    same = checksum.result() == known[name]
+                except OSError as error:
+                    raise _fault(folder / name, f"cannot be read ({reason(error)})") from error
+                if not same:
+                    raise _fault(folder / name, OTHER_BYTES)
 
         yield
         on_every_rank(compare)

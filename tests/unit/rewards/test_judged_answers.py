@@ -8,6 +8,7 @@ from nemo_jepo.config.judge import JudgeConfig, model_verifier_config
 from nemo_jepo.config.schema import EvaluationConfig
 from nemo_jepo.evaluate import arrived, judged_answers
 from nemo_jepo.held_out import accuracy
+from nemo_jepo.rewards import judged as judged_module
 from nemo_jepo.rewards.judge_prompt import Case
 from nemo_jepo.rewards.judged import Judges, cases_to_judge, combined_accuracies
 from nemo_jepo.types import Prompt, Rollout
@@ -38,6 +39,11 @@ def short_backoff(monkeypatch):
     monkeypatch.setattr(http, "FIRST_BACKOFF_S", 0.001)
 
 
+def warnings_of(caplog) -> list[str]:
+    """What a user of the program reads, whatever level other loggers have."""
+    return [record.getMessage() for record in caplog.records if record.name == judged_module.__name__]
+
+
 def right(*answers: str):
     """A judge that calls these answers correct and others wrong."""
     return lambda body: says(any(line in answers for line in prompt_of(body).splitlines()))(body)
@@ -62,7 +68,7 @@ def test_an_answer_that_makes_the_judge_fail_is_as_good_as_a_wrong_one(tmp_path,
         found = judged(tmp_path, judge=JudgeConfig(url=fake.base))
     assert found["combined_accuracy"] == pytest.approx(2 / 7)
     assert found["judge_faults"] == 1
-    (line,) = caplog.messages
+    (line,) = warnings_of(caplog)
     assert line.startswith("judge: 1 of 3 answers have no verdict and count as wrong (combined_accuracy): ")
     assert line.endswith("the reply does not end with a verdict line")
 
@@ -74,7 +80,7 @@ def test_a_judge_that_is_down_is_reported_and_is_no_accuracy_at_all(tmp_path, ca
     assert "combined_accuracy" not in found
     assert found["judge_faults"] == 3
     assert found["accuracy"] == pytest.approx(1 / 7)
-    (line,) = caplog.messages
+    (line,) = warnings_of(caplog)
     assert "3 of 3 answers have no verdict and leave it out (combined_accuracy)" in line
     assert f"{fake.base}/chat/completions: ClientConnectorError" in line
 
