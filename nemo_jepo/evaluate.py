@@ -27,7 +27,7 @@ from nemo_jepo.config.schema import Config
 from nemo_jepo.config.warmup import started_from
 from nemo_jepo.data.dataset import PromptSplits
 from nemo_jepo.data.oracle import ArithmeticOracle
-from nemo_jepo.data.splice import Splicer
+from nemo_jepo.grading import grade
 from nemo_jepo.held_out import (
     Graded,
     accuracies_at_k,
@@ -47,6 +47,7 @@ from nemo_jepo.rollout.sampler import GenerationRequest, never
 from nemo_jepo.setup import Trainer, build, task_scorer
 from nemo_jepo.types import Pair, Prompt, Rollout, Scores, SplicedBatch
 from nemo_jepo.utils.exit_codes import DONE
+from nemo_jepo.utils.phases import ALONE, phase
 from nemo_jepo.weight_sync import sync_weights
 
 T = TypeVar("T")
@@ -63,7 +64,7 @@ def main(config: Config) -> int:
     newest = on_first_rank(partial(newest_of_run, folder)) if config.exp_manager.resume_if_exists else None
     if newest is not None:
         config = started_from(config, newest)
-    without = replace(config.objective, name="jepo", no_chain="none")
+    without = replace(config.objective, name="jepo", no_chain="none", reward="rule")
     config = replace(config, objective=without, kl=replace(config.kl, beta=0.0))  # pi_ref would be the model itself
     splits = PromptSplits(trains=False)
     with heartbeat(config.trainer.stuck_timeout_s), OwnServers(folder) as servers:
@@ -229,30 +230,6 @@ def arrived(
     ]
 
 
-def grade(
-    verifier: Verifier | TaskScorer | ArithmeticOracle,
-    splicer: Splicer,
-    layout: Layout,
-    prompts: Sequence[Prompt],
-    rollouts: Sequence[Rollout],
-) -> list[float | None]:
-    """1 where the own answer equals the reference answer, 0 where not or where there is none, None after a fault.
-
-    The replica's first rank asks the verifier; every rank of the replica must call.
-    """
-    if not layout.is_replica_head:
-        return layout.share_in_replica(None)
-    verdicts: list[float | None] = []
-    for rollout in rollouts:
-        if rollout.finish_reason == "failed":
-            verdicts.append(None)
-            continue
-        own = splicer.own_answer_text(rollout)
-        verdict = False if own is None else verifier.is_right(own, prompts[rollout.group])
-        verdicts.append(None if verdict is None else float(verdict))
-    return layout.share_in_replica(verdicts)
-
-
 def judged_answers(judges: Judges, layout: Layout, cases: Sequence[Case], num_samples: int) -> dict[str, Pair]:
     """What the configured judges say of the answers that the verifier calls wrong; all ranks of a replica call.
 
@@ -262,7 +239,8 @@ def judged_answers(judges: Judges, layout: Layout, cases: Sequence[Case], num_sa
     """
     metrics: dict[str, Pair] = {}
     for name in judges.names:
-        verdicts = layout.share_in_replica(judges.ask(name, cases) if layout.is_replica_head else None)
+        with phase(ALONE):  # the other ranks wait, as long as the judges take
+            verdicts = layout.share_in_replica(judges.ask(name, cases) if layout.is_replica_head else None)
         metrics |= judge_metrics(name, verdicts, num_samples, layout.data_parallel_rank == 0)
     return metrics
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -35,6 +36,7 @@ from nemo_jepo.data.dataset import PromptSplits, has_split, training_texts
 from nemo_jepo.data.splice import Splicer
 from nemo_jepo.data.stream import PromptStream
 from nemo_jepo.data.tokenizer import load_tokenizer, train_tokenizer
+from nemo_jepo.grading import RuleReward
 from nemo_jepo.objective.records import UpdateRule
 from nemo_jepo.refill import Refill
 from nemo_jepo.rewards.task import TaskScorer
@@ -42,6 +44,9 @@ from nemo_jepo.rewards.verify import Verifier
 from nemo_jepo.rollout.build import OwnServers, open_sampler, share_gpus, training_request
 from nemo_jepo.rollout.queue import RolloutQueue
 from nemo_jepo.types import Prompt
+
+if TYPE_CHECKING:
+    from nemo_jepo.hybrid import HybridReward
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +66,8 @@ class Trainer:
     rollouts: RolloutQueue
     verifier: Verifier | TaskScorer
     """Its process starts when first asked, on replica heads."""
+    reward: "RuleReward | HybridReward"
+    """What own answers earn."""
     checkpoints: CheckpointWriter
     refill: Refill | None = None
     """Drops prompts and draws others, where the run does so (refill.max_batches)."""
@@ -85,7 +92,7 @@ def prompts_of_replica(batch: Sequence[Prompt], layout: Layout) -> Sequence[Prom
 def update_rule(objective: ObjectiveConfig, advantage: AdvantageConfig, kl: KLConfig) -> UpdateRule:
     """The settings objective.*, advantage.* and kl.* as the objective takes them."""
     settings = dataclasses.asdict(objective) | dataclasses.asdict(advantage)
-    settings.pop("sft_target")
+    settings.pop("sft_target"), settings.pop("reward")
     return UpdateRule(**settings, kl_beta=kl.beta, kl_estimator=kl.estimator)
 
 
@@ -215,6 +222,7 @@ def build(config: Config, folder: Path, layout: Layout, servers: OwnServers, spl
         num_batches=None if config.refill.max_batches > 1 else loop.max_steps,
         shared=share_gpus(config, actor, layout, sampler),
     )
+    verifier = open_verifier(config)
     return Trainer(
         config=config,
         objective=objective,
@@ -226,7 +234,8 @@ def build(config: Config, folder: Path, layout: Layout, servers: OwnServers, spl
         validation=validation,
         actor=actor,
         rollouts=rollouts,
-        verifier=open_verifier(config),
+        verifier=verifier,
+        reward=reward_of(config, RuleReward(verifier, splicer, layout), servers.addresses),
         checkpoints=checkpoint_writer(loop, folder / "checkpoints", hf_config, tokenizer),
         refill=Refill(config.refill) if config.refill.max_batches > 1 and not objective.supervised else None,
         servers=servers.addresses,
@@ -236,6 +245,18 @@ def build(config: Config, folder: Path, layout: Layout, servers: OwnServers, spl
 def open_verifier(config: Config) -> Verifier | TaskScorer:
     """What grades own answers (data.verifier)."""
     return task_scorer(config) if config.data.verifier == "task" else Verifier(config.evaluation.verify_timeout_s)
+
+
+def reward_of(
+    config: Config, rule: RuleReward, run_servers: tuple[Sequence[str], str] | None
+) -> "RuleReward | HybridReward":
+    """What own answers earn (objective.reward)."""
+    if config.objective.reward == "rule":
+        return rule
+    from nemo_jepo.hybrid import HybridReward  # HTTP, which a run without a model verifier does not load
+
+    only_verifiable = config.objective.kind.reads_likelihood
+    return HybridReward(config.hybrid, rule, only_verifiable, Path(config.exp_manager.exp_dir), run_servers)
 
 
 def task_scorer(config: Config) -> TaskScorer:

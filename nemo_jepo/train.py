@@ -28,7 +28,8 @@ from nemo_jepo.config.reading import read_json
 from nemo_jepo.config.schema import Config
 from nemo_jepo.config.warmup import after_warmup, warmup_config
 from nemo_jepo.data.dataset import PromptSplits
-from nemo_jepo.evaluate import evaluate, grade
+from nemo_jepo.evaluate import evaluate
+from nemo_jepo.grading import VerifierFooled
 from nemo_jepo.metrics import (
     merge,
     phase_tokens,
@@ -93,7 +94,7 @@ def splice(t: Trainer, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -
     )
     if not t.objective.reads_verifier:
         return batch
-    rewards = grade(t.verifier, t.splicer, t.layout, prompts, rollouts)
+    rewards = t.reward.of(prompts, rollouts, t.actor.num_steps)
     table = torch.tensor([reward or 0.0 for reward in rewards]).view(len(prompts), -1)
     verifiable = uses_verifiable_reward(t.rule.name, table).tolist()
     own = t.splicer.splice_own(prompts, rollouts)
@@ -131,6 +132,7 @@ def report_rollouts(
     metrics = step_metrics(t.rule, scored, weights, rollouts, step, t.rollouts.counts)
     if t.refill is not None:
         metrics |= t.refill.metrics()
+    metrics |= t.reward.metrics()
     means = merge(metrics, t.layout.sum_over_data_parallel)
     if means.get("valid_rate") == 0:
         tracker.say(f"step {step + 1}: {without_valid_sample(t.rule, means)}")
@@ -194,14 +196,18 @@ def fit(t: Trainer, folder: Path, newest: Path | None, tracker: SilentTracker, i
             save_if_due(t, step, stop, tracker)
             if stop and not has_ended(t, step):
                 return INTERRUPTED
-    except (SamplersLost, SamplingStopped) as error:
+    except (SamplersLost, SamplingStopped, VerifierFooled) as error:
         if isinstance(error, SamplersLost):
             tracker.say(f"no server is left to sample from, so the run saves after step {step} and ends: {error}")
+        if isinstance(error, VerifierFooled):
+            tracker.say(f"the run saves after step {step} and ends: {error}")
         if step and metrics is not None:
             keep_unreported(t, folder, step, metrics)
         with tracker.timer("save_time"):
             save(t, step, last=True)
-        return FAILED if isinstance(error, SamplersLost) and not step else INTERRUPTED
+        if isinstance(error, VerifierFooled) or (isinstance(error, SamplersLost) and not step):
+            return FAILED
+        return INTERRUPTED
     return DONE
 
 

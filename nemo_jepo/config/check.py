@@ -12,8 +12,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from nemo_jepo.config.data import WORKED_TASKS
 from nemo_jepo.config.errors import ConfigError
-from nemo_jepo.config.judge import RUN_SERVERS, check_judge
+from nemo_jepo.config.judge import RUN_SERVERS, JudgeConfig, check_judge
 from nemo_jepo.config.layouts import check_fp8_settings, check_layout
+from nemo_jepo.config.objectives import OBJECTIVES
 from nemo_jepo.config.reading import reason
 from nemo_jepo.config.rules import Rule, plain_fault, rules_of
 from nemo_jepo.config.schema import (
@@ -22,6 +23,7 @@ from nemo_jepo.config.schema import (
     DataConfig,
     EvaluationConfig,
     ExpManagerConfig,
+    HybridConfig,
     ModelConfig,
     ObjectiveConfig,
     PretrainedConfig,
@@ -106,6 +108,7 @@ def check(config: Config, world_size: int, trains: bool = True) -> None:
     _check_shared_gpus(config.rollout, config.trainer, config.model)
     _check_sampler(config.rollout, config.objective, config.trainer)
     _check_judges(config.evaluation, config.rollout)
+    _check_reward(config.objective, config.hybrid, config.rollout)
     check_fp8_settings(config.model, config.trainer.precision)
     _check_model(config.model, config.pretrained_checkpoint)
     _check_loggers(config.exp_manager)
@@ -272,19 +275,38 @@ def _check_shared_gpus(rollout: RolloutConfig, trainer: TrainerConfig, model: Mo
 def _check_judges(evaluation: EvaluationConfig, rollout: RolloutConfig) -> None:
     judges = {"evaluation.judge": evaluation.judge, "evaluation.model_verifier": evaluation.model_verifier}
     for node, judge in judges.items():
-        check_judge(judge, node)
-        if judge.url is None:
-            continue
-        if not evaluation.verify:
+        if judge.url is not None and not evaluation.verify:
             rule = "is asked where the verifier calls an own answer wrong, and evaluation.verify=false decodes none"
             raise ConfigError(f"{node}.url", judge.url, rule, "Use evaluation.verify=true, or no judge")
-        if judge.url == RUN_SERVERS and not rollout.kind.has_servers:
-            rule = f"are the vLLM servers of the run, and rollout={rollout.name} has none"
-            raise ConfigError(f"{node}.url", judge.url, rule, "Give an address, or use rollout=vllm")
-        if judge.url == RUN_SERVERS and rollout.kind.shares_gpus:
-            rule = f"are the vLLM servers of the run, which sleep when a judge is asked (rollout={rollout.name})"
-            raise ConfigError(f"{node}.url", judge.url, rule, "Give an address, or use rollout=vllm")
-        judge.key(node)
+        _check_judge(judge, node, rollout)
+
+
+def _check_judge(judge: JudgeConfig, node: str, rollout: RolloutConfig) -> None:
+    check_judge(judge, node)
+    if judge.url is None:
+        return
+    if judge.url == RUN_SERVERS and not rollout.kind.has_servers:
+        rule = f"are the vLLM servers of the run, and rollout={rollout.name} has none"
+        raise ConfigError(f"{node}.url", judge.url, rule, "Give an address, or use rollout=vllm")
+    if judge.url == RUN_SERVERS and rollout.kind.shares_gpus:
+        rule = f"are the vLLM servers of the run, which sleep when a judge is asked (rollout={rollout.name})"
+        raise ConfigError(f"{node}.url", judge.url, rule, "Give an address, or use rollout=vllm")
+    judge.key(node)
+
+
+def _check_reward(objective: ObjectiveConfig, hybrid: HybridConfig, rollout: RolloutConfig) -> None:
+    is_hybrid = objective.reward == "hybrid"
+    if is_hybrid and not objective.kind.reads_verifier:
+        names = " and ".join(name for name, kind in OBJECTIVES.items() if kind.reads_verifier)
+        rule = f"objective={objective.name} does not read the reward of own answers; {names} do"
+        raise ConfigError("objective.reward", "hybrid", rule, "Use rule, or one of these")
+    if is_hybrid and hybrid.verifier.url is None:
+        rule = "objective.reward=hybrid asks a model"
+        raise ConfigError("hybrid.verifier.url", None, rule, "Give its address, http://HOST:PORT/v1")
+    if not is_hybrid and hybrid.verifier.url is not None:
+        rule = "nobody asks it with objective.reward=rule"
+        raise ConfigError("hybrid.verifier.url", hybrid.verifier.url, rule, "Add objective.reward=hybrid")
+    _check_judge(hybrid.verifier, "hybrid.verifier", rollout)
 
 
 def _check_model(model: ModelConfig, pretrained: PretrainedConfig) -> None:

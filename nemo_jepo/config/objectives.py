@@ -72,6 +72,7 @@ OBJECTIVES = {
 RENAMED_OBJECTIVES = {"prob_pg": "verifree"}
 """Names of earlier versions -> names of today; each is said once and read for one version more."""
 
+REWARDS = ("rule", "hybrid")
 REWARD_NORMALIZATIONS = ("none", "answer_tokens")
 LOSS_NORMALIZATIONS = ("none", "chain", "sequence", "batch")
 NO_CHAIN_POLICIES = ("none", "current", "initial")

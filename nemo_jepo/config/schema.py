@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from nemo_jepo.config.data import IS_MODEL, AnswerConfig, ArithmeticConfig, DataConfig, TokenizerConfig
+from nemo_jepo.config.hybrid import HybridConfig
 from nemo_jepo.config.judge import JudgeConfig, model_verifier_config
 from nemo_jepo.config.model import ModelConfig, OptimConfig, SchedConfig
 from nemo_jepo.config.objectives import (
@@ -20,6 +21,7 @@ from nemo_jepo.config.objectives import (
     NO_CHAIN_POLICIES,
     OBJECTIVES,
     REWARD_NORMALIZATIONS,
+    REWARDS,
     ObjectiveKind,
 )
 from nemo_jepo.config.rules import LONGEST_NAME, LONGEST_PATH, Rule, path_that_fits, setting
@@ -34,6 +36,7 @@ __all__ = [  # every section, wherever it stands
     "DataConfig",
     "EvaluationConfig",
     "ExpManagerConfig",
+    "HybridConfig",
     "JudgeConfig",
     "KLConfig",
     "LoopConfig",
@@ -187,6 +190,9 @@ class ObjectiveConfig:
 
     name: str = setting("jepo", choices=tuple(OBJECTIVES))
     """Which objective: a line of config/objectives.py and a file of conf/objective/."""
+    reward: str = setting("rule", choices=REWARDS)
+    """What own answers earn, for rloo and jepo_rl. rule: the verdict of data.verifier. hybrid: where that is wrong, the
+    verdict of a model (hybrid.verifier)."""
     beta_sup: float = setting(1.0, ge=0)
     """Weight of the supervised term, the gradient of the bound through the answer's log-prob."""
     rl_reduction: str = setting("mean", choices=("mean", "sum"))
@@ -372,6 +378,7 @@ class Config:
     answer: AnswerConfig = field(default_factory=AnswerConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    hybrid: HybridConfig = field(default_factory=HybridConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     refill: RefillConfig = field(default_factory=RefillConfig)
     kl: KLConfig = field(default_factory=KLConfig)

@@ -14,7 +14,7 @@ _WORD = re.compile(rf"\b({'|'.join(_SIGNS)})\b", re.IGNORECASE)
 
 
 class ArithmeticOracle:
-    """The oracle in the form in which `nemo_jepo.evaluate.grade` asks: like a verifier, which it is not.
+    """The oracle in the form in which `nemo_jepo.grading.grade` asks: like a verifier, which it is not.
 
     Args:
         derivation: reference answers are derivations (data.arithmetic.answers).

@@ -1,4 +1,6 @@
-"""Verdicts on answers that the verifier calls wrong: votes of a language model. Evaluation only, never a reward.
+"""Verdicts on answers that the verifier calls wrong: votes of a language model.
+
+They are metrics of an evaluation, and with objective.reward=hybrid, which nobody gets without asking, a reward.
 
     verdict = correct   where more than half of the votes say so
               wrong     where more than half of them say that
@@ -16,7 +18,7 @@ from typing import Any
 
 import aiohttp
 
-from nemo_jepo.config.judge import JudgeConfig
+from nemo_jepo.config.judge import RUN_SERVERS, JudgeConfig
 from nemo_jepo.rewards.judge_prompt import Case, JudgePrompt, NoVote, judge_prompt
 from nemo_jepo.rewards.verdict_cache import VerdictCache
 from nemo_jepo.utils.http import JSONServer, RequestRefused, ServerFault, backoff_s
@@ -27,6 +29,25 @@ MAX_LOST_IN_A_ROW = 4
 
 class _GivenUp(ServerFault):
     """The endpoint is asked no more."""
+
+
+def open_judge(
+    settings: JudgeConfig, node: str, run_servers: tuple[Sequence[str], str] | None, cache: "VerdictCache | None"
+) -> "Judge":
+    """The judge of some settings.
+
+    Args:
+        node: their key.
+        run_servers: addresses and key of the run's own vLLM servers, for url=rollout.
+        cache: of its verdicts.
+    Raises:
+        ConfigError: the file of its key is not the owner's alone.
+    """
+    if settings.url == RUN_SERVERS:
+        assert run_servers is not None, "config.check asks for rollout=vllm"
+        urls, key = run_servers
+        return Judge(settings, [f"{url}/v1" for url in urls], key, cache)
+    return Judge(settings, [str(settings.url)], settings.key(node), cache)
 
 
 class Judge:

@@ -90,14 +90,17 @@ class Judges:
         return verdicts
 
     def _open(self, name: str, settings: JudgeConfig) -> "Judge":
-        from nemo_jepo.rewards.judge import Judge  # HTTP, which a run without a judge does not load
+        from nemo_jepo.rewards.judge import open_judge  # HTTP, which a run without a judge does not load
 
-        if settings.url == RUN_SERVERS:
-            assert self.run_servers is not None, "config.check asks for rollout=vllm"
-            urls, key = self.run_servers
-            return Judge(settings, [f"{url}/v1" for url in urls], key, cache=None)
-        cache = VerdictCache(self.cache_folder / settings.cache) if settings.cache else None
-        return Judge(settings, [str(settings.url)], settings.key(f"evaluation.{name}"), cache)
+        cache = verdict_cache(settings, self.cache_folder)
+        return open_judge(settings, f"evaluation.{name}", self.run_servers, cache)
+
+
+def verdict_cache(settings: JudgeConfig, folder: Path) -> VerdictCache | None:
+    """Where a judge's verdicts are kept; None where they are not, as those of servers whose weights change."""
+    if settings.cache is None or settings.url == RUN_SERVERS:
+        return None
+    return VerdictCache(folder / settings.cache)
 
 
 def judge_metrics(

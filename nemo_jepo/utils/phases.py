@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 OUTSIDE = "before or after training"
 """Model and data are loaded, servers start and end; the phase of a process that has entered no other."""
-ALONE = "work of rank 0"
-"""The other ranks wait, for a download perhaps, and nobody can say how long."""
+ALONE = "work of one rank"
+"""The other ranks wait, for a download or a judge perhaps, and nobody can say how long."""
 WITHOUT_USUAL = (OUTSIDE, ALONE, "save_time")
 """What took seconds the last time may take minutes the next: start, end and file systems."""
 

@@ -44,6 +44,24 @@ def test_rules_between_a_judge_and_the_run(node, tmp_path):
     assert asleep.startswith(f"{node}.url='rollout': are the vLLM servers of the run, which sleep when")
 
 
+def test_a_model_verifier_rewards_only_where_it_is_asked_for(tmp_path):
+    node, rloo = "hybrid.verifier", ["objective=rloo", "rollout.stop_at_marker=false"]
+    hybrid = [*rloo, "objective.reward=hybrid"]
+    config(*hybrid, f"{node}.url={URL}")
+    for name in ("jepo", "sft", "gm"):
+        line = error_of(f"objective={name}", "objective.reward=hybrid", f"{node}.url={URL}")
+        assert line.startswith(f"objective.reward='hybrid': objective={name} does not read the reward of own answers; ")
+        assert "rloo and jepo_rl do" in line
+    assert error_of(*hybrid).startswith(f"{node}.url=None: objective.reward=hybrid asks a model")
+    assert error_of(*rloo, f"{node}.url={URL}").startswith(
+        f"{node}.url='{URL}': nobody asks it with objective.reward=rule"
+    )
+    assert error_of(*hybrid, f"{node}.url=rollout").startswith(f"{node}.url='rollout': are the vLLM servers of the run")
+    assert error_of(*hybrid, f"{node}.url={URL}", f"{node}.votes=5").startswith(f"{node}.temperature=0: 5 votes would")
+    missing = f"{node}.api_key_file={tmp_path / 'none'}"
+    assert error_of(*hybrid, f"{node}.url={URL}", missing).startswith(f"{node}.api_key_file=")
+
+
 def test_a_key_file_is_read_before_the_run_begins(tmp_path):
     file = tmp_path / "key"
     overrides = [f"evaluation.judge.url={URL}", f"evaluation.judge.api_key_file={file}"]

@@ -1,0 +1,195 @@
+"""objective.reward=hybrid: a rule first, then a model for what the rule calls wrong; and canaries that watch the model.
+
+    r = r_rule                where the rule calls the own answer right, or comes to no verdict
+        r_model               where the rule calls it wrong and the model is asked about it
+        0                     where the rule calls it wrong and nobody is asked
+
+The model is asked where there is an own answer, where it and the reference answer are not both plain numbers, which
+the rule compares exactly, and under jepo_rl where the rule can grade the prompt at all: the others train on the
+likelihood of their reference answer. It sees question, reference answer and own answer, never the chain of thought. No
+verdict is a fault, as one of the rule is: the sample earns neither 0 nor 1.
+
+Source: arXiv 2505.22203 (hybrid verifier and its gate); arXiv 2505.14625 (TinyV's add-on, which sends the own answer
+alone).
+"""
+
+import logging
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from nemo_jepo.config.hybrid import HybridConfig
+from nemo_jepo.grading import RuleReward, VerifierFooled
+from nemo_jepo.rewards.canaries import CANARIES
+from nemo_jepo.rewards.judge import open_judge
+from nemo_jepo.rewards.judge_prompt import Case
+from nemo_jepo.rewards.judged import verdict_cache
+from nemo_jepo.rewards.verifiable import undelimited
+from nemo_jepo.types import Pair, Prompt, Rollout
+from nemo_jepo.utils.phases import ALONE, phase
+
+log = logging.getLogger(__name__)
+
+PLAIN_NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)")
+
+
+def is_plain_number(text: str) -> bool:
+    """Whether a text is one number in digits, with or without dollars and a full stop."""
+    return PLAIN_NUMBER.fullmatch(undelimited(text.strip().rstrip(".")).strip()) is not None
+
+
+class HybridReward:
+    """The reward of a run whose model verifier is asked.
+
+    Args:
+        settings: the model verifier and its canaries.
+        rule: what is asked first.
+        only_verifiable: the model is not asked about prompts that the rule cannot grade.
+        cache_folder: what the verifier's `cache` is relative to.
+        run_servers: addresses and key of the run's own vLLM servers, for a verifier that shares them.
+    """
+
+    def __init__(
+        self,
+        settings: HybridConfig,
+        rule: RuleReward,
+        only_verifiable: bool,
+        cache_folder: Path,
+        run_servers: tuple[Sequence[str], str] | None,
+    ) -> None:
+        self._settings, self._rule, self._only_verifiable = settings, rule, only_verifiable
+        self._layout, self._run_servers = rule.layout, run_servers
+        self._cache = verdict_cache(settings.verifier, cache_folder) if self._layout.is_replica_head else None
+        self._sums: dict[str, Pair] = defaultdict(lambda: (0.0, 0.0))
+        self._last_fault: str | None = None
+        self._watched_at = -1
+
+    def of(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], step: int) -> list[float | None]:
+        """The reward of each sample, None after a fault; the same on every rank of the replica. All ranks call.
+
+        Args:
+            step: optimizer steps done.
+        Raises:
+            VerifierFooled: on every rank, where canaries are due and more than canary_limit of them earn a reward.
+        """
+        if self._canaries_are_due(step):
+            self._watch(prompts, step)
+        by_rule = self._rule.of(prompts, rollouts, step)
+        answers = [self._rule.splicer.own_answer_text(rollout) for rollout in rollouts]
+        asked, cases = [], []
+        for index, (rollout, answer, verdict) in enumerate(zip(rollouts, answers, by_rule, strict=True)):
+            case = self._case(prompts[rollout.group], answer, verdict)
+            if case is not None:
+                asked.append(index)
+                cases.append(case)
+        with phase(ALONE):
+            verdicts = self._layout.share_in_replica(self._ask(cases) if self._layout.is_replica_head else None)
+        rewards = list(by_rule)
+        for index, verdict in zip(asked, verdicts, strict=True):
+            rewards[index] = None if verdict is None else float(verdict)
+        self._count(rollouts, by_rule, rewards, verdicts)
+        return rewards
+
+    def metrics(self) -> dict[str, Pair]:
+        """The rewards of the step at hand side by side, and what the model did; the next step begins anew."""
+        found, self._sums = dict(self._sums), defaultdict(lambda: (0.0, 0.0))
+        return found
+
+    def _case(self, prompt: Prompt, answer: str | None, verdict: float | None) -> Case | None:
+        """What the model is asked about a sample; None where it is not."""
+        if verdict != 0 or not answer or (self._only_verifiable and not prompt.verifiable):
+            return None
+        if is_plain_number(answer) and is_plain_number(prompt.answer):
+            return None
+        return Case(prompt.question, prompt.answer, answer)
+
+    def _ask(self, cases: Sequence[Case]) -> list[bool | None]:
+        """The model's verdicts; a reason for missing ones is one line of the log, until it is another one."""
+        try:
+            verifier = open_judge(self._settings.verifier, "hybrid.verifier", self._run_servers, self._cache)
+            verdicts, fault = verifier.judge(cases), verifier.fault
+        except (ValueError, OSError) as error:  # the file of its key is gone since the run began
+            verdicts, fault = [None] * len(cases), str(error)
+        missing = verdicts.count(None)
+        if missing and fault != self._last_fault:
+            self._last_fault = fault
+            log.warning("hybrid.verifier: %d of %d answers have no verdict: %s", missing, len(cases), fault)
+        return verdicts
+
+    def _count(
+        self,
+        rollouts: Sequence[Rollout],
+        by_rule: Sequence[float | None],
+        rewards: Sequence[float | None],
+        verdicts: Sequence[bool | None],
+    ) -> None:
+        num_arrived = sum(rollout.finish_reason != "failed" for rollout in rollouts)
+        known = [verdict for verdict in verdicts if verdict is not None]
+        self._add("rule_reward", *_total(by_rule))
+        self._add("hybrid_reward", *_total(rewards))
+        self._add("hybrid_asked_rate", len(verdicts), num_arrived)
+        self._add("hybrid_correct_rate", sum(known), len(known))
+        self._add("hybrid_fault_rate", len(verdicts) - len(known), len(verdicts))
+
+    def _add(self, name: str, total: float, count: float) -> None:
+        before = self._sums[name]
+        self._sums[name] = before[0] + total, before[1] + count
+
+    # Canaries.
+
+    def _canaries_are_due(self, step: int) -> bool:
+        """Once in the steps that they are due in, however many batches such a step draws."""
+        interval = self._settings.canary_interval
+        return interval > 0 and step % interval == 0 and step != self._watched_at
+
+    def _watch(self, prompts: Sequence[Prompt], step: int) -> None:
+        """Score every kind of canary on the first prompts that the model may be asked about."""
+        self._watched_at = step
+        carriers = [prompt for prompt in prompts if prompt.verifiable or not self._only_verifiable]
+        released = [
+            (prompt, kind, text(prompt.question))
+            for prompt in carriers[: self._settings.canary_prompts]
+            for kind, text in CANARIES.items()
+        ]
+        with phase(ALONE):
+            mine = self._layout.is_replica_head
+            rewards = self._layout.share_in_replica(self._canary_rewards(released) if mine else None)
+        kinds = list(CANARIES)
+        table = torch.zeros(len(kinds), 2, dtype=torch.float64)
+        for (_, kind, _), reward in zip(released, rewards, strict=True):
+            if reward is not None:
+                table[kinds.index(kind)] += torch.tensor([reward, 1.0])
+        self._add("verifier_canary_rate", *table.sum(0).tolist())
+        table = self._layout.sum_over_data_parallel(table)
+        fooled, known = table.sum(0).tolist()
+        limit = self._settings.canary_limit
+        if limit is not None and fooled > limit * known:
+            found = zip(kinds, table.tolist(), strict=True)
+            named = ", ".join(f"{kind} {one[0]:.0f} of {one[1]:.0f}" for kind, one in found if one[0])
+            raise VerifierFooled(
+                f"{fooled:.0f} of {known:.0f} answers that answer nothing earn a reward ({named}), more than "
+                f"hybrid.canary_limit={limit:g}. Use another model (hybrid.verifier), or objective.reward=rule"
+            )
+
+    def _canary_rewards(self, released: Sequence[tuple[Prompt, str, str]]) -> list[float | None]:
+        """What the canaries would earn, by the rule and by the model behind it."""
+        rewards: list[float | None] = []
+        asked, cases = [], []
+        for index, (prompt, _, text) in enumerate(released):
+            verdict = self._rule.verifier.is_right(text, prompt)
+            rewards.append(None if verdict is None else float(verdict))
+            case = self._case(prompt, text, rewards[-1])
+            if case is not None:
+                asked.append(index)
+                cases.append(case)
+        for index, verdict in zip(asked, self._ask(cases), strict=True):
+            rewards[index] = None if verdict is None else float(verdict)
+        return rewards
+
+
+def _total(rewards: Sequence[float | None]) -> Pair:
+    known = [reward for reward in rewards if reward is not None]
+    return sum(known), float(len(known))
