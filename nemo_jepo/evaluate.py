@@ -65,7 +65,8 @@ def main(config: Config) -> int:
     if newest is not None:
         config = started_from(config, newest)
     without = replace(config.objective, name="jepo", no_chain="none", reward="rule")
-    config = replace(config, objective=without, kl=replace(config.kl, beta=0.0))  # pi_ref would be the model itself
+    online = replace(config.rollout, sync_interval=1)
+    config = replace(config, objective=without, rollout=online, kl=replace(config.kl, beta=0.0))  # no pi_ref: the model
     splits = PromptSplits(trains=False)
     with heartbeat(config.trainer.stuck_timeout_s), OwnServers(folder) as servers:
         with closing(build(config, folder, layout, servers, splits)) as t:

@@ -14,6 +14,7 @@ from torch import Tensor
 from nemo_jepo.config.objectives import OBJECTIVES
 from nemo_jepo.data.splice import REPLACEMENT
 from nemo_jepo.objective.estimators import effective_sample_size, masked, multi_sample_bound, single_sample_bound
+from nemo_jepo.objective.pairs import compare
 from nemo_jepo.objective.records import GroupScores, SampleWeights, Scored, UpdateRule
 from nemo_jepo.objective.registry import uses_verifiable_reward
 from nemo_jepo.types import Pair, Prompt, Rollout, Scores, Spliced
@@ -98,6 +99,7 @@ def update_metrics(rule: UpdateRule, scores: GroupScores, weights: SampleWeights
         | _bounds(rule, scores, weights)
         | _chain_gain(scores)
         | _rewards(rule, scores, weights)
+        | _pairs(rule, scores)
         | _kl(rule, scores)
     )
 
@@ -154,6 +156,22 @@ def _rewards(rule: UpdateRule, scores: GroupScores, weights: SampleWeights) -> d
         "reward": mean(scores.verifiable_reward, scores.arrived_mask & torch.isfinite(scores.verifiable_reward)),
         "verifiable_prompt_rate": (float(verifiable.sum().item()), float(verifiable.numel())),
         "reward_advantage_std": (weights.advantage_std[1].item(), 1.0),
+    }
+
+
+def _pairs(rule: UpdateRule, scores: GroupScores) -> dict[str, Pair]:
+    """How many prompts have a pair, how well the policy tells its samples apart, and how long they are."""
+    if not OBJECTIVES[rule.name].compares_pairs:
+        return {}
+    pairs = compare(rule, scores, _verifiable(rule, scores).unsqueeze(-1))
+    places = torch.stack([pairs.chosen, pairs.rejected], -1)
+    of_chosen, of_rejected = pairs.tokens.gather(-1, places).unbind(-1)
+    return {
+        "pair_rate": mean(pairs.has_pair, scores.arrived_mask.any(-1)),
+        "pair_margin": mean(rule.pair_beta * pairs.margin, pairs.has_pair),
+        "pair_accuracy": mean(pairs.margin > 0, pairs.has_pair),
+        "chosen_tokens_mean": mean(of_chosen, pairs.has_pair),
+        "rejected_tokens_mean": mean(of_rejected, pairs.has_pair),
     }
 
 

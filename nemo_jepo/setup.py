@@ -26,6 +26,7 @@ from nemo_jepo.config.schema import (
     AdvantageConfig,
     Config,
     DataConfig,
+    DPOConfig,
     KLConfig,
     LoopConfig,
     ModelConfig,
@@ -89,11 +90,15 @@ def prompts_of_replica(batch: Sequence[Prompt], layout: Layout) -> Sequence[Prom
     return batch[size * layout.data_parallel_rank :][:size]
 
 
-def update_rule(objective: ObjectiveConfig, advantage: AdvantageConfig, kl: KLConfig) -> UpdateRule:
-    """The settings objective.*, advantage.* and kl.* as the objective takes them."""
+def update_rule(
+    objective: ObjectiveConfig, advantage: AdvantageConfig, kl: KLConfig, dpo: DPOConfig | None = None
+) -> UpdateRule:
+    """The settings objective.*, advantage.*, kl.* and dpo.* as the objective takes them."""
     settings = dataclasses.asdict(objective) | dataclasses.asdict(advantage)
     settings.pop("sft_target"), settings.pop("reward")
-    return UpdateRule(**settings, kl_beta=kl.beta, kl_estimator=kl.estimator)
+    dpo = dpo or DPOConfig()
+    settings |= {"kl_beta": kl.beta, "kl_estimator": kl.estimator}
+    return UpdateRule(**settings, pair_beta=dpo.beta, reject_longest=dpo.reject_longest)
 
 
 def find_models(config: Config, folder: Path) -> tuple[Config, Config]:
@@ -204,8 +209,10 @@ def build(config: Config, folder: Path, layout: Layout, servers: OwnServers, spl
     servers.start(config, layout, hf_config, tokenizer)
     actor = MegatronJEPOActor(hf_config, config.model, precision, layout)
     load_initial_weights(actor, restored, config.model.seed, config.checkpoint.verify_on_load)
+    if config.keeps_sampler_policy:
+        actor.keep_sampler_policy()
     if config.keeps_reference_policy:
-        actor.keep_reference_policy()
+        actor.keep_reference_policy(samplers=config.reference_is_samplers)
 
     # What samples
     sampler = None
@@ -226,7 +233,7 @@ def build(config: Config, folder: Path, layout: Layout, servers: OwnServers, spl
     return Trainer(
         config=config,
         objective=objective,
-        rule=update_rule(config.objective, config.advantage, config.kl),
+        rule=update_rule(config.objective, config.advantage, config.kl, config.dpo),
         layout=layout,
         tokenizer=tokenizer,
         splicer=splicer,
@@ -288,9 +295,19 @@ def save(t: Trainer, step: int, last: bool) -> None:
         loop = {"data": t.stream.state_dict(), "optimizer": kind, "scores_in_bf16": t.actor.scores_in_bf16}
         if t.refill is not None:
             loop["refill"] = t.refill.state_dict()
-        return RunState(t.actor.sharded_state_dict(), loop)
+        sharded = t.actor.sharded_state_dict()
+        if is_between_syncs(t):
+            sharded["sampler_policy"] = t.actor.sharded_sampler_policy()
+            loop["sampler_policy_step"] = t.actor.sampler_policy_step
+        return RunState(sharded, loop)
 
     t.checkpoints.save(step, state, last)
+
+
+def is_between_syncs(t: Trainer) -> bool:
+    """Whether the samplers have weights that are neither the trainer's own nor those that a start begins with."""
+    interval = t.config.rollout.sync_interval
+    return interval is not None and t.config.keeps_sampler_policy and t.actor.num_steps % interval != 0
 
 
 def resume(t: Trainer, path: Path | None) -> int:
@@ -304,10 +321,18 @@ def resume(t: Trainer, path: Path | None) -> int:
     if path is None:
         return 0
     kind = optimizer_kind(t.config.model.optim, t.config.trainer.precision)
-    require_same_kind(path, read_loop_state(path).get("optimizer"), kind)
+    loop = read_loop_state(path)
+    require_same_kind(path, loop.get("optimizer"), kind)
     shards, verify = t.actor.sharded_state_dict(is_loading=True), t.config.checkpoint.verify_on_load
+    sampler_policy_step = loop.get("sampler_policy_step") if t.config.keeps_sampler_policy else None
+    if sampler_policy_step is not None:
+        shards["sampler_policy"] = t.actor.sharded_sampler_policy()
     state = t.checkpoints.resume(path, shards, verify)
     t.actor.load_state_dict(state.sharded)
+    if sampler_policy_step is not None:
+        t.actor.load_sampler_policy(state.sharded["sampler_policy"], sampler_policy_step)
+    elif t.config.rollout.sync_interval is not None:
+        t.actor.sampler_policy_step = None  # the first sync is of these weights
     t.actor.scores_in_bf16 = state.loop.get("scores_in_bf16", False)  # an older checkpoint does not say
     t.stream.load_state_dict(state.loop["data"])
     if t.refill is not None and "refill" in state.loop:

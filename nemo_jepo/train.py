@@ -50,7 +50,7 @@ from nemo_jepo.types import Prompt, Rollout, SplicedBatch
 from nemo_jepo.utils import early_signals
 from nemo_jepo.utils.exit_codes import DONE, FAILED, INTERRUPTED
 from nemo_jepo.utils.files import write_atomically
-from nemo_jepo.weight_sync import sync_weights
+from nemo_jepo.weight_sync import sync_for_training
 
 
 def run_step(t: Trainer, step: int, tracker: SilentTracker) -> dict[str, float]:
@@ -77,7 +77,7 @@ def sample(t: Trainer, prompts: Sequence[Prompt], tracker: SilentTracker, ahead:
     if t.objective.supervised:
         return []
     with tracker.timer("weight_sync"):
-        sync_weights(t)
+        sync_for_training(t)
     with tracker.timer("generate"):
         return t.rollouts.take(prompts, t.stream.batches_seen + ahead, ahead)
 

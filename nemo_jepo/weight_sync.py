@@ -28,16 +28,40 @@ PARITY_TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}
 """trainer.precision -> largest parity, nats, where rollout.vllm.parity_tolerance is null."""
 
 
+def sync_for_training(t: Trainer) -> None:
+    """Give the samplers the weights that they train on: those of this update, or of the last sync before it.
+
+    With rollout.sync_interval = s the samplers have the weights of step 0, s, 2s, ..; with null those of step 0. All
+    ranks call. Raises as `sync_weights` does.
+    """
+    interval, actor = t.config.rollout.sync_interval, t.actor
+    if interval == 1:
+        sync_weights(t)
+        return
+    is_due = interval is not None and actor.num_steps % interval == 0
+    step = actor.sampler_policy_step
+    if step is None or (is_due and step != actor.num_steps):
+        actor.keep_sampler_policy()
+        step = actor.num_steps
+    if t.rollouts.version != step:
+        with actor.with_sampler_policy():
+            _push(t, step)
+
+
 def sync_weights(t: Trainer) -> None:
     """Give the samplers the trainer's weights if they have older ones, and check that they have them. All ranks call.
 
     Raises:
         SamplerMismatch: on every rank, where a sampler's log-probs are not the trainer's.
     """
-    if t.rollouts.version == t.actor.num_steps:
-        return
+    if t.rollouts.version != t.actor.num_steps:
+        _push(t, t.actor.num_steps)
+
+
+def _push(t: Trainer, step: int) -> None:
+    """The weights that the model holds, those of so many optimizer steps."""
     stream = partial(weight_stream, t.actor.chunks, t.actor.hf_config, t.layout)
-    t.rollouts.load_weights(stream, t.actor.num_steps)
+    t.rollouts.load_weights(stream, step)
     prompts, max_tokens = t.stream.upcoming()[:PROBE_PROMPTS], min(PROBE_TOKENS, t.config.rollout.max_tokens)
     tolerance = t.config.rollout.vllm.parity_tolerance
     if tolerance is None:

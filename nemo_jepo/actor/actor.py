@@ -10,18 +10,22 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from nemo_jepo.actor.activations import activation_bytes_per_token
 from nemo_jepo.actor.forward import TokenHead, go_backward, num_micro_batches, run_rows, score_rows, scores_of, to_rows
+from nemo_jepo.actor.kept_policy import KeptPolicy
 from nemo_jepo.actor.model import HiddenStateGPTModel, build_chunks, unwrap
 from nemo_jepo.actor.offload import Offload
 from nemo_jepo.actor.optimizer import build_optimizer, wrap_data_parallel
 from nemo_jepo.actor.parallel import Layout
 from nemo_jepo.actor.precision import check_fp8, without_fp8
-from nemo_jepo.actor.reference_policy import ReferencePolicy
 from nemo_jepo.actor.weights.families import Shape
 from nemo_jepo.config.layouts import fp8_tokens
 from nemo_jepo.config.schema import ModelConfig, OptimConfig
@@ -65,7 +69,10 @@ class MegatronJEPOActor:
         self.row_shape = row_shape(model)
         self._bytes_per_token = activation_bytes_per_token(Shape.of(hf_config), model, DTYPES[precision].itemsize)
         self._head = TokenHead(hf_config.vocab_size, model.logprob_chunk_tokens)
-        self._reference: ReferencePolicy | None = None
+        self._reference: KeptPolicy | None = None
+        self._sampler_policy: KeptPolicy | None = None
+        self.sampler_policy_step: int | None = None
+        """Optimizer steps in the weights that `keep_sampler_policy` kept; None where none are."""
         self._offload: Offload | None = None
         self.num_steps = 0
 
@@ -82,9 +89,24 @@ class MegatronJEPOActor:
         self._optimizer, self._scheduler = build_optimizer(self._data_parallel, optim, gradient_clip, max_steps)
         self._offload = Offload(self._data_parallel, self._optimizer)
 
-    def keep_reference_policy(self) -> None:
-        """Freeze the current weights as pi_ref."""
-        self._reference = ReferencePolicy(self._modules, self.model_config.reference_policy)
+    def keep_reference_policy(self, *, samplers: bool = False) -> None:
+        """Freeze the current weights as pi_ref; with `samplers` it is from now on what `keep_sampler_policy` kept."""
+        self._reference = (
+            self._sampler_policy if samplers else KeptPolicy(self._modules, self.model_config.reference_policy)
+        )
+
+    def keep_sampler_policy(self) -> None:
+        """Keep the current weights as those that the samplers have from now on."""
+        if self._sampler_policy is None:
+            self._sampler_policy = KeptPolicy(self._modules, self.model_config.reference_policy)
+        else:
+            self._sampler_policy.keep()
+        self.sampler_policy_step = self.num_steps
+
+    def with_sampler_policy(self) -> AbstractContextManager[None]:
+        """Inside the block the model holds what `keep_sampler_policy` kept; nothing may be trained."""
+        assert self._sampler_policy is not None, "keep_sampler_policy comes first"
+        return self._sampler_policy.in_place()
 
     # ---- scoring ----------------------------------------------------------------------------------------------
 
@@ -240,6 +262,26 @@ class MegatronJEPOActor:
         state["scheduler"] = self._scheduler.state_dict()
         state["num_steps"] = self.num_steps
         return state
+
+    def sharded_sampler_policy(self) -> dict[str, Any]:
+        """What `keep_sampler_policy` kept, as shards beside those of `sharded_weights`: copies."""
+        with self.with_sampler_policy():
+            shards = self.sharded_weights()
+            for shard in nested_values(shards):
+                if isinstance(shard, (ShardedTensor, ShardedTensorFactory)):
+                    shard.data = shard.data.clone()
+        add_prefix_for_sharding(shards, "sampler_policy.")
+        return shards
+
+    def load_sampler_policy(self, state: dict[str, Any], step: int) -> None:
+        """Take back what a checkpoint of sharded_sampler_policy holds.
+
+        Args:
+            step: optimizer steps in them.
+        """
+        with self.with_sampler_policy():
+            self.load_weights(state)
+        self.sampler_policy_step = step
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from nemo_jepo.config.schema import (
     EvaluationConfig,
     ExpManagerConfig,
     HybridConfig,
+    KLConfig,
     ModelConfig,
     ObjectiveConfig,
     PretrainedConfig,
@@ -103,7 +104,7 @@ def check(config: Config, world_size: int, trains: bool = True) -> None:
     _check_batches(config.trainer, config.warmup, config.model.data_parallel_size(world_size))
     _check_lengths(config.model, config.rollout, config.evaluation, config.data)
     _check_steps(config.trainer, config.warmup)
-    _check_objective(config.objective, config.rollout, config.trainer)
+    _check_objective(config.objective, config.kl, config.rollout, config.trainer)
     _check_on_policy(config.objective, config.rollout)
     _check_shared_gpus(config.rollout, config.trainer, config.model)
     _check_sampler(config.rollout, config.objective, config.trainer)
@@ -190,7 +191,7 @@ def _check_steps(trainer: TrainerConfig, warmup: WarmupConfig) -> None:
         raise ConfigError("trainer.jepo.max_steps", 0, rule, "Raise one of them")
 
 
-def _check_objective(objective: ObjectiveConfig, rollout: RolloutConfig, trainer: TrainerConfig) -> None:
+def _check_objective(objective: ObjectiveConfig, kl: KLConfig, rollout: RolloutConfig, trainer: TrainerConfig) -> None:
     name, kind = objective.name, objective.kind
     if kind.reads_verifier and rollout.stop_at_marker:
         rule = f"objective={name} reads the generation's own answer, which a sampler that stops there never writes"
@@ -210,15 +211,50 @@ def _check_objective(objective: ObjectiveConfig, rollout: RolloutConfig, trainer
     if kind.reads_no_chain and objective.no_chain == "none":
         rule = f"objective={name} reads the answer without a chain"
         raise ConfigError("objective.no_chain", "none", rule, "Use current or initial")
+    if kind.compares_pairs:
+        _check_pairs(objective, kl)
     if objective.importance_sampling != "none" and objective.importance_cap < 1:
         rule = "would shrink on-policy tokens, whose ratio is 1"
         raise ConfigError("objective.importance_cap", objective.importance_cap, rule, "Use at least 1")
 
 
-def _check_on_policy(objective: ObjectiveConfig, rollout: RolloutConfig) -> None:
-    """Samples must be the policy's own, or corrected for."""
-    if objective.kind.supervised or objective.importance_sampling != "none":
+def _check_pairs(objective: ObjectiveConfig, kl: KLConfig) -> None:
+    """What a comparison of two samples leaves no room for."""
+    name = objective.name
+    if kl.beta:
+        rule = f"objective={name} holds on to a reference policy by dpo.beta"
+        raise ConfigError("kl.beta", kl.beta, rule, "Use 0")
+    given = {
+        "format_loss": (objective.format_loss, "none"),
+        "loss_normalization": (objective.loss_normalization, "none"),
+        "importance_sampling": (objective.importance_sampling, "none"),
+    }
+    for key, (value, wanted) in given.items():
+        if value != wanted:
+            rule = f"objective={name} weighs the tokens of two samples alike, and no others"
+            raise ConfigError(f"objective.{key}", value, rule, f"Use {wanted}")
+
+
+def _check_sync_interval(rollout: RolloutConfig) -> None:
+    if rollout.sync_interval == 1:
         return
+    if rollout.max_staleness:
+        rule = "sampling ahead gives its samples the newest weights (rollout.max_staleness)"
+        raise ConfigError("rollout.sync_interval", rollout.sync_interval, rule, "Use 1, or rollout.max_staleness=0")
+    if rollout.kind.shares_gpus:
+        rule = f"servers of rollout={rollout.name} lose their weights while they sleep"
+        raise ConfigError("rollout.sync_interval", rollout.sync_interval, rule, "Use 1, or rollout=vllm")
+
+
+def _check_on_policy(objective: ObjectiveConfig, rollout: RolloutConfig) -> None:
+    """Samples must be the policy's own, or corrected for, or compared."""
+    _check_sync_interval(rollout)
+    if objective.kind.supervised or objective.kind.compares_pairs or objective.importance_sampling != "none":
+        return
+    if rollout.sync_interval != 1:
+        rule = f"the samples come from older weights, and nothing in objective={objective.name} corrects for it"
+        fix = "Use 1, objective=dpo, or objective.importance_sampling=token_truncated"
+        raise ConfigError("rollout.sync_interval", rollout.sync_interval, rule, fix)
     if rollout.temperature != 1:
         rule = "the samples would not be the policy's own, and nothing corrects for it"
         fix = "Use 1, or objective.importance_sampling=token_truncated"

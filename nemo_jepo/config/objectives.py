@@ -28,6 +28,8 @@ class ObjectiveKind:
     """Reads the reference answer without a chain as well: one more segment a prompt."""
     scored_by_initial: bool = False
     """The frozen initial policy scores, not the one that is trained."""
+    compares_pairs: bool = False
+    """Tells a better sample of a prompt from a worse one (`nemo_jepo.objective.pairs`), whoever drew them."""
 
     @property
     def supervised(self) -> bool:
@@ -65,6 +67,7 @@ OBJECTIVES = {
         scored_by_initial=True,
     ),
     "sft_sampled_chain": ObjectiveKind(),
+    "dpo": ObjectiveKind(reward="verifier_or_likelihood", needs_siblings=True, answer_term=False, compares_pairs=True),
     "sft": ObjectiveKind(reward="none", answer_term=False),
 }
 """objective.name -> kind."""

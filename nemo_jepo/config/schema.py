@@ -33,6 +33,7 @@ __all__ = [  # every section, wherever it stands
     "ArithmeticConfig",
     "CheckpointConfig",
     "Config",
+    "DPOConfig",
     "DataConfig",
     "EvaluationConfig",
     "ExpManagerConfig",
@@ -172,6 +173,9 @@ class RolloutConfig:
     """auto: the run starts and stops vLLM servers on its own node; or a list of URLs of `nemo-jepo serve`."""
     max_staleness: int = setting(0, ge=0)
     """k: sampling runs up to k optimizer steps ahead of training; 0 is on-policy."""
+    sync_interval: int | None = setting(1, ge=1)
+    """s: optimizer steps from one weight sync of training to the next. 1: online; more: semi-online; null: offline, all
+    samples are the initial policy's."""
     vllm: VLLMConfig = field(default_factory=VLLMConfig)
 
     @property
@@ -224,6 +228,19 @@ class ObjectiveConfig:
     def kind(self) -> ObjectiveKind:
         """What the table of objectives says of this one."""
         return OBJECTIVES[self.name]
+
+
+@dataclass(kw_only=True, slots=True)
+class DPOConfig:
+    """What objective=dpo compares, and with what (docs/guides/dpo.md)."""
+
+    beta: float = setting(0.1, gt=0, fix="Use 0.1")
+    """How strong a preference is asked for: loss -log sigmoid(beta * margin of log-ratios to the reference policy)."""
+    sync_reference: bool = True
+    """The reference policy gets the weights of every sync (rollout.sync_interval), as the sampler does. False: it stays
+    the initial policy."""
+    reject_longest: bool = False
+    """Reject the longest of the samples that are worse than the chosen one, not the worst: against growing answers."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -379,6 +396,7 @@ class Config:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     hybrid: HybridConfig = field(default_factory=HybridConfig)
+    dpo: DPOConfig = field(default_factory=DPOConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     refill: RefillConfig = field(default_factory=RefillConfig)
     kl: KLConfig = field(default_factory=KLConfig)
@@ -388,10 +406,21 @@ class Config:
 
     @property
     def keeps_reference_policy(self) -> bool:
-        """Whether the initial weights stay: for the KL, or because the objective reads scores of theirs."""
+        """Whether older weights stay as pi_ref: for the KL, or because the objective reads scores of theirs."""
         objective = self.objective
         reads_initial = objective.no_chain == "initial" or objective.kind.scored_by_initial
-        return not objective.kind.supervised and (self.kl.beta > 0 or reads_initial)
+        compares = objective.kind.compares_pairs and not (self.dpo.sync_reference and self.rollout.sync_interval == 1)
+        return not objective.kind.supervised and (self.kl.beta > 0 or reads_initial or compares)
+
+    @property
+    def keeps_sampler_policy(self) -> bool:
+        """Whether the weights that the sampler has stay with the trainer: it trains on while they are older."""
+        return not self.objective.kind.supervised and self.rollout.sync_interval != 1
+
+    @property
+    def reference_is_samplers(self) -> bool:
+        """Whether pi_ref is at all times what the sampler has."""
+        return self.objective.kind.compares_pairs and self.dpo.sync_reference and self.keeps_sampler_policy
 
     @property
     def run_folder(self) -> Path:

@@ -21,7 +21,7 @@ from nemo_jepo.types import PackedRow, Scores, Spliced, SplicedBatch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateRule:
-    """The settings objective.*, advantage.* and kl.* as plain values; meanings and defaults are in the config."""
+    """objective.*, advantage.*, kl.* and dpo.* of the settings as plain values, explained where they are declared."""
 
     name: str
     beta_sup: float
@@ -39,6 +39,8 @@ class UpdateRule:
     prompt_mean: str
     kl_beta: float
     kl_estimator: str
+    pair_beta: float = 0.1
+    reject_longest: bool = False
 
     def __post_init__(self) -> None:
         for key, allowed in (
@@ -74,9 +76,12 @@ class GroupScores:
     answer_length: Tensor
     """int: scored tokens after the chain."""
     chain_log_ratio: Tensor
-    """sum_t log pi(c_t) - log pi_ref(c_t), nats; zeros when kl_beta = 0."""
+    """sum_t log pi(c_t) - log pi_ref(c_t), nats; zeros without a reference policy."""
     chain_k3: Tensor | None = None
     """`k3_estimate` of the same log-ratios, nats; only reported."""
+    own_answer_log_ratio: Tensor | None = None
+    """The same sum over the sample's own answer, 0 where the reference answer stands behind it; None without a
+    reference policy."""
     verifiable_reward: Tensor | None = None
     """float, for rloo and jepo_rl; NaN where it could not be had."""
     faulted_mask: Tensor | None = None

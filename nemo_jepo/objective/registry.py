@@ -63,7 +63,7 @@ LIKELIHOOD_TERMS = {
     "vr_cli": LikelihoodTerms(perplexity_gain, leave_one_out_advantage, None),
     "sft_sampled_chain": LikelihoodTerms(sum_logprob, no_advantage, mean_weights),
 }
-"""objective.name -> terms, of every objective that reads the likelihood: not rloo, not sft."""
+"""objective.name -> terms, of every objective that scores each sample by likelihood: not rloo, dpo, sft."""
 
 
 def uses_verifiable_reward(name: str, verifiable_reward: Tensor) -> Tensor:

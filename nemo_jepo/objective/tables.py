@@ -33,18 +33,20 @@ def group_scores(batch: SplicedBatch, scores: Scores, reference: Scores | None =
     def table(values: Sequence[float], dtype: torch.dtype = torch.float64) -> Tensor:
         return torch.tensor(values, dtype=dtype).view(-1, batch.group_size)
 
-    answer_logprob, end_logprob, log_ratio, k3 = [], [], [], []
+    answer_logprob, end_logprob, log_ratio, own_answer_log_ratio, k3 = [], [], [], [], []
     for index, sequence in enumerate(sequences):
         policy = scores.policy_logprobs[index].double()
         answer_logprob.append(policy[sequence.chain_length :].sum().item())
         end_logprob.append(policy[-1:].sum().item())
         if reference is not None and not sequence.failed:
-            chain = slice(0, sequence.chain_length)
-            ratios = policy[chain] - reference.policy_logprobs[index].double()[chain]
-            log_ratio.append(k1_estimate(ratios).item())
-            k3.append(k3_estimate(ratios).item())
+            ratios = policy - reference.policy_logprobs[index].double()
+            chain, behind = ratios[: sequence.chain_length], ratios[sequence.chain_length :]
+            log_ratio.append(k1_estimate(chain).item())
+            own_answer_log_ratio.append(behind.sum().item() if sequence.own_answer else 0.0)
+            k3.append(k3_estimate(chain).item())
         else:
             log_ratio.append(0.0)
+            own_answer_log_ratio.append(0.0)
             k3.append(0.0)
     faulted = [False] * len(sequences)
     if rewards is not None:
@@ -63,6 +65,7 @@ def group_scores(batch: SplicedBatch, scores: Scores, reference: Scores | None =
         answer_length=table([sequence.answer_length for sequence in sequences], torch.int64),
         chain_log_ratio=table(log_ratio),
         chain_k3=None if reference is None else table(k3),
+        own_answer_log_ratio=None if reference is None else table(own_answer_log_ratio),
         verifiable_reward=None if rewards is None else table([math.nan if one is None else one for one in rewards]),
         faulted_mask=None if rewards is None else table(faulted, torch.bool),
         ends_mask=table([sequence.ends for sequence in sequences], torch.bool),

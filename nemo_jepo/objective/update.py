@@ -28,6 +28,7 @@ from nemo_jepo.objective.estimators import (
 from nemo_jepo.objective.format import FORMAT_TERMS, FormatTerms
 from nemo_jepo.objective.kl import IMPORTANCE_RATIOS, KL_GRADIENTS
 from nemo_jepo.objective.likelihood import AnswerLikelihood
+from nemo_jepo.objective.pairs import compare, preference_weight
 from nemo_jepo.objective.records import GroupScores, SampleWeights, Scored, SequenceLogprobs, UpdateRule
 from nemo_jepo.objective.registry import LIKELIHOOD_TERMS, uses_verifiable_reward
 
@@ -60,7 +61,7 @@ def sample_weights(
     Args:
         rule: settings.
         scores: this rank's groups, whole groups only.
-        reduce_sum: sum over the data-parallel group; called once, on [13] float64 ([3] for sft).
+        reduce_sum: sum over the data-parallel group; called once, on [13] float64 ([3] for sft, [2] for dpo).
         reduce_max: maximum over the same group; called once, on a scalar, for verifree alone.
     Returns:
         SampleWeights.
@@ -71,7 +72,9 @@ def sample_weights(
     """
     if OBJECTIVES[rule.name].supervised:
         return supervised_weights(rule, scores, reduce_sum)
-    verifiable = _verifiable_prompts(rule, scores)
+    if OBJECTIVES[rule.name].compares_pairs:
+        return pair_weights(rule, scores, reduce_sum)
+    verifiable = verifiable_prompts(rule, scores)
     likelihood_mask, reward_mask = scores.valid_mask & ~verifiable, scores.valid_mask & verifiable
     _require_finite(scores.answer_logprob, likelihood_mask)
 
@@ -116,10 +119,12 @@ def reward_spread(rule: UpdateRule, scores: GroupScores) -> Tensor:
     Returns:
         [P] in the reward's unit, population std over valid samples; 0 with fewer than two.
     """
-    verifiable = _verifiable_prompts(rule, scores)
+    verifiable = verifiable_prompts(rule, scores)
     mask = scores.valid_mask
     value = torch.zeros_like(scores.answer_logprob).double()
-    if OBJECTIVES[rule.name].reads_likelihood:
+    if OBJECTIVES[rule.name].compares_pairs:
+        value = scores.answer_logprob.double()
+    elif OBJECTIVES[rule.name].reads_likelihood:
         answer = _answer_likelihood(rule, scores, mask & ~verifiable)
         value = LIKELIHOOD_TERMS[rule.name].reward(answer).value.double()
     if scores.verifiable_reward is not None:
@@ -157,13 +162,48 @@ def supervised_weights(rule: UpdateRule, scores: GroupScores, reduce_sum: Reduce
     )
 
 
+def pair_weights(rule: UpdateRule, scores: GroupScores, reduce_sum: Reduce = only_rank) -> SampleWeights:
+    """Weights of DPO: of the chosen and of the rejected sample of each prompt, and of no other.
+
+        policy_weight = +- beta sigmoid(-beta * margin) / P_mean
+
+    P_mean as in `sample_weights`, where a prompt counts as valid if it has a pair: one without has no weight.
+
+    Args:
+        rule: settings.
+        scores: this rank's groups, whole groups only.
+        reduce_sum: sum over the data-parallel group; called once, on [2] float64.
+    Returns:
+        SampleWeights; advantage is the same without the denominator, over beta.
+    Source: arXiv 2305.18290, Eq. 7; see `nemo_jepo.objective.pairs`.
+    """
+    verifiable = verifiable_prompts(rule, scores)
+    _require_finite(scores.answer_logprob, scores.valid_mask & ~verifiable)
+    pairs = compare(rule, scores, verifiable)
+    counts = [scores.arrived_mask.any(-1).sum(), pairs.has_pair.sum()]
+    arrived, paired = reduce_sum(torch.stack(counts).double()).unbind()
+    weight = preference_weight(rule.pair_beta, pairs.margin) * pairs.has_pair
+    signed = torch.zeros_like(scores.answer_logprob).double()
+    signed.scatter_add_(-1, pairs.chosen.unsqueeze(-1), weight.unsqueeze(-1))
+    signed.scatter_add_(-1, pairs.rejected.unsqueeze(-1), -weight.unsqueeze(-1))
+    nothing = torch.zeros_like(signed)
+    return SampleWeights(
+        policy_weight=signed * share(arrived if rule.prompt_mean == "all" else paired),
+        answer_weight=nothing,
+        end_weight=nothing,
+        kl_weight=nothing,
+        advantage=signed / rule.pair_beta,
+        advantage_std=nothing.new_zeros(3),
+    )
+
+
 def _format_terms(rule: UpdateRule, scores: GroupScores) -> FormatTerms:
     """Raw format advantage, and where the end of turn is taught."""
     ends = torch.zeros_like(scores.arrived_mask) if scores.ends_mask is None else scores.ends_mask
     return FORMAT_TERMS[rule.format_loss](scores.has_marker, scores.arrived_mask, ends)
 
 
-def _verifiable_prompts(rule: UpdateRule, scores: GroupScores) -> Tensor:
+def verifiable_prompts(rule: UpdateRule, scores: GroupScores) -> Tensor:
     """[P, 1] bool: prompts that train on the verifiable reward."""
     if scores.verifiable_reward is not None:
         return uses_verifiable_reward(rule.name, scores.verifiable_reward).unsqueeze(-1)

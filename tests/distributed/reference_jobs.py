@@ -6,8 +6,8 @@ import torch
 
 from nemo_jepo.actor import parallel
 from nemo_jepo.actor.actor import MegatronJEPOActor
+from nemo_jepo.actor.kept_policy import KeptPolicy
 from nemo_jepo.actor.model import load_hf_config
-from nemo_jepo.actor.reference_policy import ReferencePolicy
 from nemo_jepo.actor.weights.load import load_stage, open_source
 from nemo_jepo.config.schema import ModelConfig, OptimConfig
 from nemo_jepo.data.packing import pack
@@ -29,7 +29,7 @@ def difference(left: Scores | None, right: Scores) -> float:
     return max((a - b).abs().max().item() for a, b in pairs if len(a))
 
 
-def raised_inside(reference: ReferencePolicy) -> bool:
+def raised_inside(reference: KeptPolicy) -> bool:
     try:
         with reference.in_place():
             raise KeyboardInterrupt

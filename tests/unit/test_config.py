@@ -142,7 +142,7 @@ def test_a_wrong_line_of_a_conf_file_is_named_with_its_file(tmp_path, text, line
     ("overrides", "beginning"),
     [
         (["model.seed=x"], "model.seed=x: Value 'x'"),
-        (["objective=ppo"], "objective=ppo (in demo.yaml): no such choice. Choose one of avg_logprob, gm, jepo, "),
+        (["objective=ppo"], "objective=ppo (in demo.yaml): no such choice. Choose one of avg_logprob, dpo, gm, jepo, "),
         (["exp_manager.name=???"], "exp_manager.name: has no default. Add exp_manager.name="),
         (["model=1"], "model=1: "),
         (["model.seed"], "setting='model.seed': is no override (missing EQUAL at '<EOF>')"),

@@ -199,6 +199,35 @@ def test_the_whole_line_of_a_broken_rule():
             2,
             "rollout.vllm.num_servers * rollout.vllm.tensor_parallel_size=4: must be trainer.devices=2",
         ),
+        (
+            [*COLOCATED, "objective=dpo", "rollout.sync_interval=2"],
+            2,
+            "rollout.sync_interval=2: servers of rollout=vllm_",
+        ),
+        (
+            ["rollout.sync_interval=2"],
+            1,
+            "rollout.sync_interval=2: the samples come from older weights, and nothing in",
+        ),
+        (["rollout.sync_interval=0"], 1, "rollout.sync_interval=0: must be at least 1"),
+        (
+            [
+                "rollout=vllm",
+                "rollout.max_staleness=1",
+                "rollout.sync_interval=null",
+                "objective.importance_sampling=token_truncated",
+            ],
+            1,
+            "rollout.sync_interval=None: sampling ahead gives its samples the newest weights",
+        ),
+        (["objective=dpo", "kl.beta=0.1"], 1, "kl.beta=0.1: objective=dpo holds on to a reference policy by dpo.beta"),
+        (["objective=dpo", "objective.format_loss=paper"], 1, "objective.format_loss='paper': objective=dpo weighs"),
+        (["objective=dpo", "objective.beta_sup=1"], 1, "objective.beta_sup=1.0: objective=dpo has no supervised term"),
+        (
+            ["objective=dpo", "trainer.jepo.num_generations_per_prompt=1"],
+            1,
+            "trainer.jepo.num_generations_per_prompt=1",
+        ),
         ([*COLOCATED, "model.reference_policy=gpu"], 2, "model.reference_policy='gpu': it would stay on GPUs"),
         (
             ["rollout=vllm", "trainer.num_nodes=2"],

@@ -1,11 +1,14 @@
 """The comparison after a weight sync: it passes equal log-probs, and stops a run whose sampler holds other weights."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from nemo_jepo import weight_sync
 from nemo_jepo.data.packing import RowShape
 from nemo_jepo.rollout.queue import RolloutQueue
 from nemo_jepo.rollout.sampler import GenerationRequest, SamplerMismatch
@@ -91,3 +94,67 @@ def test_a_mismatch_on_another_replica_stops_this_one_too():
 
 def test_without_probes_there_is_nothing_to_compare():
     check(OneProbe())
+
+
+# ---- which weights samplers train on ---------------------------------------------------------------------------------
+
+
+class CountingActor:
+    """Weights that are the number of their step; what is kept takes their place for a while."""
+
+    def __init__(self) -> None:
+        self.num_steps, self.sampler_policy_step, self._held = 0, None, 0
+
+    def keep_sampler_policy(self) -> None:
+        self.sampler_policy_step = self.num_steps
+
+    @contextmanager
+    def with_sampler_policy(self) -> Iterator[None]:
+        self.num_steps, self._held = self.sampler_policy_step, self.num_steps
+        yield
+        self.num_steps = self._held
+
+
+def pushes(monkeypatch, interval: int | None, steps: int, validate_at: Sequence[int] = (), resume_at: int = -1):
+    """Per step the weights that samples come from, and how many pushes were made in all."""
+    pushed, sampled_with = [], []
+    actor = CountingActor()
+    rollouts = SimpleNamespace(version=-1)
+    config = SimpleNamespace(rollout=SimpleNamespace(sync_interval=interval))
+    t = SimpleNamespace(actor=actor, rollouts=rollouts, config=config)
+
+    def push(t, step: int) -> None:
+        pushed.append((t.actor.num_steps, step))
+        t.rollouts.version = step
+
+    monkeypatch.setattr(weight_sync, "_push", push)
+    if interval != 1:
+        actor.keep_sampler_policy()  # the initial weights, when the run is built
+    for step in range(steps):
+        if step == resume_at:
+            rollouts.version = -1
+            if interval is not None and step % interval == 0:
+                actor.sampler_policy_step = None
+        if step in validate_at:
+            weight_sync.sync_weights(t)
+        weight_sync.sync_for_training(t)
+        sampled_with.append(rollouts.version)
+        actor.num_steps += 1
+    assert all(held == said for held, said in pushed)
+    return sampled_with, len(pushed)
+
+
+@pytest.mark.parametrize(
+    ("interval", "sampled_with", "num_pushes"),
+    [(1, [0, 1, 2, 3, 4, 5, 6], 7), (2, [0, 0, 2, 2, 4, 4, 6], 4), (5, [0, 0, 0, 0, 0, 5, 5], 2), (None, [0] * 7, 1)],
+)
+def test_samplers_get_weights_every_so_many_steps_and_offline_once(monkeypatch, interval, sampled_with, num_pushes):
+    assert pushes(monkeypatch, interval, 7) == (sampled_with, num_pushes)
+
+
+@pytest.mark.parametrize("interval", [1, 2, 5, None])
+@pytest.mark.parametrize("at", [0, 1, 2, 3, 5])
+def test_a_validation_and_a_resumption_leave_the_samples_those_of_the_same_weights(monkeypatch, interval, at):
+    expected, _ = pushes(monkeypatch, interval, 7)
+    assert pushes(monkeypatch, interval, 7, validate_at=[at])[0] == expected
+    assert pushes(monkeypatch, interval, 7, resume_at=at)[0] == expected

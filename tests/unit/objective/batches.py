@@ -9,6 +9,8 @@ from nemo_jepo.config.objectives import OBJECTIVES as OBJECTIVES
 from nemo_jepo.objective import GroupScores, SampleWeights, UpdateRule
 from tests.unit.objective.tabular import PLAIN
 
+SCORING = [name for name, kind in OBJECTIVES.items() if not kind.supervised and not kind.compares_pairs]
+"""Objectives that score every sample, and so have advantages, a format loss and a KL."""
 PAPER = replace(PLAIN, normalize=True, format_loss="paper", kl_beta=1e-3)
 """App. B.2: scaled, clipped, with format loss and KL."""
 
@@ -58,6 +60,7 @@ def batch(seed: int = 0, num_prompts: int = 7, level: float = -20.0) -> GroupSco
         chain_length=(uniform() * 9).long() + 1,
         answer_length=length,
         chain_log_ratio=uniform() - 0.4,
+        own_answer_log_ratio=uniform() - 0.6,
         verifiable_reward=(valid & (uniform() < 0.4)).double(),
         faulted_mask=torch.zeros_like(arrived),
         ends_mask=valid & (uniform() < 0.8),

@@ -10,7 +10,7 @@ from nemo_jepo.config.objectives import FORMAT_LOSSES
 from nemo_jepo.objective import sample_weights
 from nemo_jepo.objective.format import FORMAT_TERMS
 from nemo_jepo.setup import update_rule
-from tests.unit.objective.batches import OBJECTIVES, PAPER, batch, weights_equal
+from tests.unit.objective.batches import PAPER, SCORING, batch, weights_equal
 from tests.unit.objective.tabular import (
     CHAINS,
     MARKER,
@@ -66,7 +66,7 @@ def test_the_end_of_turn_follows_its_exact_gradient_behind_chains_and_answers_th
     assert (update[:CHAIN_PARAMETERS] == 0).all() and update.abs().max() > 0.01
 
 
-@pytest.mark.parametrize("name", [name for name, kind in OBJECTIVES.items() if not kind.supervised])
+@pytest.mark.parametrize("name", SCORING)
 @pytest.mark.parametrize("prompt_mean", ["all", "valid"])
 @pytest.mark.parametrize("loss_normalization", ["none", "chain", "sequence", "batch"])
 def test_the_end_of_turn_has_its_weight_over_n_and_prompts_and_all_else_is_the_papers(

@@ -9,7 +9,7 @@ import torch
 from nemo_jepo.objective import GroupScores, sample_weights, uses_verifiable_reward
 from nemo_jepo.objective.estimators import bound_weights, leave_one_out_advantage, multi_sample_advantage
 from nemo_jepo.objective.registry import LIKELIHOOD_TERMS
-from tests.unit.objective.batches import ANSWERS, OBJECTIVES, PAPER, batch, map_tensors, weights_equal
+from tests.unit.objective.batches import ANSWERS, OBJECTIVES, PAPER, SCORING, batch, map_tensors, weights_equal
 from tests.unit.objective.tabular import PLAIN
 
 
@@ -43,7 +43,7 @@ def test_the_mean_is_over_prompts_that_arrived_or_over_those_with_a_valid_sample
 
 
 @pytest.mark.parametrize(("prompt_mean", "count"), [("all", 6), ("valid", 5)])
-@pytest.mark.parametrize("name", [name for name, kind in OBJECTIVES.items() if not kind.supervised])
+@pytest.mark.parametrize("name", SCORING)
 def test_the_rl_weight_is_averaged_over_samples_and_over_prompts(name, prompt_mean, count):
     """1/n of each prompt's own n, in a batch of 6 prompts that arrived, 5 of them with a valid sample."""
     rule = replace(PAPER, name=name, prompt_mean=prompt_mean, format_loss="none")
@@ -128,7 +128,7 @@ def test_jepo_and_rloo_prompts_of_jepo_rl_get_their_own_objective_and_std():
 
 def test_verifiable_prompts_are_all_in_rloo_those_with_a_success_in_jepo_rl_and_none_elsewhere():
     reward = torch.tensor([[0.0, 1.0], [0.0, 0.0], [math.nan, 0.0], [math.nan, 1.0]])
-    expected = {"rloo": [True] * 4, "jepo_rl": [True, False, False, True]}
+    expected = {"rloo": [True] * 4} | dict.fromkeys(("jepo_rl", "dpo"), [True, False, False, True])
     for name in OBJECTIVES:
         assert uses_verifiable_reward(name, reward).tolist() == expected.get(name, [False] * 4)
 
@@ -198,7 +198,7 @@ def test_rl_reduction_sum_drops_one_over_n_from_the_rl_term_alone():
     weights_equal(sample_weights(format_only, same), sample_weights(replace(format_only, rl_reduction="sum"), same))
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", [*SCORING, "sft"])
 @pytest.mark.parametrize("level", [-20.0, -1e4])
 def test_a_batch_without_a_valid_sample_has_the_format_loss_and_kl_alone(name, level):
     nothing = map_tensors(batch(level=level), lambda n, value: value & False if n == "valid_mask" else value)
@@ -217,7 +217,7 @@ def test_a_batch_in_which_nothing_arrived_has_no_update(name):
         assert (weight == 0).all()
 
 
-@pytest.mark.parametrize("name", [name for name, kind in OBJECTIVES.items() if not kind.supervised])
+@pytest.mark.parametrize("name", SCORING)
 def test_samples_that_are_all_equal_get_no_weight(name):
     equal = map_tensors(batch(), lambda n, v: torch.full_like(v, -1e4) if n in ANSWERS else v)
     equal = replace(equal, verifiable_reward=equal.valid_mask.double())
@@ -244,7 +244,7 @@ def test_a_valid_sample_without_a_finite_log_prob_is_refused(name, value):
         sample_weights(replace(PAPER, name=name), scores)
 
 
-@pytest.mark.parametrize("name", ["rloo", "jepo_rl"])
+@pytest.mark.parametrize("name", ["rloo", "jepo_rl", "dpo"])
 def test_a_verifiable_objective_without_a_reward_is_refused(name):
     with pytest.raises(ValueError, match="needs verifiable_reward"):
         sample_weights(replace(PAPER, name=name), replace(batch(), verifiable_reward=None))
@@ -299,6 +299,6 @@ def test_avg_logprob_divides_each_answer_by_its_own_length():
 
 def test_the_tables_of_objectives_agree():
     """What reads the likelihood has terms; a supervised term is there where the table of kinds says so."""
-    assert set(LIKELIHOOD_TERMS) == {name for name, kind in OBJECTIVES.items() if kind.reads_likelihood}
+    assert set(LIKELIHOOD_TERMS) == {name for name in SCORING if OBJECTIVES[name].reads_likelihood}
     for name, terms in LIKELIHOOD_TERMS.items():
         assert (terms.answer_weight is not None) == OBJECTIVES[name].answer_term

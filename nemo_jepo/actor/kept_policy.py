@@ -1,5 +1,6 @@
-"""The frozen initial policy: a second set of weights that takes the model's place for one scoring pass.
+"""Older weights of the policy, which take the model's place for a while.
 
+The reference policy scores; the sampler's policy, where training goes on between weight syncs, is pushed and saved.
 One mechanism, two places to wait: host memory (`model.reference_policy=cpu`) or the GPU (`gpu`, resident).
 """
 
@@ -11,7 +12,7 @@ import torch
 from nemo_jepo.actor.model import unwrap
 
 
-class ReferencePolicy:
+class KeptPolicy:
     """Copies of the weights of a rank's model chunks as they are now."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module], place: str) -> None:
@@ -22,9 +23,15 @@ class ReferencePolicy:
         if self._over_the_bus:  # the GPU reads and writes pinned memory by itself, both at once
             self._kept = [kept.pin_memory() for kept in self._kept]
 
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Take the weights as they are now in the place of the older ones."""
+        for weight, kept in zip(self._own, self._kept, strict=True):
+            kept.copy_(weight)
+
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Inside the block the model holds the reference weights; afterwards its own again, bit for bit."""
+        """Inside the block the model holds the kept weights; afterwards its own again, bit for bit."""
         self._exchange()
         try:
             yield
