@@ -198,6 +198,8 @@ def _check_objective(objective: ObjectiveConfig, kl: KLConfig, rollout: RolloutC
         raise ConfigError("rollout.stop_at_marker", True, rule, "Add rollout.stop_at_marker=false")
     if kind.needs_siblings and trainer.jepo.num_generations_per_prompt < 2:
         rule = f"the baseline of objective={name} is the mean of the other generations"
+        if kind.compares_pairs:
+            rule = f"objective={name} compares two of them"
         raise ConfigError("trainer.jepo.num_generations_per_prompt", 1, rule, "Use at least 2")
     if kind.reads_likelihood and not kind.answer_term and objective.beta_sup:
         rule = f"objective={name} has no supervised term"
