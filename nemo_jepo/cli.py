@@ -7,7 +7,7 @@ nemo-jepo doctor [--json] [--config-name NAME] [key=value ...]
 nemo-jepo experiment NAME [--seeds 1,2] [--arms jepo,rloo] [--commands] [key=value ...]
 nemo-jepo checkpoint list RUN_FOLDER | verify CHECKPOINT
 nemo-jepo report [RUN_FOLDER ...] [--results FILE ...] [--plots FOLDER] [--out FILE]
-nemo-jepo data prepare NAME [--out FOLDER] [--from PATH] [--revision REVISION] [--workers N]
+nemo-jepo data prepare NAME [--out FOLDER] [--from PATH] [--decontaminate SET] [options]
 nemo-jepo serve MODEL_FOLDER [options]
 nemo-jepo demo [key=value ...]
 
@@ -21,7 +21,8 @@ nemo-jepo demo [key=value ...]
     experiment  a named set of runs, one after another, and their metrics in one table; experiment --help lists the sets
     checkpoint  which checkpoints of a run are whole; read one again and compare every file's checksum
     report      runs and experiments as one HTML page: curves, settings that differ, rollouts token by token
-    data        write a published data set (math, numina, gsm8k, math500, aime25, ...) as Parquet with a manifest
+    data        write a published data set (math, numina, gsm8k, math500, aime25, ...) or a file of your own as Parquet
+                with a manifest, cleaned as you ask
     serve       a vLLM server for rollouts, until it is stopped; serve --help lists its options
     demo        train a small model on this machine's CPU, then show what it learned
 

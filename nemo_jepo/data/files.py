@@ -6,7 +6,7 @@ file that cannot be read on is an error, whatever the caller does about rows: wh
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,27 +67,34 @@ class Keys:
 
 
 def read_rows(path: Path, keys: Keys) -> Iterator[Row | BadRow]:
-    """Every row of the file in order, the unusable ones as `BadRow`.
+    """Every row of the file in order, the unusable ones as `BadRow`. Raises: see `read_records`."""
+    columns = [key for key in (keys.prompt, keys.answer, keys.chain_of_thought) if key is not None]
+    for line, record in read_records(path, columns):
+        yield record if isinstance(record, BadRow) else _row(str(path), line, record, keys)
 
+
+def read_records(path: Path, columns: Collection[str]) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+    """(line, fields) of every row in order, a `BadRow` where it has no fields.
+
+    Args:
+        columns: those that are read of a Parquet file, where it has them; a line of JSONL has all of its fields.
     Raises:
         DataError: the name ends in neither .jsonl nor .parquet; no regular file is there; the file is not Parquet
             although its name says so; or it cannot be read to its end, with the row that was reached.
     """
-    readers = {".jsonl": _jsonl, ".parquet": _parquet}
-    if path.suffix not in readers:
+    if path.suffix not in (".jsonl", ".parquet"):
         raise DataError(f"{path}: must end in .jsonl or .parquet. Convert or rename the file.")
     if (fault := unusable(path)) is not None:
         raise DataError(f"{path}: {'. '.join(fault)}.")
-    for line, record in readers[path.suffix](path, keys):
-        if isinstance(record, Unreadable):
-            yield BadRow(str(path), line, None, record.problem)
-        elif not isinstance(record, dict):
-            yield BadRow(str(path), line, None, "not a JSON object")
+    for line, record in _jsonl(path) if path.suffix == ".jsonl" else _parquet(path, columns):
+        if isinstance(record, dict):
+            yield line, record
         else:
-            yield _row(str(path), line, record, keys)
+            problem = record.problem if isinstance(record, Unreadable) else "not a JSON object"
+            yield line, BadRow(str(path), line, None, problem)
 
 
-def _jsonl(path: Path, keys: Keys) -> Iterator[tuple[int, object]]:
+def _jsonl(path: Path) -> Iterator[tuple[int, object]]:
     """(line, value); blank lines are passed over."""
     line = 0
     try:
@@ -115,8 +122,8 @@ def _broken_off(path: Path, line: int, error: BaseException) -> DataError:
     return DataError(f"{path}: cannot be read beyond row {line:,} ({reason(error)}). {COPY_AGAIN}.")
 
 
-def _parquet(path: Path, keys: Keys) -> Iterator[tuple[int, object]]:
-    """(row, record) with only the columns that are read."""
+def _parquet(path: Path, wanted: Collection[str]) -> Iterator[tuple[int, object]]:
+    """(row, record) with only the columns that are wanted."""
     import pyarrow.parquet  # JSONL needs none of it
 
     line = 0
@@ -127,7 +134,6 @@ def _parquet(path: Path, keys: Keys) -> Iterator[tuple[int, object]]:
         raise DataError(f"{path}: {kind}. Give the path of one, or of a .jsonl file.") from error
     try:
         with file:
-            wanted = (keys.prompt, keys.answer, keys.chain_of_thought)
             columns = [name for name in file.schema_arrow.names if name in wanted]
             for batch in file.iter_batches(columns=columns):
                 for record in _records(batch):

@@ -56,6 +56,41 @@ def test_the_command_asks_the_verifier_shows_progress_and_prints_the_files(run, 
     assert "read train" in err and "verifier: 100%" in err
 
 
+def test_a_file_of_ones_own_is_cleaned_step_by_step_and_every_step_is_printed(run, tmp_path):
+    """The five rows of the guide, and all steps: the options' order is not the order of the steps."""
+    baker = "A baker fills 6 trays with 8 rolls each and sells 31 of them. How many rolls are left"
+    pencils = "Lena has 3 boxes of 12 pencils. She gives 5 pencils away."
+    train = "A train leaves at 9:40 and arrives at 11:05. How many minutes does it take?"
+    questions = {f"{baker}?": 17, f"{baker} over?": 17, f"{pencils} How many?": 31, "What is 17 * 23?": 391, train: 85}
+    mine = write(tmp_path / "mine.jsonl", *({"ask": question, "answer": say} for question, say in questions.items()))
+    test = write(tmp_path / "test.jsonl", {"question": f"Tom has 2 cats. {pencils} Who has more?"})
+    rates = write(
+        tmp_path / "rates.jsonl",
+        *({"id": f"train/{number}", "pass_rate": rate} for number, rate in ((0, 1.0), (3, 0.25), (4, 0.5))),
+    )
+    steps = ["--cluster", 2, "--select", "zip:2", "--keep-difficulty", "0.1:0.9", "--difficulty", rates]
+    steps += ["--decontaminate", test, "--near-duplicates", "0.8"]
+    source = ("own", "--from", mine, "--prompt-key", "ask", "--out", tmp_path / "o", "--workers", "1")
+    code, out, err = run("prepare", *source, *steps)
+    assert (code, out.splitlines()) == (
+        0,
+        [
+            "near_duplicates: 1 of 5 training rows dropped",
+            f"decontaminate: 1 of 4 training rows dropped (1 for {test})",
+            "difficulty: 3 of 3 rows have one, from 0 to 0.75, median 0.5",
+            "keep_difficulty: 1 of 3 training rows dropped",
+            "select: 0 of 2 training rows dropped",
+            "cluster: 2 clusters of 1 to 1 rows",
+            f"{tmp_path}/o/own/train.parquet  2 rows, 2 verifiable",
+        ],
+    ), err
+    rows = pyarrow.parquet.read_table(tmp_path / "o" / "own" / "train.parquet").to_pylist()
+    assert [(row["id"], row["answer"], row["difficulty"]) for row in rows] == [
+        ("train/3", "391", 0.75),
+        ("train/4", "85", 0.5),
+    ]
+
+
 def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path):
     """In a true process: the hub's library reads these variables when it is imported."""
     variables = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}

@@ -3,14 +3,27 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 from nemo_jepo.config.errors import ConfigError, DataError
+from nemo_jepo.data.files import Keys
 from nemo_jepo.tools.prepare.records import Published, Row
 
 FORMATS = {".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 SPLIT_NAMES = {"train": "train", "test": "test", "valid": "validation", "validation": "validation"}
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Which files to read: the published ones at the pinned revision, unless it says otherwise."""
+
+    local: Path | None = None
+    """A local copy."""
+    revision: str | None = None
+    keys: Keys | None = None
+    """The columns of a file of one's own."""
 
 
 def published_files(published: Published, revision: str | None = None) -> dict[str, list[str]]:
@@ -64,7 +77,7 @@ def read_split(published: Published, files: list[str], is_local: bool) -> Iterat
     if missing:
         raise DataError(
             f"{files[0]}: no column {', '.join(map(repr, missing))}; it has {', '.join(sorted(first))}. "
-            f"Give a file with the columns of {published.home}."
+            f"{published.remedy or f'Give a file with the columns of {published.home}'}."
         )
     return _with_library_errors(chain([first], rows), files, is_local)
 

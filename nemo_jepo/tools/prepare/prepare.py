@@ -1,4 +1,7 @@
-"""Rows -> examples -> filters -> held-out split -> verifiable flags -> Parquet and manifest, all or nothing."""
+"""Rows -> examples -> filters -> held-out split -> steps -> verifiable flags -> Parquet and manifest, all or nothing.
+
+`nemo_jepo.tools.prepare.steps` says what a step is; without one nothing of it shows in the files.
+"""
 
 import hashlib
 import json
@@ -17,16 +20,16 @@ import pyarrow.parquet
 from tqdm import tqdm
 
 from nemo_jepo.config.errors import ConfigError, DataError
-from nemo_jepo.tools.prepare.origin import local_files, published_files, read_split
+from nemo_jepo.tools.prepare.origin import Origin, local_files, published_files, read_split
+from nemo_jepo.tools.prepare.own import OWN, own_file
 from nemo_jepo.tools.prepare.published import PUBLISHED
-from nemo_jepo.tools.prepare.records import FILTERS, Example, Published
+from nemo_jepo.tools.prepare.records import FILTERS, Example, Published, Rows, Splits
+from nemo_jepo.tools.prepare.steps import Step, run
+from nemo_jepo.tools.prepare.text import question_key
 from nemo_jepo.utils.files import sha256_of
 
 Judge = Callable[[Sequence[str]], Sequence[bool | None]]
 """Answers -> whether the verifier can grade each; None after a fault of the verifier."""
-
-Rows = list[tuple[str, Example]]
-"""(id, example), in the published order."""
 
 SCHEMA = pyarrow.schema(
     [
@@ -50,39 +53,50 @@ class Kept:
     examples: Rows = field(default_factory=list)
 
 
-def prepare(name: str, out: Path, judge: Judge, local: Path | None = None, revision: str | None = None) -> Path:
+def prepare(name: str, out: Path, judge: Judge, origin: Origin, steps: Sequence[Step] = ()) -> Path:
     """Write <out>/<name>: a Parquet file for each split, and manifest.json. The folder appears whole or not at all.
 
     Args:
         judge: asked once, about every answer; see `nemo_jepo.rewards.verifiable`.
-        local: a local copy of the published files.
-        revision: of the published files, instead of the pinned one.
+        origin: of the rows.
+        steps: what else drops rows or adds columns, in this order.
     Returns:
         The new folder.
     Raises:
-        ConfigError: no such data set, or the folder exists.
-        DataError: what cannot be read or written.
+        ConfigError: no such data set, the folder exists, or a step that drops rows without a training split.
+        DataError: what cannot be read or written, or no row is left.
     """
-    if name not in PUBLISHED:
-        raise ConfigError("NAME", name, "no such data set", f"Choose one of {', '.join(PUBLISHED)}")
-    published, target = PUBLISHED[name], out / name
+    if name not in (*PUBLISHED, OWN):
+        raise ConfigError("NAME", name, "no such data set", f"Choose one of {', '.join((*PUBLISHED, OWN))}")
+    published, target = own_file(origin) if name == OWN else PUBLISHED[name], out / name
+    for step in steps:
+        if step.drops and "train" not in published.files:
+            rule = "drops training rows, and this set has none"
+            raise ConfigError("NAME", name, f"{step.option} {rule}", f"Leave out {step.option}")
     if target.exists():
         raise ConfigError("--out", str(out), f"{target} exists", "Remove it, or choose another folder")
+    local, revision = origin.local, origin.revision
     files = local_files(published, local) if local else published_files(published, revision)
-    origin: dict[str, Any] = {"home": published.home, "licence": published.licence}
+    source: dict[str, Any] = {"home": published.home, "licence": published.licence}
     if published.conditions:
-        origin["conditions"] = published.conditions
+        source["conditions"] = published.conditions
     if local:
-        origin |= {"local_copy": {path: sha256_of(path) for paths in files.values() for path in paths}}
+        source |= {"local_copy": {path: sha256_of(path) for paths in files.values() for path in paths}}
     else:
-        origin |= {"revision": revision or published.revision, "files": files}
+        source |= {"revision": revision or published.revision, "files": files}
 
     splits = {split: keep(published, split, paths, local is not None) for split, paths in files.items()}
-    examples = held_out({split: kept.examples for split, kept in splits.items()}, published.held_out)
+    examples = {split: kept.examples for split, kept in splits.items()}
+    examples, first = run([step for step in steps if step.before_hold_out], examples)
+    examples = held_out(examples, published.held_out)
+    examples, then = run([step for step in steps if not step.before_hold_out], examples)
     answers = [example.answer for rows in examples.values() for _, example in rows]
     flags = iter(judge(answers) if published.verified else [False] * len(answers))
     flagged = {split: (rows, [next(flags) for _ in rows]) for split, rows in examples.items()}
-    return _write(target, flagged, {"name": name, "source": origin} | _counts(published, splits, examples))
+    manifest = {"name": name, "source": source} | _counts(published, splits, examples)
+    if steps:
+        manifest["steps"] = first + then
+    return _write(target, flagged, manifest, [step.column for step in steps if step.column is not None])
 
 
 def keep(published: Published, split: str, files: list[str], is_local: bool) -> Kept:
@@ -92,7 +106,7 @@ def keep(published: Published, split: str, files: list[str], is_local: bool) -> 
     for row in tqdm(rows, desc=f"read {split}", unit="row", mininterval=1, dynamic_ncols=True):
         example = published.read(row)
         if isinstance(example, Example) and "repeated" in published.filters:
-            question = hashlib.sha256(" ".join(example.question.split()).casefold().encode()).digest()
+            question = hashlib.sha256(question_key(example.question).encode()).digest()
             if question in seen:
                 example = "repeated"
             seen.add(question)
@@ -106,7 +120,7 @@ def keep(published: Published, split: str, files: list[str], is_local: bool) -> 
     return kept
 
 
-def held_out(splits: dict[str, Rows], most: int) -> dict[str, Rows]:
+def held_out(splits: Splits, most: int) -> Splits:
     """The splits, with a tenth of the training rows, but no more than `most`, as the validation split.
 
     The digest of its question decides whether a row is held out: the order and the other rows do not.
@@ -124,7 +138,7 @@ def held_out(splits: dict[str, Rows], most: int) -> dict[str, Rows]:
     }
 
 
-def _counts(published: Published, splits: dict[str, Kept], examples: dict[str, Rows]) -> dict[str, Any]:
+def _counts(published: Published, splits: dict[str, Kept], examples: Splits) -> dict[str, Any]:
     """The manifest's account of rows: before and after each filter, and beside the paper's."""
     filters: dict[str, list[dict[str, Any]]] = {}
     for split, kept in splits.items():
@@ -141,9 +155,18 @@ def _counts(published: Published, splits: dict[str, Kept], examples: dict[str, R
     return {"filters": filters} | ({"paper": paper} if published.paper else {})
 
 
-def _write(target: Path, splits: dict[str, tuple[Rows, list[bool | None]]], manifest: dict[str, Any]) -> Path:
-    """The folder, under a temporary name until it is whole."""
-    unfinished = None
+def _write(
+    target: Path,
+    splits: dict[str, tuple[Rows, list[bool | None]]],
+    manifest: dict[str, Any],
+    columns: Sequence[pyarrow.Field],
+) -> Path:
+    """The folder, under a temporary name until it is whole.
+
+    Args:
+        columns: beside those of `SCHEMA`; each has the name of an example's field.
+    """
+    unfinished, schema = None, pyarrow.schema([*SCHEMA, *columns])
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}.unfinished-", dir=target.parent))
@@ -151,12 +174,12 @@ def _write(target: Path, splits: dict[str, tuple[Rows, list[bool | None]]], mani
         written = {}
         for split, (rows, flags) in splits.items():
             file = unfinished / f"{split}.parquet"
-            pyarrow.parquet.write_table(_table(rows, flags), file, compression="zstd", write_page_checksum=True)
+            pyarrow.parquet.write_table(_table(rows, flags, schema), file, compression="zstd", write_page_checksum=True)
             counts = {"rows": len(rows), "verifiable": flags.count(True), "verifier_faults": flags.count(None)}
             written[file.name] = counts | {"sha256": sha256_of(file)}
         manifest = manifest | {
             "files": written,
-            "columns": SCHEMA.names,
+            "columns": schema.names,
             "prepared_by": f"nemo_jepo {version('nemo_jepo')}",
         }
         (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
@@ -170,13 +193,9 @@ def _write(target: Path, splits: dict[str, tuple[Rows, list[bool | None]]], mani
     return target
 
 
-def _table(rows: Rows, flags: Sequence[bool | None]) -> pyarrow.Table:
-    columns = {
-        "question": [example.question for _, example in rows],
-        "answer": [example.answer for _, example in rows],
-        "chain_of_thought": [example.chain_of_thought for _, example in rows],
-        "verifiable": [bool(flag) for flag in flags],
-        "id": [row_id for row_id, _ in rows],
-        "source": [example.source for _, example in rows],
-    }
-    return pyarrow.table(columns, schema=SCHEMA)
+def _table(rows: Rows, flags: Sequence[bool | None], schema: pyarrow.Schema) -> pyarrow.Table:
+    columns: dict[str, list[Any]] = {"verifiable": [bool(flag) for flag in flags], "id": [row_id for row_id, _ in rows]}
+    for name in schema.names:
+        if name not in columns:
+            columns[name] = [getattr(example, name) for _, example in rows]
+    return pyarrow.table(columns, schema=schema)

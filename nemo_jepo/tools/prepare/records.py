@@ -18,6 +18,15 @@ class Example:
     """Where the question is from within the data set: a subject, a competition, a book."""
     id: str | None = None
     """None: <split>/<row number in the published split>."""
+    difficulty: float | None = None
+    """0 (always solved) to 1 (never), where --difficulty has one."""
+    cluster: int | None = None
+    """Where --cluster was asked for."""
+
+
+Rows = list[tuple[str, Example]]
+"""(id, example), in the published order."""
+Splits = dict[str, Rows]
 
 
 HUB = "hf://datasets/{home}@{{revision}}/{files}"
@@ -63,6 +72,8 @@ class Published:
     """What arXiv 2503.19618 says of its own preparation."""
     paper_count: int | None = None
     """The paper's number of examples in all splits."""
+    remedy: str = ""
+    """What to do where a column is missing; empty: give a file with the columns of `home`."""
 
 
 def text_of(row: Row, column: str) -> str:

@@ -11,7 +11,7 @@ from nemo_jepo.config.errors import ConfigError, DataError
 from nemo_jepo.config.schema import AnswerConfig, DataConfig
 from nemo_jepo.data.dataset import load_prompts
 from nemo_jepo.tools.prepare.benchmarks import gpqa
-from nemo_jepo.tools.prepare.origin import published_files
+from nemo_jepo.tools.prepare.origin import Origin, published_files
 from nemo_jepo.tools.prepare.prepare import prepare
 from nemo_jepo.tools.prepare.published import PUBLISHED
 from nemo_jepo.tools.prepare.records import FILTERS
@@ -47,7 +47,7 @@ def never(answers):
 
 def prepared(name, out, local, judge=only_short):
     """(split -> rows, manifest) of a data set prepared from local files."""
-    folder = prepare(name, out, judge, local)
+    folder = prepare(name, out, judge, Origin(local))
     assert folder == out / name
     rows = {path.stem: pyarrow.parquet.read_table(path).to_pylist() for path in folder.glob("*.parquet")}
     return rows, json.loads((folder / "manifest.json").read_text())
@@ -275,7 +275,7 @@ def test_prepared_files_are_read_by_the_data_loader(tmp_path, tokenizer):
 
 def refused(kind, name, out, local):
     with pytest.raises(kind) as caught:
-        prepare(name, out, only_short, local)
+        prepare(name, out, only_short, Origin(local))
     assert "\n" not in str(caught.value)
     assert not out.exists() or not [path for path in out.iterdir() if path.name != name]
     return str(caught.value)
@@ -292,7 +292,8 @@ def test_a_missing_column_is_named_with_those_there_are(tmp_path):
 def test_an_unknown_name_lists_those_there_are(tmp_path):
     line = refused(ConfigError, "numena", tmp_path / "out", None)
     known = (
-        "math, numina, numina_proof, gsm8k, proofnet, math500, aime24, aime25, olympiadbench, minerva, minif2f, gpqa"
+        "math, numina, numina_proof, gsm8k, proofnet, math500, aime24, aime25, olympiadbench, minerva, minif2f, gpqa, "
+        "own"
     )
     assert line == f"NAME='numena': no such data set. Choose one of {known}."
 
