@@ -164,7 +164,7 @@ def build_update(tokens_per_row: int) -> Callable[[Sequence[Spliced], Sequence[P
     parallel.init_model_parallel(config.model)
     layout, rule = parallel.Layout(), update_rule(config.objective, config.advantage, config.kl)
     actor = MegatronJEPOActor(load_hf_config(SHAPE), config.model, "fp32", layout)
-    load_initial_weights(actor, None, config.model.seed)
+    load_initial_weights(actor, None, config.model.seed, verify="none")
     actor.keep_reference_policy()
     actor.start_training(OptimConfig(lr=1e-4), 1.0, 1000)
 

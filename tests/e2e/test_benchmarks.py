@@ -69,6 +69,7 @@ def test_the_rollout_benchmark_writes_every_figure(tmp_path):
     assert all(ratio in done.stdout for part in ("sampling", "sync", "hidden") for ratio in report[part]["ratios"])
 
 
+@pytest.mark.timeout(900)  # six starts of a process, one after another, on a machine that may be busy
 def test_import_and_export_hold_little_more_than_the_share(tmp_path):
     """A model of 200 MB, of which no tensor is over 5 MB: a second copy of the layers' fc1, 117 MB, would show."""
     size = convert_memory.Size(hidden=512, layers=14, inner=4096, heads=8, kv_heads=4, vocab=2000)

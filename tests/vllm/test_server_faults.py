@@ -33,7 +33,8 @@ def test_a_worker_that_hangs_is_named_and_the_other_server_gets_the_weights_once
     worker = max(named(both[0].process.pid, "Worker"), key=lambda process: process.pid)
     pool = Pool(urls, VLLMConfig(), KEY, VOCAB)
     with transfer_of(pool, new, tmp_path, sync_timeout_s=60.0) as transfer:  # a worker waits twice as long for tensors
-        assert transfer.push(urls, stream(old), 1) == Pushed(updated=tuple(urls))
+        first = transfer.push(urls, stream(old), 1)
+        assert first == Pushed(updated=tuple(urls)), first.lost
         transfer._settings.sync_timeout_s = 10.0
         try:
             pushed = transfer.push(urls, stopping(worker, stream(new)), 2)
@@ -78,7 +79,8 @@ def test_a_server_that_is_killed_in_mid_push_is_lost_at_once_and_requests_in_fli
             yield item
 
     with transfer_of(pool, new, tmp_path, sync_timeout_s=5000.0) as transfer:  # more than this test may take
-        assert transfer.push(urls, stream(old), 1) == Pushed(updated=tuple(urls))
+        first = transfer.push(urls, stream(old), 1)
+        assert first == Pushed(updated=tuple(urls)), first.lost
         pool.admit(other.url, 1)
         work = pool.submit(PROMPTS * 4, request(max_tokens=80), (), only=other.url)
         pushed = transfer.push(urls, killing(), 2)
