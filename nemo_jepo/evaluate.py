@@ -27,6 +27,7 @@ from nemo_jepo.config.schema import Config
 from nemo_jepo.config.warmup import started_from
 from nemo_jepo.data.dataset import PromptSplits
 from nemo_jepo.data.oracle import ArithmeticOracle
+from nemo_jepo.data.verdict import VerdictWriter
 from nemo_jepo.grading import grade
 from nemo_jepo.held_out import (
     Graded,
@@ -35,6 +36,7 @@ from nemo_jepo.held_out import (
     likelihoods,
     median_over_prompts,
     proxy_nll,
+    verified_at_k,
 )
 from nemo_jepo.metrics import chain_gain, mean, merge, rollout_metrics, rollout_records
 from nemo_jepo.objective.records import GroupScores, Scored
@@ -197,8 +199,23 @@ def sampled_answers(t: Trainer, prompts: Sequence[Prompt], rollouts: Sequence[Ro
     }
     if size > 1:
         metrics |= accuracies_at_k(graded, size)
+    if size > 1 and t.verdicts is not None:
+        metrics |= verified_at_k(graded, own_confidences(t, t.verdicts, prompts, rollouts, size), size)
     judges = Judges(t.config.evaluation, Path(t.config.exp_manager.exp_dir), t.servers)
     return metrics | judged_answers(judges, layout, cases_to_judge(prompts, rollouts, answers, verdicts), len(graded))
+
+
+def own_confidences(
+    t: Trainer, verdicts: VerdictWriter, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], size: int
+) -> list[float]:
+    """pi(yes) behind the own answer of each sample that arrived, 0 where it has none; all ranks call."""
+    sequences = verdicts.claims(t.splicer.splice_own(prompts, rollouts))
+    scored = score(t.actor, SplicedBatch(sequences=sequences, group_size=size), read_reference=False)
+    return [
+        math.exp(values[-sequence.verdict_length :].sum().item()) if sequence.verdict_length else 0.0
+        for sequence, values in zip(sequences, scored.policy.policy_logprobs, strict=True)
+        if not sequence.failed
+    ]
 
 
 def greedy_answers(t: Trainer, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> dict[str, Pair]:

@@ -8,7 +8,7 @@ Source: arXiv 2503.19618, Section 4 and Eq. 6; arXiv 2107.03374, Eq. 1 (pass@k).
 """
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -130,17 +130,67 @@ def pass_at(k: int, num_samples: int, num_right: int) -> float:
     return 1 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
 
 
-def majority(group: Sequence[Graded]) -> float:
+def majority(group: Sequence[Graded], weights: Sequence[float] | None = None) -> float:
     """Whether the commonest answer of a prompt is right; where several tie, the share of right ones among them.
 
     Equal answers have equal text once marks, case and white space are gone: "**42**." is "42", and "0.5" is not "1/2",
     right or wrong alike. To have no answer is an answer too, a wrong one: samples without one never help the others.
+
+    Args:
+        weights: of each sample's vote; None: 1.
     """
-    votes = Counter(_vote(one) for one in group)
+    votes: dict[str | None, float] = defaultdict(float)
+    for one, weight in zip(group, weights or [1.0] * len(group), strict=True):
+        votes[_vote(one)] += weight
     most = max(votes.values())
     right = {_vote(one) for one in group if one.verdict == 1}
     winners = [vote for vote, count in votes.items() if count == most]
     return sum(winner in right for winner in winners) / len(winners)
+
+
+def verified_at_k(graded: Sequence[Graded], confidences: Sequence[float], k: int) -> dict[str, Pair]:
+    """What a model's own verdicts add to k samples: means over the prompts of which all k arrived.
+
+    s = pi(yes | x, chain, answer, question), 0 without an answer. For j = 4, 8, 16, .. and k, over the k/j blocks of j
+    samples in the order in which they were drawn:
+
+    maj_at_j             the commonest answer is right
+    weighted_maj_at_j    the answer is right whose samples have the largest sum of s
+    best_at_j            the sample of the largest s is right; where several tie, the share of right ones among them
+    verdict_of_right     mean s of right answers
+    verdict_of_wrong     mean s of wrong ones, those that are there
+    verdict_accuracy     share of answers for which s > 1/2 says whether they are right
+
+    Args:
+        graded, confidences: of each sample that arrived, in the order of prompts and samples.
+    Source: arXiv 2505.04842 (RL^V): best-of-N and weighted voting.
+    """
+    groups: dict[int, list[tuple[Graded, float]]] = {}
+    for one, confidence in zip(graded, confidences, strict=True):
+        groups.setdefault(one.group, []).append((one, confidence))
+    whole = [group for group in groups.values() if len(group) == k]
+    found: dict[str, Pair] = {}
+    for j in sorted({k, *(2**power for power in range(2, k.bit_length()) if 2**power < k)}):
+        blocks = [group[first : first + j] for group in whole for first in range(0, k - j + 1, j)]
+        share = len(whole) / len(blocks) if blocks else 0.0
+        values: dict[str, list[float]] = {"maj": [], "weighted_maj": [], "best": []}
+        for block in blocks:
+            samples, weights = zip(*block, strict=True)
+            values["maj"].append(majority(samples))
+            values["weighted_maj"].append(majority(samples, weights))
+            best = [one for one, weight in block if weight == max(weights)]
+            values["best"].append(sum(one.verdict == 1 for one in best) / len(best))
+        for name, of_blocks in values.items():
+            found[f"{name}_at_{j}"] = math.fsum(of_blocks) * share, float(len(whole))
+    known = [(one, s) for one, s in zip(graded, confidences, strict=True) if one.answer and one.verdict is not None]
+    judged = [(one.verdict == 1, s) for one, s in known]
+    right, wrong = ([s for is_right, s in judged if is_right == which] for which in (True, False))
+    agreed = sum((s > 0.5) == is_right for is_right, s in judged)
+    return found | {
+        "verdict_of_right": (math.fsum(right), float(len(right))),
+        "verdict_of_wrong": (math.fsum(wrong), float(len(wrong))),
+        "verdict_accuracy": (float(agreed), float(len(judged))),
+    }
 
 
 def _vote(one: Graded) -> str | None:

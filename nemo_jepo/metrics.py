@@ -5,6 +5,7 @@ report. Names follow NeMo-Aligner's prefixes train_rollouts/, train_optim/, val_
 samples per prompt.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -37,6 +38,8 @@ def step_metrics(
         sampler_counts: what went wrong in sampling so far, by name.
     """
     metrics = update_metrics(rule, scored.groups, weights)
+    if rule.verdict_weight:
+        metrics |= verdict_metrics(scored.sequences, scored.policy)
     if rollouts:
         metrics |= rollout_metrics(scored.sequences, rollouts, scored.policy, policy_version)
         metrics |= {name: (count, 1.0) for name, count in sampler_counts.items()}
@@ -230,6 +233,30 @@ def rollout_metrics(
     }
 
 
+def verdict_metrics(sequences: Sequence[Spliced], scores: Scores) -> dict[str, Pair]:
+    """What a policy that verifies itself says of its own answers, where their reward is known.
+
+        verdict_yes_rate    share of answers that are right: the balance of the two classes
+        verdict_nll         mean of -log pi(verdict | chain, answer, question), nats
+        verdict_accuracy    share of verdicts of probability above 1/2
+
+    Args:
+        sequences: those with a verdict count.
+        scores: of all of them.
+    """
+    logprobs, num_yes = [], 0
+    for sequence, values in zip(sequences, scores.policy_logprobs, strict=False):
+        if sequence.verdict is not None:
+            logprobs.append(values[-sequence.verdict_length :].sum().item())
+            num_yes += sequence.verdict
+    count = float(len(logprobs))
+    return {
+        "verdict_yes_rate": (float(num_yes), count),
+        "verdict_nll": (-math.fsum(logprobs), count),
+        "verdict_accuracy": (float(sum(logprob > -math.log(2) for logprob in logprobs)), count),
+    }
+
+
 def without_valid_sample(rule: UpdateRule, means: Mapping[str, float]) -> str:
     """Of a batch without a valid sample: why, what still acts on the weights, and what to do.
 
@@ -298,6 +325,8 @@ def rollout_records(
     for index, sequence in enumerate(sequences):
         prompt, start = prompts[sequence.group], sequence.prompt_length
         chain_end = start + sequence.chain_length
+        token_ids = sequence.token_ids[: chain_end + sequence.answer_length]
+        scored = slice(sequence.chain_length + sequence.answer_length)
         marker = marker_span(sequence.token_ids[start:chain_end])
         records.append(
             {
@@ -305,7 +334,7 @@ def rollout_records(
                 "sample": sequence.sample,
                 "prompt": prompt.question,
                 "chain_of_thought": decode(sequence.token_ids[start:chain_end]),
-                "answer": decode(sequence.token_ids[chain_end:]),
+                "answer": decode(token_ids[chain_end:]),
                 "reference_answer": prompt.answer,
                 "valid": sequence.valid,
                 "misaligned": sequence.misaligned,
@@ -315,9 +344,9 @@ def rollout_records(
                 "chain_length": sequence.chain_length,
                 "answer_length": sequence.answer_length,
                 "marker": None if marker is None else [start + marker[0], start + marker[1]],
-                "token_ids": list(sequence.token_ids),
-                "tokens": token_texts(sequence.token_ids, decode),
-                "policy_logprobs": [round(value, 5) for value in scores.policy_logprobs[index].tolist()],
+                "token_ids": list(token_ids),
+                "tokens": token_texts(token_ids, decode),
+                "policy_logprobs": [round(value, 5) for value in scores.policy_logprobs[index][scored].tolist()],
                 "generation_logprobs": [round(value, 5) for value in sequence.generation_logprobs],
                 **{name: table[sequence.group, sequence.sample].item() for name, table in tables.items()},
             }

@@ -37,6 +37,7 @@ from nemo_jepo.data.dataset import PromptSplits, has_split, training_texts
 from nemo_jepo.data.splice import Splicer
 from nemo_jepo.data.stream import PromptStream
 from nemo_jepo.data.tokenizer import load_tokenizer, train_tokenizer
+from nemo_jepo.data.verdict import VerdictWriter
 from nemo_jepo.grading import RuleReward
 from nemo_jepo.objective.records import UpdateRule
 from nemo_jepo.refill import Refill
@@ -70,6 +71,8 @@ class Trainer:
     reward: "RuleReward | HybridReward"
     """What own answers earn."""
     checkpoints: CheckpointWriter
+    verdicts: VerdictWriter | None = None
+    """Asks samples about their own answers, where the run does so (self_verification.weight)."""
     refill: Refill | None = None
     """Drops prompts and draws others, where the run does so (refill.max_batches)."""
     servers: tuple[tuple[str, ...], str] | None = None
@@ -91,13 +94,17 @@ def prompts_of_replica(batch: Sequence[Prompt], layout: Layout) -> Sequence[Prom
 
 
 def update_rule(
-    objective: ObjectiveConfig, advantage: AdvantageConfig, kl: KLConfig, dpo: DPOConfig | None = None
+    objective: ObjectiveConfig,
+    advantage: AdvantageConfig,
+    kl: KLConfig,
+    dpo: DPOConfig | None = None,
+    verdict_weight: float = 0.0,
 ) -> UpdateRule:
-    """The settings objective.*, advantage.*, kl.* and dpo.* as the objective takes them."""
+    """objective.*, advantage.*, kl.*, dpo.* and self_verification.weight as the objective takes them."""
     settings = dataclasses.asdict(objective) | dataclasses.asdict(advantage)
     settings.pop("sft_target"), settings.pop("reward")
     dpo = dpo or DPOConfig()
-    settings |= {"kl_beta": kl.beta, "kl_estimator": kl.estimator}
+    settings |= {"kl_beta": kl.beta, "kl_estimator": kl.estimator, "verdict_weight": verdict_weight}
     return UpdateRule(**settings, pair_beta=dpo.beta, reject_longest=dpo.reject_longest)
 
 
@@ -233,7 +240,7 @@ def build(config: Config, folder: Path, layout: Layout, servers: OwnServers, spl
     return Trainer(
         config=config,
         objective=objective,
-        rule=update_rule(config.objective, config.advantage, config.kl, config.dpo),
+        rule=update_rule(config.objective, config.advantage, config.kl, config.dpo, config.self_verification.weight),
         layout=layout,
         tokenizer=tokenizer,
         splicer=splicer,
@@ -244,6 +251,7 @@ def build(config: Config, folder: Path, layout: Layout, servers: OwnServers, spl
         verifier=verifier,
         reward=reward_of(config, RuleReward(verifier, splicer, layout), servers.addresses),
         checkpoints=checkpoint_writer(loop, folder / "checkpoints", hf_config, tokenizer),
+        verdicts=verdict_writer(config, tokenizer),
         refill=Refill(config.refill) if config.refill.max_batches > 1 and not objective.supervised else None,
         servers=servers.addresses,
     )
@@ -264,6 +272,24 @@ def reward_of(
 
     only_verifiable = config.objective.kind.reads_likelihood
     return HybridReward(config.hybrid, rule, only_verifiable, Path(config.exp_manager.exp_dir), run_servers)
+
+
+def verdict_writer(config: Config, tokenizer: PreTrainedTokenizerBase) -> VerdictWriter | None:
+    """What asks samples about their own answers; None where nothing does (self_verification.weight=0).
+
+    Raises:
+        ConfigError: a sequence would no longer fit into a row.
+    """
+    if not config.self_verification.weight or config.objective.kind.supervised:
+        return None
+    writer = VerdictWriter(tokenizer, config.self_verification)
+    generated = max(config.rollout.max_tokens, config.evaluation.max_tokens or 0)
+    longest, room = config.data.max_prompt_tokens + generated + writer.num_tokens, config.model.tokens_per_micro_batch
+    if longest > room:
+        rule = f"with {writer.num_tokens} tokens of it a sequence may have {longest}, a row {room}"
+        fix = "Raise model.tokens_per_micro_batch, or ask in fewer words"
+        raise ConfigError("self_verification.question", config.self_verification.question, rule, fix)
+    return writer
 
 
 def task_scorer(config: Config) -> TaskScorer:

@@ -99,6 +99,8 @@ def splice(t: Trainer, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -
     verifiable = uses_verifiable_reward(t.rule.name, table).tolist()
     own = t.splicer.splice_own(prompts, rollouts)
     sequences = [o if verifiable[r.group] else r for o, r in zip(own, batch.sequences, strict=True)]
+    if t.verdicts is not None:
+        sequences = t.verdicts.targets(prompts, sequences, rewards)
     return replace(batch, sequences=sequences, rewards=rewards)
 
 

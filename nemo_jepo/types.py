@@ -90,6 +90,12 @@ class Spliced:
     """The answer is the reference answer, and its last token ends the turn."""
     generation_logprobs: tuple[float, ...] = ()
     """[chain_length], or [chain_length + answer_length] with own_answer; empty when nothing was sampled (sft)."""
+    question_length: int = 0
+    """Tokens behind an own answer that ask whether it is right (self_verification); they are scored, not trained on."""
+    verdict_length: int = 0
+    """Tokens behind the question that say yes or no."""
+    verdict: bool | None = None
+    """What they say; None without any."""
 
     @property
     def sampled(self) -> bool:
@@ -150,6 +156,7 @@ class Scores:
     """What one forward pass says of N sequences; every tensor float32 on the host."""
 
     policy_logprobs: tuple[Tensor, ...]
-    """N tensors [chain_length + answer_length], nats, of the tokens after the prompt."""
+    """N tensors, nats, of the tokens after the prompt: [chain_length + answer_length], and behind a sequence with a
+    verdict [question_length + verdict_length] more."""
     entropies: tuple[Tensor, ...] = ()
     """N tensors of the same shapes, nats: entropy of each token's distribution; () where nobody asked for them."""

@@ -110,6 +110,7 @@ def check(config: Config, world_size: int, trains: bool = True) -> None:
     _check_sampler(config.rollout, config.objective, config.trainer)
     _check_judges(config.evaluation, config.rollout)
     _check_reward(config.objective, config.hybrid, config.rollout)
+    _check_self_verification(config, trains)
     check_fp8_settings(config.model, config.trainer.precision)
     _check_model(config.model, config.pretrained_checkpoint)
     _check_loggers(config.exp_manager)
@@ -345,6 +346,17 @@ def _check_reward(objective: ObjectiveConfig, hybrid: HybridConfig, rollout: Rol
         rule = "nobody asks it with objective.reward=rule"
         raise ConfigError("hybrid.verifier.url", hybrid.verifier.url, rule, "Add objective.reward=hybrid")
     _check_judge(hybrid.verifier, "hybrid.verifier", rollout)
+
+
+def _check_self_verification(config: Config, trains: bool) -> None:
+    objective, verification = config.objective, config.self_verification
+    if verification.weight and trains and not objective.kind.reads_verifier:
+        names = ", ".join(name for name, kind in OBJECTIVES.items() if kind.reads_verifier)
+        rule = f"objective={objective.name} knows no right and wrong of own answers; {names} do"
+        raise ConfigError("self_verification.weight", verification.weight, rule, "Use 0, or one of these")
+    if verification.weight and not config.evaluation.verify:
+        rule = "weighs own answers, and evaluation.verify=false decodes none"
+        raise ConfigError("self_verification.weight", verification.weight, rule, "Use evaluation.verify=true, or 0")
 
 
 def _check_model(model: ModelConfig, pretrained: PretrainedConfig) -> None:

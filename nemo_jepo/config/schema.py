@@ -47,6 +47,7 @@ __all__ = [  # every section, wherever it stands
     "PretrainedConfig",
     "RolloutConfig",
     "SchedConfig",
+    "SelfVerificationConfig",
     "TokenizerConfig",
     "TrainerConfig",
     "VLLMConfig",
@@ -244,6 +245,21 @@ class DPOConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class SelfVerificationConfig:
+    """A verdict on its own answer that the policy learns beside rloo, jepo_rl or dpo."""
+
+    weight: float = setting(0.0, ge=0)
+    """lambda: weight of log pi(verdict | chain, own answer, question), mean over samples and prompts; 0: none is asked
+    for. An evaluation with more than 0 weighs its samples by them (best_at_j, weighted_maj_at_j)."""
+    question: str = "\nIs this answer correct?"
+    """What stands behind the own answer."""
+    yes: str = " Yes"
+    """The verdict on an answer whose reward is 1."""
+    no: str = " No"
+    """The verdict on any other."""
+
+
+@dataclass(kw_only=True, slots=True)
 class AdvantageConfig:
     """Post-processing of raw advantages (App. B.2): clip(A / std(A), -clip, clip), no mean subtraction."""
 
@@ -397,6 +413,7 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     hybrid: HybridConfig = field(default_factory=HybridConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
+    self_verification: SelfVerificationConfig = field(default_factory=SelfVerificationConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     refill: RefillConfig = field(default_factory=RefillConfig)
     kl: KLConfig = field(default_factory=KLConfig)

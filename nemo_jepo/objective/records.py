@@ -41,6 +41,7 @@ class UpdateRule:
     kl_estimator: str
     pair_beta: float = 0.1
     reject_longest: bool = False
+    verdict_weight: float = 0.0
 
     def __post_init__(self) -> None:
         for key, allowed in (
@@ -133,6 +134,8 @@ class SampleWeights:
     """[3], over the global batch: of the likelihood, the verifiable and the format advantage before scaling."""
     answer_slope: Tensor | None = None
     """[P, G, T] of each answer token's own factor; None where all tokens of an answer weigh the same."""
+    verdict_weight: Tensor | None = None
+    """Of grad log pi on the verdict behind an own answer (self_verification); None where nobody learns one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

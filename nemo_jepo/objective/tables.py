@@ -35,11 +35,11 @@ def group_scores(batch: SplicedBatch, scores: Scores, reference: Scores | None =
 
     answer_logprob, end_logprob, log_ratio, own_answer_log_ratio, k3 = [], [], [], [], []
     for index, sequence in enumerate(sequences):
-        policy = scores.policy_logprobs[index].double()
+        policy = scores.policy_logprobs[index].double()[: sequence.chain_length + sequence.answer_length]
         answer_logprob.append(policy[sequence.chain_length :].sum().item())
         end_logprob.append(policy[-1:].sum().item())
         if reference is not None and not sequence.failed:
-            ratios = policy - reference.policy_logprobs[index].double()
+            ratios = policy - reference.policy_logprobs[index].double()[: len(policy)]
             chain, behind = ratios[: sequence.chain_length], ratios[sequence.chain_length :]
             log_ratio.append(k1_estimate(chain).item())
             own_answer_log_ratio.append(behind.sum().item() if sequence.own_answer else 0.0)
@@ -97,6 +97,6 @@ def _padded_answers(batch: SplicedBatch, sequences: Sequence[Spliced], logprobs:
     longest = max((sequence.answer_length for sequence in batch.to_score), default=0)
     padded = torch.zeros(len(sequences), longest, dtype=torch.float64)
     for row, sequence, values in zip(padded, sequences, logprobs, strict=True):
-        answer = values[sequence.chain_length :]
+        answer = values[sequence.chain_length :][: sequence.answer_length]
         row[: len(answer)] = answer
     return padded

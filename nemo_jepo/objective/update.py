@@ -31,6 +31,7 @@ from nemo_jepo.objective.likelihood import AnswerLikelihood
 from nemo_jepo.objective.pairs import compare, preference_weight
 from nemo_jepo.objective.records import GroupScores, SampleWeights, Scored, SequenceLogprobs, UpdateRule
 from nemo_jepo.objective.registry import LIKELIHOOD_TERMS, uses_verifiable_reward
+from nemo_jepo.types import Spliced
 
 Reduce = Callable[[Tensor], Tensor]
 """A tensor of this rank -> its sum (or maximum) over data-parallel ranks."""
@@ -49,6 +50,7 @@ def sample_weights(
         policy_weight_i = (A~_i * (1/n | 1) / P_mean  +  f A~fmt_i / (n P)) / policy tokens
         answer_weight_i = beta_sup * w_i / P_mean / answer tokens          times answer_slope_it where there is one
         end_weight_i    = f ends_i / (n P)
+        verdict_weight_i = lambda / (n P)                           where self_verification asks for one
         kl_weight_i     = beta / (n P)
 
     A~ and w come from the reward of the objective, w with its slope (`nemo_jepo.objective.likelihood`).
@@ -107,6 +109,7 @@ def sample_weights(
         advantage=advantage,
         advantage_std=std,
         answer_slope=answer_slope,
+        verdict_weight=rule.verdict_weight * per_sample if rule.verdict_weight else None,
     )
 
 
@@ -194,7 +197,14 @@ def pair_weights(rule: UpdateRule, scores: GroupScores, reduce_sum: Reduce = onl
         kl_weight=nothing,
         advantage=signed / rule.pair_beta,
         advantage_std=nothing.new_zeros(3),
+        verdict_weight=rule.verdict_weight * _per_sample(scores, arrived) if rule.verdict_weight else None,
     )
+
+
+def _per_sample(scores: GroupScores, num_prompts: Tensor) -> Tensor:
+    """[P, G] 1 / (n P) of samples that arrived, 0 elsewhere."""
+    arrived = scores.arrived_mask
+    return arrived * share(arrived.sum(-1, keepdim=True)) * share(num_prompts)
 
 
 def _format_terms(rule: UpdateRule, scores: GroupScores) -> FormatTerms:
@@ -331,8 +341,9 @@ def token_weights(rule: UpdateRule, scored: Scored, weights: SampleWeights) -> l
         scored: N sequences, ordered by (group, sample), with their log-probs.
         weights: of the same samples.
     Returns:
-        Tensors [chain_length + answer_length] float32, detached; loss = -sum(weights * log-probs). Empty for a failed
-        sample. Behind the N sequences' those of the sequences without a chain, which nothing trains: zeros.
+        Tensors [chain_length + answer_length] float32, detached; loss = -sum(weights * log-probs). Where a sequence has
+        a verdict, zeros for its question and verdict_weight for the verdict follow. Empty for a failed sample. Behind
+        the N sequences' those of the sequences without a chain, which nothing trains: zeros.
     Raises:
         ValueError: see `sequence_weights`.
     """
@@ -344,18 +355,30 @@ def token_weights(rule: UpdateRule, scored: Scored, weights: SampleWeights) -> l
         if sequence.failed:
             token_weights.append(torch.zeros(0))
             continue
+        sampled = slice(sequence.chain_length + sequence.answer_length)
         logprobs = SequenceLogprobs(
             chain_length=sequence.chain_length,
             answer_length=sequence.answer_length,
             own_answer=sequence.own_answer,
-            policy_logprobs=scored.policy.policy_logprobs[index] if scored.policy.policy_logprobs else None,
-            reference_logprobs=None if scored.reference is None else scored.reference.policy_logprobs[index],
+            policy_logprobs=scored.policy.policy_logprobs[index][sampled] if scored.policy.policy_logprobs else None,
+            reference_logprobs=None if scored.reference is None else scored.reference.policy_logprobs[index][sampled],
             generation_logprobs=torch.tensor(sequence.generation_logprobs),
         )
         slope = None if slopes is None else slopes[index, : sequence.answer_length]
-        token_weights.append(sequence_weights(rule, logprobs, policy, answer, kl, end, slope))
+        of_tokens = sequence_weights(rule, logprobs, policy, answer, kl, end, slope)
+        if sequence.verdict is not None:
+            of_tokens = torch.cat([of_tokens, _verdict_weights(sequence, weights)])
+        token_weights.append(of_tokens)
     untrained = scored.batch.no_chain or ()
     return token_weights + [torch.zeros(sequence.chain_length + sequence.answer_length) for sequence in untrained]
+
+
+def _verdict_weights(sequence: Spliced, weights: SampleWeights) -> Tensor:
+    """[question_length + verdict_length]: the question is read, the verdict is learnt."""
+    of_verdict = torch.zeros(sequence.question_length + sequence.verdict_length)
+    if weights.verdict_weight is not None:
+        of_verdict[sequence.question_length :] = weights.verdict_weight[sequence.group, sequence.sample]
+    return of_verdict
 
 
 def sequence_weights(

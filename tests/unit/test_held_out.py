@@ -15,6 +15,7 @@ from nemo_jepo.held_out import (
     median_over_prompts,
     pass_at,
     proxy_nll,
+    verified_at_k,
 )
 from nemo_jepo.metrics import chain_gain
 from nemo_jepo.objective.records import GroupScores
@@ -249,3 +250,39 @@ def test_to_withhold_ones_wrong_answers_does_not_help_the_majority():
         said = [RIGHT, *((text, 0.0) for text in wrong)]
         as_an_answer = [RIGHT, *(("nothing" if text is None else text, 0.0) for text in wrong)]
         assert majority(graded(*said)) == majority(graded(*as_an_answer))
+
+
+# ---- own verdicts ----------------------------------------------------------------------------------------------------
+
+
+def test_own_verdicts_by_hand():
+    """Two prompts of four samples. 1: the majority is wrong, the verdicts know it. 2: two answers are absent."""
+    samples = [
+        *graded(("7", 0.0), ("7", 0.0), ("7", 0.0), ("42", 1.0)),
+        *graded((None, 0.0), (None, 0.0), ("5", 1.0), ("6", 0.0), group=1),
+    ]
+    confidences = [0.1, 0.2, 0.1, 0.9, 0.0, 0.0, 0.3, 0.3]
+    found = verified_at_k(samples, confidences, 4)
+    assert found["maj_at_4"] == (0.0, 2.0)
+    assert found["weighted_maj_at_4"] == (1.0 + 0.5, 2.0)
+    assert found["best_at_4"] == (1.0 + 0.5, 2.0)
+    assert found["verdict_of_right"] == (pytest.approx(1.2), 2.0)
+    assert found["verdict_of_wrong"] == (pytest.approx(0.7), 4.0)
+    assert found["verdict_accuracy"] == (5.0, 6.0)
+
+
+def test_smaller_numbers_of_samples_are_means_over_blocks_of_them():
+    samples = graded(*[("1", 1.0)] * 4, *[("2", 0.0)] * 4)
+    confidences = [0.5] * 4 + [0.6] * 4
+    found = verified_at_k(samples, confidences, 8)
+    assert set(found) >= {"maj_at_4", "maj_at_8", "best_at_4", "best_at_8", "weighted_maj_at_4", "weighted_maj_at_8"}
+    assert found["best_at_4"] == (0.5, 1.0) and found["best_at_8"] == (0.0, 1.0)
+    assert found["maj_at_8"] == (0.5, 1.0) and found["weighted_maj_at_8"] == (0.0, 1.0)
+
+
+def test_a_prompt_that_lost_a_sample_is_left_out_and_equal_confidences_vote_as_the_majority():
+    samples = [*graded(("1", 1.0), ("1", 1.0), ("2", 0.0)), *graded(*[("3", 1.0)] * 3, ("4", 0.0), group=1)]
+    found = verified_at_k(samples, [0.5] * 7, 4)
+    assert found["maj_at_4"] == found["weighted_maj_at_4"] == (1.0, 1.0)
+    assert found["best_at_4"] == (0.75, 1.0)
+    assert verified_at_k([], [], 4)["best_at_4"] == (0.0, 0.0)

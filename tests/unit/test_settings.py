@@ -220,6 +220,12 @@ def test_the_whole_line_of_a_broken_rule():
             1,
             "rollout.sync_interval=None: sampling ahead gives its samples the newest weights",
         ),
+        (["self_verification.weight=1"], 1, "self_verification.weight=1.0: objective=jepo knows no right and wrong"),
+        (
+            ["objective=rloo", "self_verification.weight=1", "evaluation.verify=false"],
+            1,
+            "self_verification.weight=1.0: weighs own answers, and evaluation.verify=false decodes none",
+        ),
         (["objective=dpo", "kl.beta=0.1"], 1, "kl.beta=0.1: objective=dpo holds on to a reference policy by dpo.beta"),
         (["objective=dpo", "objective.format_loss=paper"], 1, "objective.format_loss='paper': objective=dpo weighs"),
         (["objective=dpo", "objective.beta_sup=1"], 1, "objective.beta_sup=1.0: objective=dpo has no supervised term"),
