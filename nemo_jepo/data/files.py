@@ -33,6 +33,8 @@ class Row:
     """Whether a verifier can tell if an own answer equals this one."""
     task_entry: str | None = None
     """data=reasoning_gym: the package's own record of the question, which its scorer reads; pickled, in base 64."""
+    cluster: str | None = None
+    """What data.cluster_key says of it; None where nobody asks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,7 @@ class Keys:
     prompt: str
     answer: str
     chain_of_thought: str | None = None
+    cluster: str | None = None
 
 
 def read_rows(path: Path, keys: Keys) -> Iterator[Row | BadRow]:
@@ -127,7 +130,7 @@ def _parquet(path: Path, keys: Keys) -> Iterator[tuple[int, object]]:
         raise DataError(f"{path}: {kind}. Give the path of one, or of a .jsonl file.") from error
     try:
         with file:
-            wanted = (keys.prompt, keys.answer, keys.chain_of_thought)
+            wanted = (keys.prompt, keys.answer, keys.chain_of_thought, keys.cluster)
             columns = [name for name in file.schema_arrow.names if name in wanted]
             for batch in file.iter_batches(columns=columns):
                 for record in _records(batch):
@@ -163,7 +166,10 @@ def _row(source: str, line: int, record: dict[str, object], keys: Keys) -> Row |
         chain_of_thought, problem = _text(record, key)
         if problem:
             return BadRow(source, line, key, problem)
-    return Row(source, line, question, answer.strip(), chain_of_thought)
+    cluster, problem = (None, "") if keys.cluster is None else _text(record, keys.cluster)
+    if problem:
+        return BadRow(source, line, keys.cluster, problem)
+    return Row(source, line, question, answer.strip(), chain_of_thought, cluster=cluster)
 
 
 def _text(record: dict[str, object], key: str) -> tuple[str, str]:
