@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.support.command_line import command, metrics, run
-from tests.support.interrupted import bits, stop_when
+from tests.support.interrupted import bits, num_lines, stop_when
 from tests.support.ranks import run_ranks
 
 STAGES = [
@@ -53,6 +53,23 @@ def test_stages_killed_on_their_way_end_as_if_never_interrupted(tmp_path):
         assert bits(killed / f"{number}", 2) == bits(whole / f"{number}", 2)
     assert metrics(killed) == metrics(whole)
     assert bits(killed, 2) == bits(whole, 2)
+
+
+def test_a_run_that_its_metric_ends_is_known_as_ended_also_after_an_interrupted_validation(tmp_path):
+    """Told to stop in the validation of step 3, the next start validates it, and makes no step more."""
+    settings = ["data.num_validation_prompts=40", "data.arithmetic.num_validation=40", "rollout.batch_size=4"]
+    until = ["trainer.jepo.until.metric=val_rollouts/accuracy", "trainer.jepo.until.at_most=0"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run("train", whole, *settings, *until)
+    assert num_lines(whole) == 3
+    sampled = stopped / "run" / "rollouts" / "step_000003.jsonl"
+    assert stop_when(sampled.exists, signal.SIGTERM, stopped, *settings, *until) == 75
+    assert num_lines(stopped) == 2
+    for _ in range(2):
+        run("train", stopped, *settings, *until)
+        assert metrics(stopped) == metrics(whole)
+    run("train", stopped, *settings, "trainer.jepo.max_steps=4")  # without the bound it goes on
+    assert num_lines(stopped) == 4
 
 
 @pytest.mark.parametrize(
