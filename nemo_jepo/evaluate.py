@@ -23,6 +23,7 @@ from nemo_jepo.actor.heartbeat import heartbeat
 from nemo_jepo.actor.parallel import Layout, init_distributed, init_model_parallel, on_first_rank
 from nemo_jepo.actor.scoring import assembled, score
 from nemo_jepo.checkpoint.format import latest_checkpoint, passed_over
+from nemo_jepo.config.parts import folders_in
 from nemo_jepo.config.schema import Config
 from nemo_jepo.config.warmup import started_from
 from nemo_jepo.data.dataset import PromptSplits
@@ -83,8 +84,9 @@ def main(config: Config) -> int:
 
 
 def newest_of_run(folder: Path) -> Path | None:
-    """The newest checkpoint of a run, or of its warm-up where it has none yet; newer broken ones are named."""
-    for checkpoints in (folder / "checkpoints", folder / "warmup" / "checkpoints"):
+    """The newest checkpoint of a run, or of its last stage, or of its warm-up where those have none yet; newer broken
+    ones are named."""
+    for checkpoints in (place / "checkpoints" for place in folders_in(folder)):
         for line in passed_over(checkpoints):
             print(line, file=sys.stderr)
         if (newest := latest_checkpoint(checkpoints)) is not None:

@@ -33,12 +33,14 @@ from nemo_jepo.config.schema import (
     ObjectiveConfig,
 )
 from nemo_jepo.config.sources import require_folders, with_commits, with_folders
+from nemo_jepo.data.curriculum import order_of
 from nemo_jepo.data.dataset import PromptSplits, has_split, training_texts
 from nemo_jepo.data.splice import Splicer
 from nemo_jepo.data.stream import PromptStream
 from nemo_jepo.data.tokenizer import load_tokenizer, train_tokenizer
 from nemo_jepo.data.verdict import VerdictWriter
 from nemo_jepo.grading import RuleReward
+from nemo_jepo.lessons import Lessons
 from nemo_jepo.objective.records import UpdateRule
 from nemo_jepo.refill import Refill
 from nemo_jepo.rewards.task import TaskScorer
@@ -75,6 +77,8 @@ class Trainer:
     """Asks samples about their own answers, where the run does so (self_verification.weight)."""
     refill: Refill | None = None
     """Drops prompts and draws others, where the run does so (refill.max_batches)."""
+    lessons: Lessons | None = None
+    """What a step shows of its prompts, where the next ones depend on it (data.drop_easy, data.sampler)."""
     servers: tuple[tuple[str, ...], str] | None = None
     """Addresses and key of the run's vLLM servers, for a judge that shares them."""
 
@@ -206,7 +210,8 @@ def build(config: Config, folder: Path, layout: Layout, servers: OwnServers, spl
     prompts_of = functools.partial(splits.get, config.data, tokenizer=tokenizer, answer=config.answer)
     train = prompts_of("warmup" if objective.supervised else "train")
     validation = prompts_of("validation") if has_split(config.data, "validation") else ()
-    stream = PromptStream(train or validation, loop.num_prompts_per_step, config.data.shuffle, config.data.seed)
+    prompts, size = train or validation, loop.num_prompts_per_step
+    stream = PromptStream(prompts, size, order_of(config.data, prompts, size))
     splicer = Splicer(tokenizer, config.answer)
     hf_config = find_hf_config(config.model, restored, precision, tokenizer)
     if local != config:
@@ -237,10 +242,11 @@ def build(config: Config, folder: Path, layout: Layout, servers: OwnServers, spl
         shared=share_gpus(config, actor, layout, sampler),
     )
     verifier = open_verifier(config)
+    rule = update_rule(config.objective, config.advantage, config.kl, config.dpo, config.self_verification.weight)
     return Trainer(
         config=config,
         objective=objective,
-        rule=update_rule(config.objective, config.advantage, config.kl, config.dpo, config.self_verification.weight),
+        rule=rule,
         layout=layout,
         tokenizer=tokenizer,
         splicer=splicer,
@@ -253,6 +259,7 @@ def build(config: Config, folder: Path, layout: Layout, servers: OwnServers, spl
         checkpoints=checkpoint_writer(loop, folder / "checkpoints", hf_config, tokenizer),
         verdicts=verdict_writer(config, tokenizer),
         refill=Refill(config.refill) if config.refill.max_batches > 1 and not objective.supervised else None,
+        lessons=Lessons(rule, layout) if config.data.learns else None,
         servers=servers.addresses,
     )
 

@@ -312,6 +312,13 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def metrics_of(run_folder: Path, step: int) -> dict[str, float | None]:
+    """What a run has logged of one step; nothing where it has not, or only half."""
+    file = run_folder / "metrics.jsonl"
+    lines = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else []
+    return next((json.loads(line) for line in reversed(lines) if _step_of(line) == step), {})
+
+
 def _step_of(line: str) -> int:
     """The step that a line of metrics.jsonl belongs to; -1 where it is no whole record."""
     try:

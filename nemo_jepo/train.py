@@ -7,7 +7,7 @@ Every objective, supervised warm-up included, runs through the same functions.
 
 import json
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -24,9 +24,10 @@ from nemo_jepo.checkpoint.format import latest_checkpoint, passed_over, step_of,
 from nemo_jepo.checkpoint.run_lock import only_run_in
 from nemo_jepo.config.compose import to_yaml
 from nemo_jepo.config.errors import ConfigError
+from nemo_jepo.config.parts import Part, parts_of
 from nemo_jepo.config.reading import read_json
 from nemo_jepo.config.schema import Config
-from nemo_jepo.config.warmup import after_warmup, warmup_config
+from nemo_jepo.config.warmup import started_from
 from nemo_jepo.data.dataset import PromptSplits
 from nemo_jepo.evaluate import evaluate
 from nemo_jepo.grading import VerifierFooled
@@ -45,7 +46,7 @@ from nemo_jepo.refill import Refill, Sampled
 from nemo_jepo.rollout.build import OwnServers
 from nemo_jepo.rollout.sampler import SamplersLost, SamplingStopped
 from nemo_jepo.setup import Trainer, build, resume, save
-from nemo_jepo.tracking import SilentTracker, Tracker
+from nemo_jepo.tracking import SilentTracker, Tracker, metrics_of
 from nemo_jepo.types import Prompt, Rollout, SplicedBatch
 from nemo_jepo.utils import early_signals
 from nemo_jepo.utils.exit_codes import DONE, FAILED, INTERRUPTED
@@ -58,6 +59,7 @@ def run_step(t: Trainer, step: int, tracker: SilentTracker) -> dict[str, float]:
     prompts = t.upcoming()
     rollouts = sample(t, prompts, tracker)
     scored = score(t.actor, splice(t, prompts, rollouts), tracker.timer, for_update=t.refill is None)
+    note(t, prompts, scored)
     if t.refill is not None:  # prompts whose samples are alike give way to others
         prompts, rollouts, scored = refill(t, t.refill, Sampled(prompts, rollouts, scored), step, tracker)
     fp8_error = guard_fp8(t.actor, scored, step, tracker.say) if rollouts else {}
@@ -110,9 +112,24 @@ def refill(t: Trainer, rule: Refill, first: Sampled, step: int, tracker: SilentT
     def draw(ahead: int) -> Sampled:
         prompts = t.upcoming(ahead)
         rollouts = sample(t, prompts, tracker, ahead)
-        return Sampled(prompts, rollouts, score(t.actor, splice(t, prompts, rollouts), tracker.timer))
+        scored = score(t.actor, splice(t, prompts, rollouts), tracker.timer)
+        note(t, prompts, scored)
+        return Sampled(prompts, rollouts, scored)
 
     return rule.fill(first, draw, partial(reward_spread, t.rule), t.actor, t.layout, step)
+
+
+def note(t: Trainer, prompts: Sequence[Prompt], scored: Scored) -> None:
+    """Take down what a batch shows of its prompts, where the order of the next ones depends on it."""
+    if t.lessons is not None:
+        t.lessons.note(prompts, scored.groups)
+
+
+def learn(t: Trainer) -> dict[str, float]:
+    """Tell the stream what the step has shown, once its batches are handed out; metrics of the order that follows."""
+    if t.lessons is not None:
+        t.stream.learn(t.lessons.take())
+    return with_prefix("train_rollouts", t.stream.metrics())
 
 
 def report_rollouts(
@@ -171,7 +188,7 @@ def fit(t: Trainer, folder: Path, newest: Path | None, tracker: SilentTracker, i
     """
     loop = t.config.trainer.jepo
     t.actor.start_training(t.config.model.optim, loop.gradient_clip_val, loop.max_steps)
-    step = resume(t, newest)
+    step, logged = resume(t, newest), dict[str, float]()
     interrupted.listen()
     tracker.rewind(step if step else -1)
     metrics = unreported_metrics(folder, step)  # of a step that is done and not in metrics.jsonl yet
@@ -181,22 +198,24 @@ def fit(t: Trainer, folder: Path, newest: Path | None, tracker: SilentTracker, i
         metrics = {}
     try:
         if metrics is not None:
-            tracker.log(metrics | validate(t, step, tracker, interrupted), step)
+            logged = metrics | validate(t, step, tracker, interrupted)
+            tracker.log(logged, step)
             metrics = None
             forget_unreported(t, folder)
-        while not has_ended(t, step):
+        while not has_ended(t, step, logged):
             with tracker.timer("step_time"):
                 metrics = run_step(t, step, tracker)
             for _ in range(1 if t.refill is None else t.refill.num_batches):
                 t.stream.next_batch()  # these prompts are trained on
+            metrics |= learn(t)
             step += 1
-            if has_ended(t, step) or (loop.val_check_interval and step % loop.val_check_interval == 0):
+            if has_ended(t, step, metrics) or (loop.val_check_interval and step % loop.val_check_interval == 0):
                 metrics |= validate(t, step, tracker, interrupted)
             tracker.log(metrics, step)
-            metrics = None
-            stop = t.layout.any_over_world(interrupted())
-            save_if_due(t, step, stop, tracker)
-            if stop and not has_ended(t, step):
+            logged, metrics = metrics, None
+            ended, stop = has_ended(t, step, logged), t.layout.any_over_world(interrupted())
+            save_if_due(t, step, stop or ended, tracker)
+            if stop and not ended:
                 return INTERRUPTED
     except (SamplersLost, SamplingStopped, VerifierFooled) as error:
         if isinstance(error, SamplersLost):
@@ -210,18 +229,22 @@ def fit(t: Trainer, folder: Path, newest: Path | None, tracker: SilentTracker, i
         if isinstance(error, VerifierFooled) or (isinstance(error, SamplersLost) and not step):
             return FAILED
         return INTERRUPTED
+    if logged and loop.until.metric not in (None, *logged):
+        tracker.say(f"trainer.jepo.until.metric: step {step} has no {loop.until.metric}, and none ended the run by it")
     return DONE
 
 
-def has_ended(t: Trainer, step: int) -> bool:
-    """Whether the run has made all its steps or epochs."""
+def has_ended(t: Trainer, step: int, metrics: Mapping[str, float]) -> bool:
+    """Whether the run has made all its steps or epochs, or the last step's metrics end it."""
     loop = t.config.trainer.jepo
-    return step >= loop.max_steps or (loop.max_epochs is not None and t.stream.epoch >= loop.max_epochs)
+    if step >= loop.max_steps or (loop.max_epochs is not None and t.stream.epoch >= loop.max_epochs):
+        return True
+    return step > 0 and loop.until.metric is not None and t.layout.any_over_world(loop.until.is_met(metrics))
 
 
-def save_if_due(t: Trainer, step: int, stop: bool, tracker: SilentTracker) -> None:
+def save_if_due(t: Trainer, step: int, last: bool, tracker: SilentTracker) -> None:
     """A checkpoint where the run ends or its interval says so; else a look after the one that is being written."""
-    last, interval = stop or has_ended(t, step), t.config.trainer.jepo.save_interval
+    interval = t.config.trainer.jepo.save_interval
     if last or (interval and step % interval == 0):
         with tracker.timer("save_time"):
             save(t, step, last)
@@ -291,19 +314,35 @@ class Interrupt:
 
 
 def main(config: Config) -> int:
-    """The warm-up if one is asked for, then the main run; both resume where they were."""
+    """The warm-up and the stages that are asked for, then the main run; each starts from the one before it, and all
+    resume where they were."""
     init_distributed()
     init_model_parallel(config.model)
-    interrupt, folder, splits = Interrupt(), config.run_folder, PromptSplits()
-    with heartbeat(config.trainer.stuck_timeout_s), only_run_in(folder), OwnServers(folder) as servers:
-        if config.warmup.max_steps:
-            code = run(warmup_config(config), folder / "warmup", servers, splits, interrupt)
+    interrupt, folder, splits, parts = Interrupt(), config.run_folder, PromptSplits(), parts_of(config)
+    servers_of_all = OwnServers(folder, [part.config for part in parts])
+    with heartbeat(config.trainer.stuck_timeout_s), only_run_in(folder), servers_of_all as servers:
+        start, left = those_to_run(parts, folder)
+        for place, settings in left:
+            settings = settings if start is None else started_from(settings, start)
+            code = run(settings, folder / place, servers, splits, interrupt)
             if code:
                 return code
-            checkpoint = newest_on_every_rank(folder / "warmup" / "checkpoints")
-            assert checkpoint is not None, "a warm-up that ended has saved"
-            config = after_warmup(config, checkpoint)
-        return run(config, folder, servers, splits, interrupt)
+            start = newest_on_every_rank(folder / place / "checkpoints")
+        return DONE
+
+
+def those_to_run(parts: Sequence[Part], folder: Path) -> tuple[Path | None, Sequence[Part]]:
+    """The newest part of a run that has begun, and all after it; before them the checkpoint that it started from.
+
+    A part that another one started from is over, whatever its end is now.
+    """
+    newest = [newest_on_every_rank(folder / part.folder / "checkpoints") for part in parts]
+    first = max((number for number, checkpoint in enumerate(newest) if checkpoint is not None), default=0)
+    start = newest[first - 1] if first else None
+    if first and start is None:
+        gone, rule = folder / parts[first - 1].folder, "has no checkpoint, and a later part of the run started from it"
+        raise ConfigError("exp_manager.name", str(gone), rule, "Put it back, or choose another name")
+    return start, parts[first:]
 
 
 def run(config: Config, folder: Path, servers: OwnServers, splits: PromptSplits, interrupt: Interrupt) -> int:
@@ -315,7 +354,9 @@ def run(config: Config, folder: Path, servers: OwnServers, splits: PromptSplits,
     if newest is not None and not config.exp_manager.resume_if_exists:
         fix = "Choose another name, or exp_manager.resume_if_exists=true"
         raise ConfigError("exp_manager.name", config.exp_manager.name, f"{newest} exists", fix)
-    if done >= steps and reported:
+    until = config.trainer.jepo.until
+    met = done > 0 and until.metric is not None and until.is_met(on_first_rank(partial(metrics_of, folder, done)))
+    if (done >= steps or met) and reported:
         return DONE
     t = build(config, folder, layout, servers, splits)
     loop = config.trainer.jepo

@@ -35,6 +35,8 @@ class Prompt:
     """False: no verifier can tell whether an own answer equals a*, so none of them earns a verifiable reward."""
     task_entry: str | None = None
     """data=reasoning_gym: the package's own record of the question, which its scorer reads; pickled, in base 64."""
+    cluster: str | None = None
+    """What data.cluster_key says of it; None where nobody asks."""
     occurrence: int = 0
     """How often the global batch holds the prompt before this place: a repeated prompt draws samples of its own."""
 

@@ -40,7 +40,7 @@ from nemo_jepo.checkpoint.format import (
 )
 from nemo_jepo.checkpoint.reader import load_shards
 from nemo_jepo.config.errors import RunError
-from nemo_jepo.config.reading import FULL, read_json
+from nemo_jepo.config.reading import FULL, LARGE_FILE, read_json
 from nemo_jepo.utils.files import write_atomically
 from nemo_jepo.utils.processes import die_with_parent
 
@@ -185,7 +185,7 @@ def read_loop_state(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: they cannot be read.
     """
-    return read_json("checkpoint", path / LOOP_STATE)
+    return read_json("checkpoint", path / LOOP_STATE, LARGE_FILE)
 
 
 def _new_folder(folder: Path, step: int) -> Path:

@@ -15,6 +15,7 @@ from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.judge import RUN_SERVERS, JudgeConfig, check_judge
 from nemo_jepo.config.layouts import check_fp8_settings, check_layout
 from nemo_jepo.config.objectives import OBJECTIVES
+from nemo_jepo.config.parts import in_part, stages_of
 from nemo_jepo.config.reading import reason
 from nemo_jepo.config.rules import Rule, plain_fault, rules_of
 from nemo_jepo.config.schema import (
@@ -48,6 +49,8 @@ def check_fields(node: Any, prefix: str = "") -> None:
         if is_dataclass(kinds[declared.name]):
             check_fields(value, f"{key}.")
             continue
+        for place, section in enumerate(value if _holds_sections(kinds[declared.name]) else ()):
+            check_fields(section, f"{key}[{place}].")
         for rule in rules_of(declared):
             if value is not None and not _holds(rule, key, value):
                 raise ConfigError(key, value, f"must be {rule.text}", rule.fix)
@@ -62,6 +65,11 @@ def _is_of(kind: Any, value: Any) -> bool:
     holders = tuple(get_origin(it) or it for it in kinds)
     nested = is_dataclass(value) or isinstance(value, (list, dict))
     return kind is Any or isinstance(value, holders) or not (nested or any(map(is_dataclass, holders)))
+
+
+def _holds_sections(kind: Any) -> bool:
+    """Whether a declared type is a list of sections."""
+    return get_origin(kind) is list and is_dataclass(get_args(kind)[0])
 
 
 def _named(kind: Any) -> str:
@@ -103,7 +111,9 @@ def check(config: Config, world_size: int, trains: bool = True) -> None:
     _check_machines(config.trainer, config.model, world_size)
     _check_batches(config.trainer, config.warmup, config.model.data_parallel_size(world_size))
     _check_lengths(config.model, config.rollout, config.evaluation, config.data)
-    _check_steps(config.trainer, config.warmup)
+    _check_steps(config)
+    _check_until(config)
+    _check_curriculum(config)
     _check_objective(config.objective, config.kl, config.rollout, config.trainer)
     _check_on_policy(config.objective, config.rollout)
     _check_shared_gpus(config.rollout, config.trainer, config.model)
@@ -114,6 +124,10 @@ def check(config: Config, world_size: int, trains: bool = True) -> None:
     check_fp8_settings(config.model, config.trainer.precision)
     _check_model(config.model, config.pretrained_checkpoint)
     _check_loggers(config.exp_manager)
+    for part in stages_of(config):
+        with in_part(part.folder):
+            check_fields(part.config)
+            check(part.config, world_size, trains)
 
 
 def _check_data(data: DataConfig, trains: bool) -> None:
@@ -186,10 +200,49 @@ def _check_lengths(model: ModelConfig, rollout: RolloutConfig, evaluation: Evalu
         raise ConfigError(key, longest, rule, "Raise that, or lower one of the three")
 
 
-def _check_steps(trainer: TrainerConfig, warmup: WarmupConfig) -> None:
-    if trainer.jepo.max_steps == warmup.max_steps == 0:
+def _check_steps(config: Config) -> None:
+    if config.trainer.jepo.max_steps == config.warmup.max_steps == 0 and not config.stages:
         rule = "makes the warm-up alone, and warmup.max_steps is 0 as well"
         raise ConfigError("trainer.jepo.max_steps", 0, rule, "Raise one of them")
+
+
+def _check_until(config: Config) -> None:
+    """A metric that ends a run must be measured on its way, and have a bound."""
+    until, key = config.trainer.jepo.until, "trainer.jepo.until.metric"
+    bounded = until.at_least is not None or until.at_most is not None
+    if until.metric is None:
+        if bounded:
+            raise ConfigError(key, None, "there is a bound without a metric", "Name one, such as val_rollouts/accuracy")
+        return
+    if not bounded:
+        raise ConfigError(key, until.metric, "has no bound", "Give at_least, at_most or both beside it")
+    if not until.metric.startswith("val_"):
+        return
+    if config.data.reads_files and config.data.validation_path is None:
+        raise ConfigError(key, until.metric, "nothing is validated on", "Add data.validation_path=FILE")
+    if not config.trainer.jepo.val_check_interval:
+        rule = "is measured at the end alone, because trainer.jepo.val_check_interval is 0"
+        raise ConfigError(key, until.metric, rule, "Raise that")
+
+
+def _check_curriculum(config: Config) -> None:
+    """Who chooses prompts by what was learnt, can."""
+    data = config.data
+    if data.cluster_key is not None and (data.sampler == "uniform" or data.name != "jsonl"):
+        rule = "is read by data.sampler=learning_progress, of the rows of data=jsonl"
+        raise ConfigError("data.cluster_key", data.cluster_key, rule, "Leave it out, or set both")
+    if not data.learns:
+        return
+    key, value = ("data.drop_easy", data.drop_easy) if data.sampler == "uniform" else ("data.sampler", data.sampler)
+    if data.sampler != "uniform" and data.drop_easy is not None:
+        rule = "leaves prompts out of the next epochs, and data.sampler=learning_progress has none"
+        raise ConfigError("data.drop_easy", data.drop_easy, rule, "Choose one of the two")
+    if config.objective.kind.supervised:
+        rule = f"reads samples, and objective={config.objective.name} draws none"
+        raise ConfigError(key, value, rule, "Leave it out")
+    if config.rollout.max_staleness:
+        rule = "chooses a batch by what the one before it has shown, and rollout.max_staleness samples ahead"
+        raise ConfigError(key, value, rule, "Use rollout.max_staleness=0, or leave it out")
 
 
 def _check_objective(objective: ObjectiveConfig, kl: KLConfig, rollout: RolloutConfig, trainer: TrainerConfig) -> None:

@@ -1,6 +1,6 @@
 """The settings of what is read: `data`, `tokenizer` and `answer`. Part of the schema, see `config.schema`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nemo_jepo.config.conf_files import examples_file, shipped_examples
@@ -68,6 +68,9 @@ class DataConfig:
     """Field of a row that holds the reference answer."""
     chain_of_thought_key: str | None = None
     """Field with a golden chain of thought, for objective=sft with objective.sft_target=chain_of_thought."""
+    verifiable_key: str | None = "verifiable"
+    """Field that says true or false: whether a verifier can grade the row's answer. A row without it is verifiable.
+    Null: all are."""
     prompt_template: str = setting("{question}\n", ASKS_THE_QUESTION)
     """The plain prompt, in which {question} is replaced. With use_chat_template: the user's turn."""
     use_chat_template: bool = False
@@ -87,6 +90,20 @@ class DataConfig:
     """Another order of the rows in every epoch."""
     seed: int = setting(1234, ge=0)
     """Seed of the order of rows, of generated data and of sampling."""
+    drop_easy: float | None = setting(None, gt=0, le=1)
+    """Leave a prompt out of the epochs to come when its pass rate is at least so much: the share of right own answers
+    where the objective has them verified, else the mean of exp(l_i / answer tokens). The hardest num_prompts_per_step
+    always stay. Null: none is left out."""
+    sampler: str = setting("uniform", choices=("uniform", "learning_progress"))
+    """uniform: every prompt once an epoch. learning_progress: prompts are drawn, likelier where the reward's std over a
+    prompt's samples has been large."""
+    cluster_key: str | None = None
+    """Field of a row whose equal values make a cluster, which the sampler learning_progress measures as one; null: each
+    prompt by itself."""
+    sampler_floor: float = setting(0.1, gt=0, le=1)
+    """Share of the draws of learning_progress that is uniform over all prompts."""
+    sampler_exponential_mean: float = setting(0.5, ge=0, le=1)
+    """What a new std leaves of the mean of the earlier ones, for learning_progress; 0: the last alone."""
     num_validation_prompts: int = setting(128, ge=1)
     """Validation uses the first so many rows."""
     task: str | None = None
@@ -99,6 +116,15 @@ class DataConfig:
     """What grades own answers, for accuracy and as the reward of rloo and jepo_rl: math (math-verify) or task
     (reasoning_gym's own scorer)."""
     arithmetic: ArithmeticConfig = field(default_factory=ArithmeticConfig)
+
+    @property
+    def learns(self) -> bool:
+        """Which prompts come next depends on what earlier ones have shown."""
+        return self.drop_easy is not None or self.sampler != "uniform"
+
+    def without_curriculum(self) -> "DataConfig":
+        """The same rows, every one once an epoch."""
+        return replace(self, drop_easy=None, sampler="uniform")
 
     @property
     def reads_files(self) -> bool:

@@ -44,7 +44,7 @@ def _sections(node: Any, key: str) -> Iterator[str]:
     rows = [
         _row(f"{key}.{declared.name}", declared, kinds[declared.name], inner[declared.name], sentences[declared.name])
         for declared in fields(node)
-        if not is_dataclass(inner[declared.name])
+        if not is_dataclass(inner[declared.name]) and not _listed_section(kinds[declared.name])
     ]
     if key:
         yield f"{'#' * (2 + key.count('.'))} {key}\n\n{_prose(inspect.getdoc(type(node)) or '')}\n"
@@ -53,6 +53,14 @@ def _sections(node: Any, key: str) -> Iterator[str]:
     for name, value in inner.items():
         if is_dataclass(value):
             yield from _sections(value, f"{key}.{name}".lstrip("."))
+        elif section := _listed_section(kinds[name]):
+            yield from _sections(section(), f"{key}.{name}[]".lstrip("."))
+
+
+def _listed_section(kind: Any) -> type | None:
+    """The dataclass of each section in a list of them; None for anything else."""
+    held = get_args(kind)[0] if get_origin(kind) is list else None
+    return held if is_dataclass(held) and isinstance(held, type) else None
 
 
 def _row(key: str, declared: Field, kind: Any, default: Any, sentence: str) -> str:

@@ -1,8 +1,8 @@
 """Every setting: its default, its rules and one sentence. No torch: a wrong setting is found before a model is built.
 
 Defaults live in these dataclasses and nowhere else; conf/ holds only differences. Further sections stand in
-`config.model`, `config.data` (what is read) and `config.judge`; rules between settings, files and machines in
-`config.check`. docs/reference/configuration.md is generated from them (`python -m nemo_jepo.config.reference`).
+`config.model`, `config.data` (what is read), `config.stages` and `config.judge`; rules between settings, files and
+machines in `config.check`. docs/reference/configuration.md is generated (`python -m nemo_jepo.config.reference`).
 """
 
 from dataclasses import dataclass, field
@@ -26,6 +26,7 @@ from nemo_jepo.config.objectives import (
 )
 from nemo_jepo.config.rules import LONGEST_NAME, LONGEST_PATH, Rule, path_that_fits, setting
 from nemo_jepo.config.samplers import SAMPLERS, SamplerKind
+from nemo_jepo.config.stages import StageConfig, UntilConfig
 
 __all__ = [  # every section, wherever it stands
     "AdvantageConfig",
@@ -48,8 +49,10 @@ __all__ = [  # every section, wherever it stands
     "RolloutConfig",
     "SchedConfig",
     "SelfVerificationConfig",
+    "StageConfig",
     "TokenizerConfig",
     "TrainerConfig",
+    "UntilConfig",
     "VLLMConfig",
     "WarmupConfig",
 ]
@@ -62,9 +65,10 @@ class LoopConfig:
     """How long, how often, how many."""
 
     max_steps: int = setting(100, ge=0)
-    """Optimizer steps in the whole run; 0 makes the warm-up alone."""
+    """Optimizer steps in the whole run; 0 makes the warm-up and the stages alone."""
     max_epochs: int | None = setting(None, ge=1)
     """Passes over the training data; the run ends at whichever of this and max_steps comes first. Null: no limit."""
+    until: UntilConfig = field(default_factory=UntilConfig)
     num_prompts_per_step: int = setting(64, ge=1)
     """P, the prompts of one global batch, over all data-parallel ranks."""
     num_generations_per_prompt: int = setting(4, ge=1)
@@ -419,6 +423,7 @@ class Config:
     kl: KLConfig = field(default_factory=KLConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
+    stages: list[StageConfig] = field(default_factory=list)
     exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
 
     @property

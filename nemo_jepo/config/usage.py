@@ -2,7 +2,7 @@
 
 from dataclasses import fields
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 OPTIONS = """\
 nemo-jepo train [--config-name NAME] [key=value ...]
@@ -30,9 +30,14 @@ def usage(conf: Path, default: str, schema: type) -> str:
     groups = [folder for folder in sorted(conf.iterdir()) if (folder / f"{_named(schema, folder.name)}.yaml").is_file()]
     choices = {folder.name: ", ".join(sorted(path.stem for path in folder.glob("*.yaml"))) for folder in groups}
     kinds = get_type_hints(schema)
-    sections = {field.name: (kinds[field.name].__doc__ or "").split("\n")[0] for field in fields(schema)}
+    sections = {field.name: (_section(kinds[field.name]).__doc__ or "").split("\n")[0] for field in fields(schema)}
     tables = {"Conf files": recipes, "Groups": choices, "Sections of settings": sections}
     return "\n".join([OPTIONS.format(default=default), *(_table(title, rows) for title, rows in tables.items())])
+
+
+def _section(kind: Any) -> type:
+    """The dataclass of a section, or of each in a list of them."""
+    return get_args(kind)[0] if get_origin(kind) is list else kind
 
 
 def _named(schema: type, group: str) -> str | None:

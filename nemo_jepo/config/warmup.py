@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from nemo_jepo.config.schema import Config, ObjectiveConfig, PretrainedConfig
+from nemo_jepo.config.schema import Config, ObjectiveConfig, PretrainedConfig, UntilConfig
 
 SAMPLED_CHAIN = "sampled_chain"
 """warmup.sft_target whose chains the model samples."""
@@ -16,6 +16,8 @@ def warmup_config(config: Config) -> Config:
     return dataclasses.replace(
         config,
         warmup=dataclasses.replace(warmup, max_steps=0),
+        stages=[],
+        data=config.data.without_curriculum(),
         objective=_objective(config),
         kl=dataclasses.replace(config.kl, beta=0.0),
         refill=dataclasses.replace(config.refill, max_batches=1),
@@ -28,6 +30,7 @@ def warmup_config(config: Config) -> Config:
                 config.trainer.jepo,
                 max_steps=warmup.max_steps,
                 max_epochs=None,
+                until=UntilConfig(),
                 num_prompts_per_step=warmup.num_prompts_per_step,
                 num_generations_per_prompt=config.trainer.jepo.num_generations_per_prompt if sampled else 1,
                 val_check_interval=0,
@@ -48,11 +51,6 @@ def _objective(config: Config) -> ObjectiveConfig:
             plain, name="sft_sampled_chain", beta_sup=1.0, format_loss="none", loss_normalization="chain"
         )
     return dataclasses.replace(plain, name="sft", sft_target=target, loss_normalization="batch")
-
-
-def after_warmup(config: Config, checkpoint: Path) -> Config:
-    """The main run, started from the warm-up's last checkpoint."""
-    return dataclasses.replace(started_from(config, checkpoint), warmup=dataclasses.replace(config.warmup, max_steps=0))
 
 
 def started_from(config: Config, checkpoint: Path) -> Config:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -66,19 +67,25 @@ def load_prompts(
 class PromptSplits:
     """The prompts of each split, loaded when first asked for: a warm-up and the run after it read their files once.
 
-    The tokenizer of a run is one and the same from its warm-up to its end, so that prompts are encoded once as well.
+    The tokenizer of a run is one and the same from its warm-up to its end, so that prompts are encoded once as well. A
+    stage with other rows loads its own, and those of the one before it are gone.
 
     Args:
         trains: False where only the validation split is read; the others have no prompts then.
     """
 
     def __init__(self, trains: bool = True) -> None:
-        self._loaded: dict[str, tuple[Prompt, ...]] = {} if trains else {"train": (), "warmup": ()}
+        self._unread: dict[str, tuple[Prompt, ...]] = {} if trains else {"train": (), "warmup": ()}
+        self._loaded = self._unread.copy()
+        self._loaded_for: tuple[DataConfig, AnswerConfig] | None = None
 
     def get(
         self, config: DataConfig, split: Split, tokenizer: "PreTrainedTokenizerBase", answer: AnswerConfig
     ) -> tuple[Prompt, ...]:
         """The split's prompts; rows that were skipped are listed in the log. Errors: see `load_prompts`."""
+        rows = config.without_curriculum(), answer
+        if rows != self._loaded_for:
+            self._loaded, self._loaded_for = self._unread.copy(), deepcopy(rows)
         source = "train" if split == "warmup" and config.name != "arithmetic" else split
         if source not in self._loaded:
             dataset = load_prompts(config, split, tokenizer, answer)
@@ -115,4 +122,6 @@ def _rows(config: DataConfig, split: Split) -> Iterable[Row | BadRow]:
     if config.name == "gsm8k":
         rows = read_rows(Path(path), Keys("question", "answer"))
         return (split_solution(row) if isinstance(row, Row) else row for row in rows)
-    return read_rows(Path(path), Keys(config.prompt_key, config.answer_key, config.chain_of_thought_key))
+    cluster = None if split == "validation" else config.cluster_key
+    texts = config.prompt_key, config.answer_key, config.chain_of_thought_key
+    return read_rows(Path(path), Keys(*texts, cluster, config.verifiable_key))

@@ -7,7 +7,7 @@ file that cannot be read on is an error, whatever the caller does about rows: wh
 import json
 import math
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ class Row:
     """Whether a verifier can tell if an own answer equals this one."""
     task_entry: str | None = None
     """data=reasoning_gym: the package's own record of the question, which its scorer reads; pickled, in base 64."""
+    cluster: str | None = None
+    """What data.cluster_key says of it; None where nobody asks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +66,14 @@ class Keys:
     prompt: str
     answer: str
     chain_of_thought: str | None = None
+    cluster: str | None = None
+    verifiable: str | None = None
+    """True or false; a row without it is verifiable."""
 
 
 def read_rows(path: Path, keys: Keys) -> Iterator[Row | BadRow]:
     """Every row of the file in order, the unusable ones as `BadRow`. Raises: see `read_records`."""
-    columns = [key for key in (keys.prompt, keys.answer, keys.chain_of_thought) if key is not None]
+    columns = [key for key in astuple(keys) if key is not None]
     for line, record in read_records(path, columns):
         yield record if isinstance(record, BadRow) else _row(str(path), line, record, keys)
 
@@ -169,7 +174,13 @@ def _row(source: str, line: int, record: dict[str, object], keys: Keys) -> Row |
         chain_of_thought, problem = _text(record, key)
         if problem:
             return BadRow(source, line, key, problem)
-    return Row(source, line, question, answer.strip(), chain_of_thought)
+    cluster, problem = (None, "") if keys.cluster is None else _text(record, keys.cluster)
+    if problem:
+        return BadRow(source, line, keys.cluster, problem)
+    verifiable = None if keys.verifiable is None else record.get(keys.verifiable)
+    if not isinstance(verifiable, bool | None):
+        return BadRow(source, line, keys.verifiable, f"must be true or false, is {_brief(verifiable)}")
+    return Row(source, line, question, answer.strip(), chain_of_thought, verifiable is not False, cluster=cluster)
 
 
 def _text(record: dict[str, object], key: str) -> tuple[str, str]:

@@ -50,6 +50,7 @@ def prompts_of_rows(
                 chain_of_thought=row.chain_of_thought,
                 verifiable=row.verifiable,
                 task_entry=row.task_entry,
+                cluster=row.cluster,
             )
 
 

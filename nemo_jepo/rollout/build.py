@@ -24,14 +24,16 @@ from nemo_jepo.rollout.vllm.server import read_key, vllm_distribution
 class OwnServers:
     """The vLLM servers of a run; with rollout.servers=auto it starts them, and this context manager stops them.
 
-    They serve a warm-up and the run after it.
+    They serve a warm-up, the stages and the run after them.
 
     Args:
         folder: of the run; logs and the model's description go to <folder>/servers.
+        parts: settings of all that they will serve, for the longest sequences among them.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, parts: Sequence[Config] = ()) -> None:
         self.folder = folder / "servers"
+        self._parts = parts
         self.addresses: tuple[tuple[str, ...], str] | None = None
         """URLs and key; None before `start`, and with another sampler."""
         self.started: LocalServers | None = None
@@ -71,8 +73,8 @@ class OwnServers:
         hf_config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         dtype = {"fp32": "float32", "bf16": "bfloat16"}[config.trainer.precision]
-        generated = max(config.rollout.max_tokens, config.evaluation.max_tokens or 0)
-        longest = min(config.data.max_prompt_tokens + generated, hf_config.max_position_embeddings)
+        needed = max(longest_sequence(part) for part in [config, *self._parts])
+        longest = min(needed, hf_config.max_position_embeddings)
         first_gpu, settings = 0 if shares else config.trainer.devices, vllm_settings(config.rollout)
         self.started = LocalServers(ServedModel(folder, dtype, longest), settings, key, self.folder, first_gpu)
         self.started.start()
@@ -93,6 +95,11 @@ class OwnServers:
     ) -> None:
         if self.started is not None:
             self.started.close()
+
+
+def longest_sequence(config: Config) -> int:
+    """Tokens of the longest prompt and generation."""
+    return config.data.max_prompt_tokens + max(config.rollout.max_tokens, config.evaluation.max_tokens or 0)
 
 
 def vllm_settings(rollout: RolloutConfig) -> VLLMConfig:

@@ -206,9 +206,11 @@ def _runs_of_seed(name: str, experiment: Experiment, overrides: Sequence[str], s
     make_run = partial(_make_run, experiment.config, seed)
     common = [*experiment.overrides, *overrides]
     start: list[str] = []
-    if steps := compose.resolve(compose.compose(experiment.config, common)).warmup.max_steps:
+    settings = compose.resolve(compose.compose(experiment.config, common))
+    if steps := settings.warmup.max_steps:
         folder = f"{WARMUP}/{experiment.config}_seed_{seed}"
-        warmup = make_run(WARMUP, folder, [*common, *seeds, "trainer.jepo.max_steps=0"])
+        alone = ["trainer.jepo.max_steps=0", *(["stages=[]"] if settings.stages else [])]
+        warmup = make_run(WARMUP, folder, [*common, *seeds, *alone])
         yield warmup
         checkpoint = warmup.folder / "warmup" / "checkpoints" / f"step_{steps:06d}"
         path = f"pretrained_checkpoint.restore_from_path={json.dumps(str(checkpoint))}"

@@ -20,6 +20,7 @@ class OneRank:
     share_in_replica: Callable[[Any], Any] = unchanged
     any_over_world: Callable[[bool], bool] = unchanged
     sum_over_data_parallel: Callable[[Any], Any] = unchanged
+    share_over_world: Callable[[Any], Any] = unchanged
 
     def barrier(self) -> None:
         """Nobody else to wait for."""

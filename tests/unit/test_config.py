@@ -9,6 +9,7 @@ import yaml
 from nemo_jepo.config import compose
 from nemo_jepo.config.check import check
 from nemo_jepo.config.errors import ConfigError
+from nemo_jepo.config.keys import nearest_key
 from nemo_jepo.config.objectives import OBJECTIVES, RENAMED_OBJECTIVES
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -112,7 +113,7 @@ def test_unknown_override_names_the_nearest_key(form):
     ],
 )
 def test_nearest_key_finds_the_misspelt_and_the_misplaced(key, nearest):
-    assert compose.nearest_key(key) == nearest
+    assert nearest_key(key) == nearest
 
 
 def test_parallel_sizes_may_be_given_with_two_plus_signs():

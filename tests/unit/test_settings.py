@@ -23,6 +23,9 @@ def load(*overrides: str, name: str = "demo") -> Config:
     return compose.resolve(compose.compose(name, overrides))
 
 
+AHEAD = ["rollout=vllm", "rollout.max_staleness=1", "objective.importance_sampling=token_truncated"]
+
+
 def error_of(*overrides: str, world_size: int = 1, name: str = "demo") -> str:
     """The one line that the given settings end in."""
     with pytest.raises(ConfigError) as caught:
@@ -80,6 +83,9 @@ def test_null_breaks_no_rule_and_a_default_may_be_made_anew():
         "model.fp8=e5m2",
         "data.train_path=/no/such",
         "data.prompt_template=Q",
+        "data.drop_easy=0",
+        "data.sampler=random",
+        "data.sampler_floor=0",
         "answer.marker=' '",
         "rollout.servers=localhost:8000",
         "rollout.servers=[]",
@@ -119,6 +125,25 @@ def test_the_whole_line_of_a_broken_rule():
         (["data.system_prompt=Think"], 1, "data.system_prompt='Think': is a turn of the chat template"),
         (["data.arithmetic.corrupted_steps=5"], 1, "data.arithmetic.corrupted_steps=5: "),
         (["data.arithmetic.right_share=0.7"], 1, "data.arithmetic.right_share + corrupted_share=1.1: "),
+        # curricula
+        (["data.cluster_key=topic"], 1, "data.cluster_key='topic': is read by data.sampler=learning_progress"),
+        (
+            ["data.cluster_key=topic", "data.sampler=learning_progress"],
+            1,
+            "data.cluster_key='topic': is read by data.sampler=learning_progress, of the rows of data=jsonl",
+        ),
+        (
+            ["data.drop_easy=0.9", "data.sampler=learning_progress"],
+            1,
+            "data.drop_easy=0.9: leaves prompts out of the next epochs, and data.sampler=learning_progress has none",
+        ),
+        (["data.drop_easy=0.9", "objective=sft"], 1, "data.drop_easy=0.9: reads samples, and objective=sft draws"),
+        (
+            ["data.sampler=learning_progress", *AHEAD],
+            1,
+            "data.sampler='learning_progress': chooses a batch by what the one before it has shown",
+        ),
+        (["data.drop_easy=0.9", *AHEAD], 1, "data.drop_easy=0.9: chooses a batch by what the one before it has shown"),
         # machines
         (["trainer.devices=2"], 1, "trainer.num_nodes * trainer.devices=2: 1 processes were started"),
         (

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from nemo_jepo.config.compose import compose, resolve
-from nemo_jepo.config.warmup import after_warmup, warmup_config
+from nemo_jepo.config.parts import parts_of
+from nemo_jepo.config.warmup import started_from, warmup_config
 
 
 def settings(*overrides: str):
@@ -34,7 +35,9 @@ def test_it_writes_no_checkpoints_on_its_way_unless_asked():
 
 
 def test_the_main_run_starts_from_the_warm_ups_checkpoint_and_its_shape():
-    main = after_warmup(settings("trainer.jepo.max_steps=5"), Path("/run/warmup/checkpoints/step_000030"))
+    warmup, main = parts_of(settings("trainer.jepo.max_steps=5"))
+    assert (warmup.folder, main.folder) == ("warmup", "")
+    main = started_from(main.config, Path("/run/warmup/checkpoints/step_000030"))
     assert main.pretrained_checkpoint.restore_from_path == "/run/warmup/checkpoints/step_000030"
     assert main.model.hf_config == {} and main.model.hf_config_path is None
     assert main.warmup.max_steps == 0 and main.trainer.jepo.max_steps == 5

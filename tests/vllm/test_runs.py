@@ -12,7 +12,7 @@ import pytest
 
 from nemo_jepo.config import compose
 from nemo_jepo.data.dataset import load_prompts
-from nemo_jepo.data.stream import PromptStream
+from nemo_jepo.data.stream import Epochs, PromptStream
 from nemo_jepo.data.tokenizer import load_tokenizer
 from tests.support import fork_server
 from tests.support.command_line import ENVIRONMENT, command, metrics, run
@@ -103,7 +103,11 @@ def sampled_prompts(folder: Path, step: int) -> list[tuple[int, int]]:
 def assert_every_prompt_was_trained_on_once_and_in_order(folder: Path, num_steps: int, tokenizer: Path) -> None:
     config = compose.resolve(compose.compose("config", [], folder / "run"))
     prompts = load_prompts(config.data, "train", load_tokenizer(tokenizer), config.answer).prompts
-    stream = PromptStream(prompts, config.trainer.jepo.num_prompts_per_step, config.data.shuffle, config.data.seed)
+    stream = PromptStream(
+        prompts,
+        config.trainer.jepo.num_prompts_per_step,
+        Epochs(len(prompts), config.data.shuffle, config.data.seed),
+    )
     siblings = range(config.trainer.jepo.num_generations_per_prompt)
     for step in range(1, num_steps + 1):
         expected = [(prompt.prompt_id, sample) for prompt in stream.next_batch() for sample in siblings]

@@ -10,7 +10,7 @@ import pytest
 from nemo_jepo.config.errors import ConfigError, DataError
 from nemo_jepo.config.schema import AnswerConfig, DataConfig
 from nemo_jepo.data.dataset import load_prompts, training_texts
-from nemo_jepo.data.files import BadRow
+from nemo_jepo.data.files import BadRow, Keys, read_rows
 
 GOOD = {"question": "What is 6 * 7?", "answer": "42", "thought": "six times seven"}
 
@@ -138,3 +138,25 @@ def test_a_tokenizer_is_trained_on_everything_that_usable_training_rows_read_as(
     path = jsonl(tmp_path, GOOD, "bad", {"question": "7?", "answer": 7, "thought": None})
     texts = list(training_texts(DataConfig(train_path=path, chain_of_thought_key="thought")))
     assert texts == ["What is 6 * 7?\nsix times seven\n42", "7?\n7"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_a_row_says_whether_a_verifier_can_grade_it(tmp_path, suffix):
+    values = [True, False, None]
+    path = tmp_path / f"rows{suffix}"
+    if suffix == ".jsonl":
+        rows = [{"question": "q", "answer": "a", "verifiable": value} for value in values]
+        path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"question": "q", "answer": "a"}]))
+    else:
+        table = {"question": ["q"] * 3, "answer": ["a"] * 3, "verifiable": values}
+        pyarrow.parquet.write_table(pyarrow.table(table), path)
+    found = [row.verifiable for row in read_rows(path, Keys("question", "answer", verifiable="verifiable"))]
+    assert found[:3] == [True, False, True] and found[3:] == ([True] if suffix == ".jsonl" else [])
+    assert all(row.verifiable for row in read_rows(path, Keys("question", "answer")))
+
+
+def test_a_row_that_says_something_else_there_is_a_bad_one(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "q", "answer": "a", "verifiable": "yes"}\n')
+    (row,) = read_rows(path, Keys("question", "answer", verifiable="verifiable"))
+    assert str(row) == f"{path}:1: field 'verifiable': must be true or false, is \"yes\""

@@ -1,16 +1,21 @@
 """The order of prompts: complete, reproducible, resumable at any position."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_jepo.data.stream import PromptStream
+from nemo_jepo.data.stream import Epochs, PromptStream
 from nemo_jepo.types import Prompt
 
 PROMPTS = tuple(Prompt(i, (i,), str(i), str(i)) for i in range(10))
+
+
+def stream_of(prompts: Sequence[Prompt], per_step: int, shuffle: bool, seed: int) -> PromptStream:
+    return PromptStream(prompts, per_step, Epochs(len(prompts), shuffle, seed))
 
 
 def ids(batch: tuple[Prompt, ...]) -> list[int]:
@@ -19,7 +24,7 @@ def ids(batch: tuple[Prompt, ...]) -> list[int]:
 
 @given(num_prompts=st.integers(1, 10), per_step=st.integers(1, 25), seed=st.integers(0, 99))
 def test_every_epoch_holds_every_prompt_once_whatever_the_batch_size(num_prompts, per_step, seed):
-    stream = PromptStream(PROMPTS[:num_prompts], per_step, shuffle=True, seed=seed)
+    stream = stream_of(PROMPTS[:num_prompts], per_step, shuffle=True, seed=seed)
     batches = [ids(stream.next_batch()) for _ in range(num_prompts)]  # per_step epochs
     assert all(len(batch) == per_step for batch in batches)
     order = [prompt_id for batch in batches for prompt_id in batch]
@@ -30,17 +35,17 @@ def test_every_epoch_holds_every_prompt_once_whatever_the_batch_size(num_prompts
 
 
 def test_a_state_without_the_number_of_batches_has_as_many_as_its_prompts_make():
-    stream = PromptStream(PROMPTS, 4, shuffle=True, seed=3)
+    stream = stream_of(PROMPTS, 4, shuffle=True, seed=3)
     stream.load_state_dict({"prompts_seen": 12, "num_prompts": 10, "seed": 3})
     assert stream.batches_seen == 3
 
 
 @given(steps_before=st.integers(0, 12), per_step=st.integers(1, 13), resumed_per_step=st.integers(1, 13))
 def test_a_resumed_stream_reads_what_an_uninterrupted_one_would(steps_before, per_step, resumed_per_step):
-    stream = PromptStream(PROMPTS, per_step, shuffle=True, seed=3)
+    stream = stream_of(PROMPTS, per_step, shuffle=True, seed=3)
     for _ in range(steps_before):
         stream.next_batch()
-    resumed = PromptStream(PROMPTS, resumed_per_step, shuffle=True, seed=3)
+    resumed = stream_of(PROMPTS, resumed_per_step, shuffle=True, seed=3)
     resumed.load_state_dict(json.loads(json.dumps(stream.state_dict())))
     assert resumed.state_dict() == stream.state_dict()
     expected = [i for _ in range(resumed_per_step) for i in ids(stream.next_batch())]
@@ -49,7 +54,7 @@ def test_a_resumed_stream_reads_what_an_uninterrupted_one_would(steps_before, pe
 
 @given(handed_out=st.integers(0, 12), ahead=st.integers(0, 9), per_step=st.integers(1, 13))
 def test_a_look_ahead_sees_the_later_batch_and_takes_nothing_out(handed_out, ahead, per_step):
-    stream = PromptStream(PROMPTS, per_step, shuffle=True, seed=3)
+    stream = stream_of(PROMPTS, per_step, shuffle=True, seed=3)
     for _ in range(handed_out):
         stream.next_batch()
     before = stream.state_dict()
@@ -62,7 +67,7 @@ def test_a_look_ahead_sees_the_later_batch_and_takes_nothing_out(handed_out, ahe
 
 def test_epochs_and_seeds_differ_in_order_and_equal_seeds_do_not():
     def first_epochs(seed: int) -> list[list[int]]:
-        stream = PromptStream(PROMPTS, 10, shuffle=True, seed=seed)
+        stream = stream_of(PROMPTS, 10, shuffle=True, seed=seed)
         return [ids(stream.next_batch()) for _ in range(2)]
 
     (first, second), (other, _) = first_epochs(3), first_epochs(4)
@@ -72,7 +77,7 @@ def test_epochs_and_seeds_differ_in_order_and_equal_seeds_do_not():
 
 @given(num_prompts=st.integers(1, 10), per_step=st.integers(1, 25))
 def test_a_prompt_that_a_batch_holds_again_is_numbered(num_prompts, per_step):
-    stream = PromptStream(PROMPTS[:num_prompts], per_step, shuffle=True, seed=3)
+    stream = stream_of(PROMPTS[:num_prompts], per_step, shuffle=True, seed=3)
     for _ in range(4):
         batch = stream.next_batch()
         for place, prompt in enumerate(batch):
@@ -81,19 +86,19 @@ def test_a_prompt_that_a_batch_holds_again_is_numbered(num_prompts, per_step):
 
 
 def test_without_shuffling_the_file_order_repeats():
-    stream = PromptStream(PROMPTS[:3], 4, shuffle=False, seed=3)
+    stream = stream_of(PROMPTS[:3], 4, shuffle=False, seed=3)
     assert [ids(stream.next_batch()) for _ in range(3)] == [[0, 1, 2, 0], [1, 2, 0, 1], [2, 0, 1, 2]]
 
 
 def test_a_position_in_another_order_is_refused():
-    saved = PromptStream(PROMPTS, 4, shuffle=True, seed=3).state_dict()
+    saved = stream_of(PROMPTS, 4, shuffle=True, seed=3).state_dict()
     with pytest.raises(ValueError, match="num_prompts=10, resumed with 9"):
-        PromptStream(PROMPTS[:9], 4, shuffle=True, seed=3).load_state_dict(saved)
+        stream_of(PROMPTS[:9], 4, shuffle=True, seed=3).load_state_dict(saved)
     with pytest.raises(ValueError, match="seed=3, resumed with 4"):
-        PromptStream(PROMPTS, 4, shuffle=True, seed=4).load_state_dict(saved)
+        stream_of(PROMPTS, 4, shuffle=True, seed=4).load_state_dict(saved)
 
 
 @pytest.mark.parametrize("prompts, per_step", [((), 4), (PROMPTS, 0)])
 def test_nothing_to_read_is_an_error(prompts, per_step):
     with pytest.raises(ValueError, match="must be at least 1"):
-        PromptStream(prompts, per_step, shuffle=True, seed=3)
+        stream_of(prompts, per_step, shuffle=True, seed=3)

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Pretrain
 
 from nemo_jepo.actor.weights.families import FAMILIES
 from nemo_jepo.config.schema import RolloutConfig
-from nemo_jepo.data.stream import PromptStream
+from nemo_jepo.data.stream import Epochs, PromptStream
 from nemo_jepo.rollout import cache, embedded
 from nemo_jepo.rollout.embedded import EmbeddedSampler, draw_tokens
 from nemo_jepo.rollout.sampler import GenerationRequest, SamplingStopped
@@ -239,7 +239,7 @@ def test_a_prompt_twice_in_a_batch_draws_other_samples_on_any_number_of_replicas
     the same prompt, and where a place is sampled changes nothing."""
     sampler = sampler_of(tiny_model(tiny_config()))
     prompts = (prompt_of(0, 1, 2), prompt_of(1, 3))
-    batch = PromptStream(prompts, 4, shuffle=False, seed=0).upcoming()
+    batch = PromptStream(prompts, 4, Epochs(len(prompts), shuffle=False, seed=0)).upcoming()
     size = len(batch) // replicas
     drawn = [
         [rollout.token_ids for rollout in sampler.generate(batch[start : start + size], request_of(max_tokens=30))]
