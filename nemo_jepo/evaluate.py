@@ -28,12 +28,14 @@ from nemo_jepo.config.schema import Config
 from nemo_jepo.config.warmup import started_from
 from nemo_jepo.data.dataset import PromptSplits
 from nemo_jepo.data.oracle import ArithmeticOracle
+from nemo_jepo.data.stream import groups_of
 from nemo_jepo.data.verdict import VerdictWriter
-from nemo_jepo.grading import grade
+from nemo_jepo.grading import Grader, grade
 from nemo_jepo.held_out import (
     Graded,
     accuracies_at_k,
     accuracy,
+    judged_pairs,
     likelihoods,
     median_over_prompts,
     proxy_nll,
@@ -44,7 +46,6 @@ from nemo_jepo.objective.records import GroupScores, Scored
 from nemo_jepo.rewards.judge_prompt import Case
 from nemo_jepo.rewards.judged import Judges, cases_to_judge, combined_accuracies, judge_metrics
 from nemo_jepo.rewards.task import TaskScorer
-from nemo_jepo.rewards.verify import Verifier
 from nemo_jepo.rollout.build import OwnServers
 from nemo_jepo.rollout.sampler import GenerationRequest, never
 from nemo_jepo.setup import Trainer, build, task_scorer
@@ -111,8 +112,10 @@ def evaluate(
         SamplersLost, SamplerMismatch: see the sampler.
     """
     config, layout = t.config, t.layout
-    place = slice(layout.data_parallel_rank, None, layout.data_parallel_size)
-    mine, size = prompts[place], config.evaluation.num_generations_per_prompt
+    place = [
+        place for group in groups_of(prompts)[layout.data_parallel_rank :: layout.data_parallel_size] for place in group
+    ]
+    mine, size = [prompts[one] for one in place], config.evaluation.num_generations_per_prompt
 
     # The same samples serve every metric; own answers are decoded where somebody reads them
     sync_weights(t)
@@ -173,7 +176,7 @@ def num_batches(config: Config, num_prompts: int) -> int:
     return max(1, math.ceil(num_prompts / config.trainer.jepo.num_prompts_per_step))
 
 
-def medians(t: Trainer, groups: GroupScores, gain: Tensor, place: slice, num_prompts: int) -> dict[str, float]:
+def medians(t: Trainer, groups: GroupScores, gain: Tensor, place: Sequence[int], num_prompts: int) -> dict[str, float]:
     """Medians over the prompts of all replicas: of the proxy NLL, infinite without a valid sample, and of the gain."""
     num_valid = groups.valid_mask.sum(-1)
     values = {
@@ -201,6 +204,10 @@ def sampled_answers(t: Trainer, prompts: Sequence[Prompt], rollouts: Sequence[Ro
     }
     if size > 1:
         metrics |= accuracies_at_k(graded, size)
+    if t.config.data.verifier == "judgement":
+        texts = {(one.group, one.sample): text for one, text in zip(rollouts, answers, strict=True)}
+        gone = {(one.group, one.sample) for one in rollouts if one.finish_reason == "failed"}
+        metrics |= judged_pairs(prompts, {key: text for key, text in texts.items() if key not in gone})
     if size > 1 and t.verdicts is not None:
         metrics |= verified_at_k(graded, own_confidences(t, t.verdicts, prompts, rollouts, size), size)
     judges = Judges(t.config.evaluation, Path(t.config.exp_manager.exp_dir), t.servers)
@@ -298,7 +305,7 @@ def oracle_accuracies(t: Trainer, prompts: Sequence[Prompt], rollouts: Sequence[
     if t.config.data.name not in ORACLES:
         return {}
     with ExitStack() as stack:
-        oracle: Verifier | TaskScorer | ArithmeticOracle = t.verifier  # a task's scorer is both
+        oracle: Grader = t.verifier  # a task's scorer is both
         if t.config.data.verifier != "task":
             oracle = stack.enter_context(closing(ORACLES[t.config.data.name](t.config)))
         verdicts = grade(oracle, t.splicer, t.layout, prompts, rollouts)

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from nemo_jepo.actor.parallel import Layout
 from nemo_jepo.data.splice import Splicer
+from nemo_jepo.rewards.judgement import pair_rewards
 from nemo_jepo.types import Pair, Prompt, Rollout
 
 
@@ -58,4 +59,22 @@ class RuleReward:
 
     def metrics(self) -> dict[str, Pair]:
         """What the step at hand adds to the metrics of every reward."""
+        return {}
+
+
+@dataclass(frozen=True, slots=True)
+class JudgementReward:
+    """data.verifier=judgement: what the two judgements of a pair are worth together (`nemo_jepo.rewards.judgement`)."""
+
+    splicer: Splicer
+
+    def of(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], step: int) -> list[float | None]:
+        """The reward of each sample; None where a judgement cannot be read."""
+        arrived = [rollout for rollout in rollouts if rollout.finish_reason != "failed"]
+        answers = {(one.group, one.sample): self.splicer.own_answer_text(one) for one in arrived}
+        rewards = pair_rewards(prompts, answers)
+        return [rewards.get((rollout.group, rollout.sample)) for rollout in rollouts]
+
+    def metrics(self) -> dict[str, Pair]:
+        """None."""
         return {}

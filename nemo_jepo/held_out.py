@@ -9,7 +9,7 @@ Source: arXiv 2503.19618, Section 4 and Eq. 6; arXiv 2107.03374, Eq. 1 (pass@k).
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -20,7 +20,8 @@ from nemo_jepo.metrics import mean
 from nemo_jepo.objective.estimators import effective_sample_size, multi_sample_bound, single_sample_bound
 from nemo_jepo.objective.records import GroupScores
 from nemo_jepo.rewards.claims import as_claim, folded
-from nemo_jepo.types import Pair
+from nemo_jepo.rewards.judgement import can_be_read, consistent, is_right, partner_of
+from nemo_jepo.types import Pair, Prompt
 
 # ---- likelihood of the reference answer ------------------------------------------------------------------------------
 
@@ -61,7 +62,7 @@ def likelihoods(groups: GroupScores) -> dict[str, Pair]:
 
 
 def median_over_prompts(
-    values: Tensor, place: slice, num_prompts: int, reduce_sum: Callable[[Tensor], Tensor]
+    values: Tensor, place: Sequence[int], num_prompts: int, reduce_sum: Callable[[Tensor], Tensor]
 ) -> float | None:
     """The median of one value per prompt, over the prompts of all replicas; every replica calls.
 
@@ -73,7 +74,7 @@ def median_over_prompts(
         None where no prompt has a value, or the median is infinite.
     """
     everywhere = torch.zeros(num_prompts, dtype=torch.float64)
-    everywhere[place] = values.double()
+    everywhere[list(place)] = values.double()
     known = [value for value in reduce_sum(everywhere).tolist() if not math.isnan(value)]
     middle = median(known) if known else math.inf
     return middle if math.isfinite(middle) else None
@@ -190,6 +191,35 @@ def verified_at_k(graded: Sequence[Graded], confidences: Sequence[float], k: int
         "verdict_of_right": (math.fsum(right), float(len(right))),
         "verdict_of_wrong": (math.fsum(wrong), float(len(wrong))),
         "verdict_accuracy": (float(agreed), float(len(judged))),
+    }
+
+
+def judged_pairs(prompts: Sequence[Prompt], answers: Mapping[tuple[int, int], str | None]) -> dict[str, Pair]:
+    """What judgements of pairs are worth (data.verifier=judgement).
+
+    consistent_accuracy    share of pairs whose two judgements are right together
+    one_sided_rate         share of pairs of which one judgement is right and one wrong: the verdict follows the place
+    unread_rate            share of judgements that cannot be read
+
+    Args:
+        prompts: P, each pair whole.
+        answers: (prompt, sample) -> own answer of a sample that arrived.
+    Source: arXiv 2505.10320 (consistent accuracy; flips).
+    """
+    partners, references = partner_of(prompts), [prompt.answer.strip() for prompt in prompts]
+    pairs = [(place, partners[place], sample) for place, sample in answers if (partners[place], sample) in answers]
+    pairs = [pair for pair in pairs if pair[0] < pair[1]]
+    both = sum(
+        consistent(answers[one, sample], answers[other, sample], references[one], references[other]) is True
+        for one, other, sample in pairs
+    )
+    alone = {key: is_right(text or "", references[key[0]]) for key, text in answers.items()}
+    one_sided = sum({alone[one, sample], alone[other, sample]} == {True, False} for one, other, sample in pairs)
+    unread = sum(bool(text) and not can_be_read(str(text), references[key[0]]) for key, text in answers.items())
+    return {
+        "consistent_accuracy": (float(both), float(len(pairs))),
+        "one_sided_rate": (float(one_sided), float(len(pairs))),
+        "unread_rate": (float(unread), float(len(answers))),
     }
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -39,10 +40,11 @@ from nemo_jepo.data.splice import Splicer
 from nemo_jepo.data.stream import PromptStream
 from nemo_jepo.data.tokenizer import load_tokenizer, train_tokenizer
 from nemo_jepo.data.verdict import VerdictWriter
-from nemo_jepo.grading import RuleReward
+from nemo_jepo.grading import JudgementReward, RuleReward
 from nemo_jepo.lessons import Lessons
 from nemo_jepo.objective.records import UpdateRule
 from nemo_jepo.refill import Refill
+from nemo_jepo.rewards.judgement import JudgementVerifier
 from nemo_jepo.rewards.task import TaskScorer
 from nemo_jepo.rewards.verify import Verifier
 from nemo_jepo.rollout.build import OwnServers, open_sampler, share_gpus, training_request
@@ -68,9 +70,9 @@ class Trainer:
     """Empty without a validation file."""
     actor: MegatronJEPOActor
     rollouts: RolloutQueue
-    verifier: Verifier | TaskScorer
+    verifier: Verifier | TaskScorer | JudgementVerifier
     """Its process starts when first asked, on replica heads."""
-    reward: "RuleReward | HybridReward"
+    reward: "RuleReward | JudgementReward | HybridReward"
     """What own answers earn."""
     checkpoints: CheckpointWriter
     verdicts: VerdictWriter | None = None
@@ -210,8 +212,10 @@ def build(config: Config, folder: Path, layout: Layout, servers: OwnServers, spl
     prompts_of = functools.partial(splits.get, config.data, tokenizer=tokenizer, answer=config.answer)
     train = prompts_of("warmup" if objective.supervised else "train")
     validation = prompts_of("validation") if has_split(config.data, "validation") else ()
+    if config.data.verifier == "judgement":
+        validation = whole_pairs(validation)
     prompts, size = train or validation, loop.num_prompts_per_step
-    stream = PromptStream(prompts, size, order_of(config.data, prompts, size))
+    stream = PromptStream(prompts, size, order_of(config.data, prompts, size, layout.data_parallel_size))
     splicer = Splicer(tokenizer, config.answer)
     hf_config = find_hf_config(config.model, restored, precision, tokenizer)
     if local != config:
@@ -264,15 +268,25 @@ def build(config: Config, folder: Path, layout: Layout, servers: OwnServers, spl
     )
 
 
-def open_verifier(config: Config) -> Verifier | TaskScorer:
+def whole_pairs(prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
+    """The prompts without one whose partner data.num_validation_prompts has cut off."""
+    keys = Counter(prompt.group_key for prompt in prompts)
+    return tuple(prompt for prompt in prompts if keys[prompt.group_key] == 2)
+
+
+def open_verifier(config: Config) -> Verifier | TaskScorer | JudgementVerifier:
     """What grades own answers (data.verifier)."""
+    if config.data.verifier == "judgement":
+        return JudgementVerifier()
     return task_scorer(config) if config.data.verifier == "task" else Verifier(config.evaluation.verify_timeout_s)
 
 
 def reward_of(
     config: Config, rule: RuleReward, run_servers: tuple[Sequence[str], str] | None
-) -> "RuleReward | HybridReward":
+) -> "RuleReward | JudgementReward | HybridReward":
     """What own answers earn (objective.reward)."""
+    if config.data.verifier == "judgement":
+        return JudgementReward(rule.splicer)
     if config.objective.reward == "rule":
         return rule
     from nemo_jepo.hybrid import HybridReward  # HTTP, which a run without a model verifier does not load

@@ -37,6 +37,8 @@ class Prompt:
     """data=reasoning_gym: the package's own record of the question, which its scorer reads; pickled, in base 64."""
     cluster: str | None = None
     """What data.cluster_key says of it; None where nobody asks."""
+    group_key: str | None = None
+    """What data.group_key says of it: prompts of one group are in one batch, on one replica. None where nobody asks."""
     occurrence: int = 0
     """How often the global batch holds the prompt before this place: a repeated prompt draws samples of its own."""
 

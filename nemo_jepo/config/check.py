@@ -107,6 +107,7 @@ def check(config: Config, world_size: int, trains: bool = True) -> None:
     """
     _check_data(config.data, trains)
     _check_task(config)
+    _check_judgements(config)
     _check_arithmetic(config.data.arithmetic)
     _check_machines(config.trainer, config.model, world_size)
     _check_batches(config.trainer, config.warmup, config.model.data_parallel_size(world_size))
@@ -159,6 +160,28 @@ def _check_task(config: Config) -> None:
         if target == "chain_of_thought" and data.task not in WORKED_TASKS:
             rule = f"data.task={data.task} has no golden chains of thought; {' and '.join(WORKED_TASKS)} have"
             raise ConfigError(key, target, rule, "Use marked_answer")
+
+
+def _check_judgements(config: Config) -> None:
+    """Rows that are tied together, and judgements, which are read in pairs."""
+    data = config.data
+    if data.group_key is not None and data.name != "jsonl":
+        rule, fix = f"is a field of rows of data=jsonl, and data={data.name} has none", "Leave it out"
+        raise ConfigError("data.group_key", data.group_key, rule, fix)
+    if data.group_key is not None and data.learns:
+        rule = "keeps rows together that data.drop_easy or data.sampler would draw apart"
+        raise ConfigError("data.group_key", data.group_key, rule, "Leave one of them out")
+    if data.group_key is not None and config.refill.max_batches > 1:
+        rule = "keeps rows together of which refill.max_batches would drop one"
+        raise ConfigError("data.group_key", data.group_key, rule, "Use refill.max_batches=1")
+    if data.verifier != "judgement":
+        return
+    if data.group_key is None:
+        rule = "reads the two judgements of a pair together"
+        raise ConfigError("data.verifier", "judgement", rule, "Name the pair's field, data.group_key=group")
+    if config.objective.reward != "rule":
+        rule = "asks a model about answers, and data.verifier=judgement has judgements"
+        raise ConfigError("objective.reward", config.objective.reward, rule, "Use rule")
 
 
 def _check_arithmetic(arithmetic: ArithmeticConfig) -> None:

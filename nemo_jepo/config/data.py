@@ -100,6 +100,9 @@ class DataConfig:
     cluster_key: str | None = None
     """Field of a row whose equal values make a cluster, which the sampler learning_progress measures as one; null: each
     prompt by itself."""
+    group_key: str | None = None
+    """Field of a row whose equal values tie rows together: those of a group are in one batch and on one replica. All
+    groups have one size. Null: no row is tied to another."""
     sampler_floor: float = setting(0.1, gt=0, le=1)
     """Share of the draws of learning_progress that is uniform over all prompts."""
     sampler_exponential_mean: float = setting(0.5, ge=0, le=1)
@@ -112,9 +115,9 @@ class DataConfig:
     """reasoning_gym: the task's own arguments, {min_terms: 2, max_terms: 3}; seed and size are the run's."""
     num_train_prompts: int = setting(2000, ge=1)
     """reasoning_gym: different questions to train on; none of them is among those to validate on."""
-    verifier: str = setting("math", choices=("math", "task"))
-    """What grades own answers, for accuracy and as the reward of rloo and jepo_rl: math (math-verify) or task
-    (reasoning_gym's own scorer)."""
+    verifier: str = setting("math", choices=("math", "task", "judgement"))
+    """What grades own answers, for accuracy and as the reward of rloo and jepo_rl: math (math-verify), task
+    (reasoning_gym's own scorer) or judgement (both orders of a pair together; docs/guides/train-a-judge.md)."""
     arithmetic: ArithmeticConfig = field(default_factory=ArithmeticConfig)
 
     @property

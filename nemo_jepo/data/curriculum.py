@@ -18,19 +18,47 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import Any
 
+from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.schema import DataConfig
-from nemo_jepo.data.stream import Epochs, Order, Shown, permuted
+from nemo_jepo.data.stream import Epochs, Order, Shown, TiedEpochs, groups_of, permuted
 from nemo_jepo.types import Prompt
 
 
-def order_of(config: DataConfig, prompts: Sequence[Prompt], num_prompts_per_step: int) -> Order:
-    """The order that the settings ask for."""
+def order_of(config: DataConfig, prompts: Sequence[Prompt], num_prompts_per_step: int, num_replicas: int = 1) -> Order:
+    """The order that the settings ask for.
+
+    Args:
+        num_replicas: a batch is dealt over so many, in whole groups.
+    """
+    if config.group_key is not None:
+        return tied(groups_of(prompts), config, num_prompts_per_step, num_replicas)
     if config.sampler == "learning_progress":
         keep = config.sampler_exponential_mean
         return LearningProgress(clusters_of(prompts), config.seed, config.sampler_floor, keep)
     if config.drop_easy is not None:
         return HarderEpochs(len(prompts), config.shuffle, config.seed, config.drop_easy, num_prompts_per_step)
     return Epochs(len(prompts), config.shuffle, config.seed)
+
+
+def tied(
+    groups: Sequence[Sequence[int]], config: DataConfig, num_prompts_per_step: int, num_replicas: int
+) -> TiedEpochs:
+    """The order of groups of prompts.
+
+    Raises:
+        ConfigError: their sizes differ, or do not divide a replica's part of a batch.
+    """
+    sizes = sorted({len(group) for group in groups})
+    if config.verifier == "judgement" and sizes != [2]:
+        rule = f"groups of {' and '.join(map(str, sizes))} rows, and a pair of judgements has 2"
+        raise ConfigError("data.group_key", config.group_key, rule, "Mend the file, or name the pair's field")
+    if len(sizes) > 1:
+        rule = f"groups of {' and '.join(map(str, sizes))} rows: all must have one size"
+        raise ConfigError("data.group_key", config.group_key, rule, "Mend the file")
+    if num_prompts_per_step % (sizes[0] * num_replicas):
+        rule = f"must be a multiple of {sizes[0] * num_replicas}: groups of {sizes[0]} rows on {num_replicas} replicas"
+        raise ConfigError("trainer.jepo.num_prompts_per_step", num_prompts_per_step, rule, "Change it")
+    return TiedEpochs(groups, config.shuffle, config.seed)
 
 
 def clusters_of(prompts: Sequence[Prompt]) -> list[int]:

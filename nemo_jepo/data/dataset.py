@@ -124,4 +124,4 @@ def _rows(config: DataConfig, split: Split) -> Iterable[Row | BadRow]:
         return (split_solution(row) if isinstance(row, Row) else row for row in rows)
     cluster = None if split == "validation" else config.cluster_key
     texts = config.prompt_key, config.answer_key, config.chain_of_thought_key
-    return read_rows(Path(path), Keys(*texts, cluster, config.verifiable_key))
+    return read_rows(Path(path), Keys(*texts, cluster, config.verifiable_key, config.group_key))

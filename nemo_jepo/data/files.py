@@ -35,6 +35,8 @@ class Row:
     """data=reasoning_gym: the package's own record of the question, which its scorer reads; pickled, in base 64."""
     cluster: str | None = None
     """What data.cluster_key says of it; None where nobody asks."""
+    group: str | None = None
+    """What data.group_key says of it; None where nobody asks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,7 @@ class Keys:
     cluster: str | None = None
     verifiable: str | None = None
     """True or false; a row without it is verifiable."""
+    group: str | None = None
 
 
 def read_rows(path: Path, keys: Keys) -> Iterator[Row | BadRow]:
@@ -177,10 +180,13 @@ def _row(source: str, line: int, record: dict[str, object], keys: Keys) -> Row |
     cluster, problem = (None, "") if keys.cluster is None else _text(record, keys.cluster)
     if problem:
         return BadRow(source, line, keys.cluster, problem)
+    group, problem = (None, "") if keys.group is None else _text(record, keys.group)
+    if problem:
+        return BadRow(source, line, keys.group, problem)
     verifiable = None if keys.verifiable is None else record.get(keys.verifiable)
     if not isinstance(verifiable, bool | None):
         return BadRow(source, line, keys.verifiable, f"must be true or false, is {_brief(verifiable)}")
-    return Row(source, line, question, answer.strip(), chain_of_thought, verifiable is not False, cluster=cluster)
+    return Row(source, line, question, answer.strip(), chain_of_thought, verifiable is not False, None, cluster, group)
 
 
 def _text(record: dict[str, object], key: str) -> tuple[str, str]:

@@ -51,6 +51,7 @@ def prompts_of_rows(
                 verifiable=row.verifiable,
                 task_entry=row.task_entry,
                 cluster=row.cluster,
+                group_key=row.group,
             )
 
 

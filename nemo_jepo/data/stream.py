@@ -99,6 +99,35 @@ class Epochs:
         return permuted(range(self._num_prompts), epoch, self._shuffle, self.seed)
 
 
+class TiedEpochs(Epochs):
+    """As Epochs, with groups of prompts in the place of prompts: a group's stand side by side.
+
+    Args:
+        groups: places in the data set, every group of the same size.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[int]], shuffle: bool, seed: int) -> None:
+        super().__init__(len(groups), shuffle, seed)
+        self._groups = groups
+        self._size = len(groups[0])
+
+    def take(self, count: int) -> list[int]:
+        """See Order; count is a multiple of the groups' size."""
+        return [place for group in super().take(count // self._size) for place in self._groups[group]]
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See Order."""
+        super().load_state_dict({"prompts_seen": state["prompts_seen"] // self._size})
+
+
+def groups_of(prompts: Sequence[Prompt]) -> list[list[int]]:
+    """The places of each group's prompts, in the order of their first ones; a prompt without a key is a group."""
+    groups: dict[object, list[int]] = {}
+    for place, prompt in enumerate(prompts):
+        groups.setdefault(place if prompt.group_key is None else prompt.group_key, []).append(place)
+    return list(groups.values())
+
+
 def permuted(places: Sequence[int], epoch: int, shuffle: bool, seed: int) -> list[int]:
     """The order of an epoch that holds these."""
     order = list(places)

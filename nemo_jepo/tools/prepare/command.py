@@ -15,9 +15,10 @@ from nemo_jepo.tools.prepare.cluster import cluster_step
 from nemo_jepo.tools.prepare.decontaminate import decontaminate_step
 from nemo_jepo.tools.prepare.difficulty import difficulty_step, keep_difficulty_step
 from nemo_jepo.tools.prepare.duplicates import near_duplicates_step
+from nemo_jepo.tools.prepare.judge_pairs import FORMS, JUDGE_PAIRS, NEIGHBOUR, PairKeys
 from nemo_jepo.tools.prepare.origin import Origin
 from nemo_jepo.tools.prepare.own import OWN
-from nemo_jepo.tools.prepare.prepare import prepare
+from nemo_jepo.tools.prepare.prepare import prepare, prepare_pairs
 from nemo_jepo.tools.prepare.published import PUBLISHED
 from nemo_jepo.tools.prepare.select_zip import select_step
 from nemo_jepo.tools.prepare.steps import Step
@@ -34,8 +35,12 @@ def main(argv: Sequence[str]) -> int:
     chosen = _parser().parse_args(list(argv))
     if chosen.local and chosen.revision:
         raise ConfigError("--revision", chosen.revision, "a local copy has none", "Leave out --revision or --from")
-    judge = partial(verifiable_answers, num_workers=chosen.workers)
-    folder = prepare(chosen.name, chosen.out, judge, _origin(chosen), list(_steps(chosen)))
+    if chosen.name == JUDGE_PAIRS:
+        folder = _pairs(chosen)
+    else:
+        _refuse(chosen, ("good_key", "bad_key", "bad_from", "form", "held_out"), f"is of {JUDGE_PAIRS}")
+        judge = partial(verifiable_answers, num_workers=chosen.workers)
+        folder = prepare(chosen.name, chosen.out, judge, _origin(chosen), list(_steps(chosen)))
     manifest = json.loads((folder / "manifest.json").read_text())
     if "conditions" in manifest["source"]:
         print(manifest["source"]["conditions"], file=sys.stderr)
@@ -44,6 +49,25 @@ def main(argv: Sequence[str]) -> int:
     for file, counts in manifest["files"].items():
         print(f"{folder / file}  {counts['rows']} rows, {counts['verifiable']} verifiable")
     return DONE
+
+
+def _pairs(chosen: argparse.Namespace) -> Path:
+    """The folder of prompts that ask for judgements."""
+    others = "revision", "answer_key", "chain_of_thought_key", "near_duplicates", "decontaminate", "ngram"
+    _refuse(chosen, (*others, "difficulty", "keep_difficulty", "select", "cluster"), f"is not of {JUDGE_PAIRS}")
+    if chosen.local is None:
+        raise ConfigError("--from", None, "the pairs are in a file", f"Add --from FILE to {JUDGE_PAIRS}")
+    keys = PairKeys(chosen.prompt_key or "question", chosen.good_key or "answer", chosen.bad_key)
+    return prepare_pairs(
+        chosen.out, chosen.local, keys, chosen.bad_from, chosen.form or "verdict", chosen.held_out or 0
+    )
+
+
+def _refuse(chosen: argparse.Namespace, options: Sequence[str], rule: str) -> None:
+    """Raise ConfigError where one of these options is given."""
+    for option in options:
+        if (value := getattr(chosen, option)) is not None:
+            raise ConfigError(f"--{option.replace('_', '-')}", value, rule, "Leave it out")
 
 
 def _origin(chosen: argparse.Namespace) -> Origin:
@@ -84,12 +108,19 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "prepare", help="write a published data set, or your own, as Parquet with a manifest", allow_abbrev=False
     )
-    command.add_argument("name", metavar="NAME", help=f"{', '.join(PUBLISHED)}; {OWN}: a file of your own (--from)")
+    command.add_argument("name", metavar="NAME", help=f"{', '.join(PUBLISHED)}; of your file: {OWN}, {JUDGE_PAIRS}")
     command.add_argument("--out", type=Path, default=Path("data"), help="folder that gets the folder NAME (data)")
     command.add_argument("--from", dest="local", type=Path, metavar="PATH", help="a local copy: file or folder")
     command.add_argument("--revision", help="another revision than the pinned one")
     cpus = len(os.sched_getaffinity(0))
     command.add_argument("--workers", type=_count, default=cpus, help="verifier processes; default: one for each CPU")
+
+    pairs = command.add_argument_group(f"pairs of answers to judge (NAME is {JUDGE_PAIRS}; --from, --prompt-key)")
+    pairs.add_argument("--good-key", metavar="KEY", help="the good answer (answer)")
+    pairs.add_argument("--bad-key", metavar="KEY", help="the bad answer, where the file has one")
+    pairs.add_argument("--bad-from", metavar=f"{NEIGHBOUR}|FILE", help="else: of the question most like it, or samples")
+    pairs.add_argument("--form", choices=tuple(FORMS), help="of a judgement (verdict)")
+    pairs.add_argument("--held-out", type=_count, metavar="N", help="pairs that become the validation split (none)")
 
     own = command.add_argument_group(f"columns of a file of your own (NAME is {OWN})")
     own.add_argument("--prompt-key", metavar="KEY", help="the question (question)")

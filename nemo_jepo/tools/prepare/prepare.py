@@ -20,6 +20,7 @@ import pyarrow.parquet
 from tqdm import tqdm
 
 from nemo_jepo.config.errors import ConfigError, DataError
+from nemo_jepo.tools.prepare.judge_pairs import JUDGE_PAIRS, NEIGHBOUR, PairKeys, examples_of, pairs_of
 from nemo_jepo.tools.prepare.origin import Origin, local_files, published_files, read_split
 from nemo_jepo.tools.prepare.own import OWN, own_file
 from nemo_jepo.tools.prepare.published import PUBLISHED
@@ -97,6 +98,38 @@ def prepare(name: str, out: Path, judge: Judge, origin: Origin, steps: Sequence[
     if steps:
         manifest["steps"] = first + then
     return _write(target, flagged, manifest, [step.column for step in steps if step.column is not None])
+
+
+def prepare_pairs(out: Path, path: Path, keys: PairKeys, bad_from: str | None, form: str, num_held_out: int) -> Path:
+    """Write <out>/judge_pairs: prompts that ask for judgements of the pairs in a file, and manifest.json.
+
+    Args:
+        path, keys, bad_from: the pairs; see `nemo_jepo.tools.prepare.judge_pairs`.
+        form: of the judgements.
+        num_held_out: pairs that become the validation split.
+    Returns:
+        The new folder.
+    Raises:
+        ConfigError, DataError: what cannot be read, used or written.
+    """
+    target = out / JUDGE_PAIRS
+    if target.exists():
+        raise ConfigError("--out", str(out), f"{target} exists", "Remove it, or choose another folder")
+    pairs, dropped = pairs_of(path, keys, bad_from)
+    splits = examples_of(pairs, form, num_held_out)
+    files = [path] if bad_from in (None, NEIGHBOUR) else [path, Path(str(bad_from))]
+    manifest = {
+        "name": JUDGE_PAIRS,
+        "source": {"local_copy": {str(file): sha256_of(file) for file in files}},
+        "form": form,
+        "bad_answers": bad_from or f"column {keys.bad}",
+        "pairs": len(pairs),
+        "rows_without_a_pair": dict(dropped),
+    }
+    flagged: dict[str, tuple[Rows, list[bool | None]]] = {}
+    for split, rows in splits.items():
+        flagged[split] = rows, [True] * len(rows)
+    return _write(target, flagged, manifest, [pyarrow.field("group", pyarrow.string(), nullable=False)])
 
 
 def keep(published: Published, split: str, files: list[str], is_local: bool) -> Kept:

@@ -22,6 +22,8 @@ class Example:
     """0 (always solved) to 1 (never), where --difficulty has one."""
     cluster: int | None = None
     """Where --cluster was asked for."""
+    group: str | None = None
+    """Of prompts that belong together (judge_pairs)."""
 
 
 Rows = list[tuple[str, Example]]

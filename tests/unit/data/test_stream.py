@@ -1,6 +1,7 @@
 """The order of prompts: complete, reproducible, resumable at any position."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -8,6 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nemo_jepo.config.errors import ConfigError
+from nemo_jepo.config.schema import DataConfig
+from nemo_jepo.data.curriculum import order_of
 from nemo_jepo.data.stream import Epochs, PromptStream
 from nemo_jepo.types import Prompt
 
@@ -102,3 +106,44 @@ def test_a_position_in_another_order_is_refused():
 def test_nothing_to_read_is_an_error(prompts, per_step):
     with pytest.raises(ValueError, match="must be at least 1"):
         stream_of(prompts, per_step, shuffle=True, seed=3)
+
+
+# ---- prompts that are tied together ----------------------------------------------------------------------------------
+
+
+def tied_stream(num_groups: int, size: int, per_step: int, shuffle: bool = True) -> PromptStream:
+    prompts = [Prompt(i, (1,), "q", "a", group_key=f"g{i // size}") for i in range(num_groups * size)]
+    config = DataConfig(group_key="group", shuffle=shuffle)
+    return PromptStream(prompts, per_step, order_of(config, prompts, per_step))
+
+
+def test_a_groups_prompts_stand_side_by_side_and_each_comes_once_an_epoch():
+    stream = tied_stream(num_groups=5, size=2, per_step=4)
+    seen = [prompt for _ in range(5) for prompt in stream.next_batch()]
+    for first, second in zip(seen[::2], seen[1::2], strict=True):
+        assert first.group_key == second.group_key and second.prompt_id == first.prompt_id + 1
+    assert Counter(prompt.prompt_id for prompt in seen) == dict.fromkeys(range(10), 2)
+    assert stream.epoch == 2
+
+
+def test_a_resumed_stream_of_groups_goes_on_where_it_was():
+    whole = tied_stream(5, 2, 4)
+    batches = [whole.next_batch() for _ in range(6)]
+    for position in range(6):
+        stream = tied_stream(5, 2, 4)
+        for _ in range(position):
+            stream.next_batch()
+        resumed = tied_stream(5, 2, 4)
+        resumed.load_state_dict(stream.state_dict())
+        assert resumed.upcoming(1 if position < 5 else 0) == batches[min(position + 1, 5)]
+        assert resumed.next_batch() == batches[position]
+
+
+def test_groups_that_differ_in_size_or_do_not_fill_a_batch_are_refused():
+    prompts = [Prompt(i, (1,), "q", "a", group_key=key) for i, key in enumerate("aabbb")]
+    with pytest.raises(ConfigError, match="groups of 2 and 3 rows: all must have one size"):
+        order_of(DataConfig(group_key="group"), prompts, 4)
+    with pytest.raises(ConfigError, match="trainer.jepo.num_prompts_per_step=6: must be a multiple of 4"):
+        order_of(DataConfig(group_key="group"), prompts[:2], 6, num_replicas=2)
+    with pytest.raises(ConfigError, match="groups of 1 rows, and a pair of judgements has 2"):
+        order_of(DataConfig(group_key="group", verifier="judgement"), prompts[:1], 4)

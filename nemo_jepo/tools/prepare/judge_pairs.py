@@ -1,0 +1,254 @@
+"""`nemo-jepo data prepare judge_pairs`: pairs of a good and a bad answer -> prompts that ask for a judgement.
+
+    verdict    (question, A, B) and (question, B, A)    "The final answer is A"
+    scores     the same                                 "The final answer is A: 7.5, B: 3"
+    score      (question, good) and (question, bad)     "The final answer is 7.5"
+    graded     the same, with the reference answer      "The final answer is correct"
+
+Both prompts of a pair have the same `group`, which data.group_key=group keeps together. Where a file has no bad
+answers, they are found:
+
+    neighbour      the good answer to the question that shares most words with this one, a stand-in for an answer to a
+                   changed instruction
+    FILE           answers that were sampled and are known to be wrong
+
+Source: arXiv 2505.10320 (J1): bad answers from changed instructions, which another model writes there, and from samples
+with another result.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from nemo_jepo.config.errors import ConfigError, DataError
+from nemo_jepo.data.files import BadRow, read_records
+from nemo_jepo.tools.prepare.records import Example, Rows, Splits
+from nemo_jepo.tools.prepare.text import question_key, words
+
+JUDGE_PAIRS = "judge_pairs"
+"""The NAME that stands for it."""
+NEIGHBOUR = "neighbour"
+RAREST_WORDS = 8
+"""Words of a question whose other questions are compared with it."""
+
+COMPARE = """\
+Which of two answers to a question is better?
+
+Question:
+{question}
+
+Answer A:
+{a}
+
+Answer B:
+{b}
+
+"""
+ASK_VERDICT = 'Compare both with what the question asks. Then write "The final answer is A" or "The final answer is B".'
+ASK_SCORES = (
+    "Compare both with what the question asks. Then give each a score from 0 to 10, with at most one decimal: "
+    '"The final answer is A: 7.5, B: 3".'
+)
+ASK_SCORE = """\
+How good is an answer to a question?
+
+Question:
+{question}
+
+Answer:
+{answer}
+
+Think about what the question asks. Then give a score from 0 to 10, with at most one decimal: \
+"The final answer is 7.5"."""
+ASK_GRADE = """\
+Does an answer to a question state the same result as the reference answer?
+
+Question:
+{question}
+
+Reference answer:
+{reference}
+
+Answer:
+{answer}
+
+Compare both. Then write "The final answer is correct" or "The final answer is wrong"."""
+
+
+class Judged(NamedTuple):
+    """One question with an answer that is good and one that is bad."""
+
+    question: str
+    good: str
+    bad: str
+
+
+@dataclass(frozen=True, slots=True)
+class PairKeys:
+    """The columns of a file of pairs."""
+
+    question: str = "question"
+    good: str = "answer"
+    bad: str | None = None
+
+
+def _verdict(ask: str) -> Callable[[Judged], Iterator[tuple[str, str]]]:
+    def prompts(pair: Judged) -> Iterator[tuple[str, str]]:
+        for a, b, better in ((pair.good, pair.bad, "A"), (pair.bad, pair.good, "B")):
+            yield _filled(COMPARE + ask, question=pair.question, a=a, b=b), better
+
+    return prompts
+
+
+def _score(pair: Judged) -> Iterator[tuple[str, str]]:
+    for answer, which in ((pair.good, "good"), (pair.bad, "bad")):
+        yield _filled(ASK_SCORE, question=pair.question, answer=answer), which
+
+
+def _graded(pair: Judged) -> Iterator[tuple[str, str]]:
+    for answer, which in ((pair.good, "correct"), (pair.bad, "wrong")):
+        yield _filled(ASK_GRADE, question=pair.question, reference=pair.good, answer=answer), which
+
+
+FORMS = {"verdict": _verdict(ASK_VERDICT), "scores": _verdict(ASK_SCORES), "score": _score, "graded": _graded}
+"""--form -> the two (prompt, reference answer) of a pair."""
+
+
+def _filled(template: str, **texts: str) -> str:
+    """The template with its texts, in one pass: braces inside a text stay what they are."""
+    parts = template
+    for name in texts:
+        parts = parts.replace(f"{{{name}}}", f"\0{name}\0")
+    pieces = parts.split("\0")
+    return "".join(texts[piece] if place % 2 else piece for place, piece in enumerate(pieces))
+
+
+def read_pairs(path: Path, keys: PairKeys) -> tuple[list[tuple[str, str, str | None]], Counter[str]]:
+    """(question, good answer, bad answer or None) of every row with text in them, and how many rows were left out, why.
+
+    Raises:
+        DataError: a row that cannot be read, or no row with text.
+    """
+    found: list[tuple[str, str, str | None]] = []
+    dropped: Counter[str] = Counter()
+    columns = [key for key in (keys.question, keys.good, keys.bad) if key is not None]
+    for line, record in read_records(path, columns):
+        if isinstance(record, BadRow):
+            raise DataError(f"{record}. Mend the row, or take it out.")
+        missing = [key for key in columns if key not in record]
+        if missing:
+            fix = "Name it by --prompt-key, --good-key or --bad-key"
+            here = f"{path}:{line}: no column {missing[0]!r}; it has {', '.join(sorted(record))}"
+            raise DataError(f"{here}. {fix}.")
+        texts = [_text(record[key]) for key in columns]
+        if not all(texts):
+            dropped["blank"] += 1
+        elif keys.bad is not None and question_key(texts[1]) == question_key(texts[2]):
+            dropped["equal"] += 1
+        else:
+            found.append((texts[0], texts[1], texts[2] if keys.bad is not None else None))
+    if not found:
+        raise DataError(f"{path}: no row with text in {', '.join(columns)}. Give other columns.")
+    return found, dropped
+
+
+def with_neighbours(rows: Sequence[tuple[str, str]]) -> list[str | None]:
+    """For each (question, good answer) the good answer to the question that is most like it; None where none is.
+
+    Alike are questions by the Jaccard similarity of their sets of words, among those that share one of its eight rarest
+    words; of equal ones the first. An answer of the same text is no bad one.
+    """
+    sets = [set(words(question)) for question, _ in rows]
+    frequency = Counter(word for one in sets for word in one)
+    index: dict[str, list[int]] = {}
+    for place, one in enumerate(sets):
+        for word in one:
+            index.setdefault(word, []).append(place)
+    found: list[str | None] = []
+    for place, own in enumerate(tqdm(sets, desc="neighbours", unit="row", mininterval=1, dynamic_ncols=True)):
+        rarest = sorted(own, key=lambda word: (frequency[word], word))[:RAREST_WORDS]
+        others = {other for word in rarest for other in index[word]} - {place}
+        mine = question_key(rows[place][1])
+        alike = [other for other in others if question_key(rows[other][1]) != mine]
+        best = max(alike, key=lambda other: (len(own & sets[other]) / len(own | sets[other]), -other), default=None)
+        found.append(None if best is None else rows[best][1])
+    return found
+
+
+def wrong_samples(path: Path) -> dict[str, list[str]]:
+    """Question -> the answers in a file of samples that are wrong: `correct` false, or `accuracy` 0.
+
+    Raises:
+        DataError: a row without question, answer and one of the two.
+    """
+    wrong: dict[str, list[str]] = {}
+    for line, record in read_records(path, ("question", "answer", "correct", "accuracy")):
+        if isinstance(record, BadRow):
+            raise DataError(f"{record}. Mend the row, or take it out.")
+        question, answer = _text(record.get("question")), _text(record.get("answer"))
+        verdict = record.get("correct", record.get("accuracy"))
+        if not question or not answer or not isinstance(verdict, (bool, int, float)):
+            raise DataError(f"{path}:{line}: needs question, answer and correct (true, false). Mend the row.")
+        if not verdict:
+            wrong.setdefault(question_key(question), []).append(answer)
+    return wrong
+
+
+def pairs_of(path: Path, keys: PairKeys, bad_from: str | None) -> tuple[list[Judged], Counter[str]]:
+    """The pairs of a file, and how many rows have none.
+
+    Args:
+        bad_from: `neighbour`, or a file of samples; None where the file has bad answers.
+    Raises:
+        ConfigError: bad answers from two places, or from none.
+        DataError: see `read_pairs` and `wrong_samples`; or no pair.
+    """
+    if (keys.bad is None) == (bad_from is None):
+        rule = "bad answers come from a column or from elsewhere, one of the two"
+        fix = f"Add --bad-key KEY, or --bad-from {NEIGHBOUR}"
+        raise ConfigError("--bad-key, --bad-from", [keys.bad, bad_from], rule, fix)
+    rows, dropped = read_pairs(path, keys)
+    if keys.bad is not None:
+        bad = [one for _, _, one in rows]
+    elif bad_from == NEIGHBOUR:
+        bad = with_neighbours([(question, good) for question, good, _ in rows])
+    else:
+        wrong = wrong_samples(Path(str(bad_from)))
+        bad = [_first_other(wrong.get(question_key(question), ()), good) for question, good, _ in rows]
+    pairs = [Judged(question, good, one) for (question, good, _), one in zip(rows, bad, strict=True) if one is not None]
+    dropped["no_bad_answer"] += len(rows) - len(pairs)
+    if not pairs:
+        raise DataError(f"{path}: no pair of a good and a bad answer. Give bad answers for its questions.")
+    return pairs, dropped
+
+
+def _first_other(answers: Sequence[str], good: str) -> str | None:
+    return next((answer for answer in answers if question_key(answer) != question_key(good)), None)
+
+
+def examples_of(pairs: Sequence[Judged], form: str, num_held_out: int) -> Splits:
+    """Two rows a pair; the last pairs become the validation split.
+
+    Raises:
+        ConfigError: no pair would be left to train on.
+    """
+    if num_held_out >= len(pairs):
+        rule = f"there are {len(pairs)} pairs"
+        raise ConfigError("--held-out", num_held_out, rule, f"Ask for at most {len(pairs) - 1}")
+    rows: Rows = []
+    for number, pair in enumerate(pairs):
+        for place, (prompt, answer) in enumerate(FORMS[form](pair)):
+            example = Example(prompt, answer, None, JUDGE_PAIRS, f"pair/{number}/{place}", group=f"pair/{number}")
+            rows.append((f"pair/{number}/{place}", example))
+    cut = 2 * (len(pairs) - num_held_out)
+    return {"train": rows[:cut]} | ({"validation": rows[cut:]} if num_held_out else {})
+
+
+def _text(value: object) -> str:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)
+    return value.strip() if isinstance(value, str) else ""
