@@ -412,7 +412,7 @@ def _check_judge(judge: JudgeConfig, node: str, rollout: RolloutConfig) -> None:
 def _check_reward(objective: ObjectiveConfig, hybrid: HybridConfig, rollout: RolloutConfig) -> None:
     is_hybrid = objective.reward == "hybrid"
     if is_hybrid and not objective.kind.reads_verifier:
-        names = " and ".join(name for name, kind in OBJECTIVES.items() if kind.reads_verifier)
+        names = ", ".join(name for name, kind in OBJECTIVES.items() if kind.reads_verifier)
         rule = f"objective={objective.name} does not read the reward of own answers; {names} do"
         raise ConfigError("objective.reward", "hybrid", rule, "Use rule, or one of these")
     if is_hybrid and hybrid.verifier.url is None:

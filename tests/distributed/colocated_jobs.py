@@ -3,6 +3,7 @@
 import json
 import random
 import signal
+import threading
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,29 +17,32 @@ from nemo_jepo.actor.actor import MegatronJEPOActor
 from nemo_jepo.config import compose
 from nemo_jepo.config.check import check
 from nemo_jepo.rollout import build
-from nemo_jepo.rollout.vllm import client
 from nemo_jepo.rollout.vllm.local import ServedModel
 from tests.support.command_line import TINY
 from tests.support.fake_vllm import KEY, Body, FakeVLLM
 
 
 class Server(FakeVLLM):
-    """Draws what the prompt, the request and the number of equal requests since the last push say."""
+    """Draws what the prompt, the request and the number of equal requests since the last push say: of all servers, for
+    which of them gets a request is a matter of time."""
+
+    equal: Counter[str] = Counter()
+    lock = threading.Lock()
 
     def __init__(self) -> None:
         super().__init__()
         self.answer = self._draw
-        self._equal: Counter[str] = Counter()
 
     async def _done(self, request: Any) -> Any:
-        self._equal.clear()
+        self.equal.clear()
         return await super()._done(request)
 
     def _draw(self, request: Body) -> Body:
         wanted = request["sampling_params"]
         asked = f"{request['token_ids']} {wanted['max_tokens']} {wanted['temperature']}"
-        self._equal[asked] += 1
-        draw = random.Random(f"{asked} {self._equal[asked]}")
+        with self.lock:
+            self.equal[asked] += 1
+            draw = random.Random(f"{asked} {self.equal[asked]}")
         tokens = [draw.randrange(3, 200) for _ in range(draw.randrange(5, 25))]
         choice = {
             "index": 0,
@@ -96,8 +100,6 @@ def trained(job: dict[str, Any]) -> dict[str, Any]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(build, "LocalServers", Servers))
         stack.enter_context(mock.patch.object(build, "vllm_distribution", lambda: ("vllm", "0.32.0")))
-        # What moves to the other server is drawn anew, and on a busy machine silence means nothing.
-        stack.enter_context(mock.patch.object(client, "HEALTH_TIMEOUT_S", 600.0))
         stack.enter_context(mock.patch.object(build.secrets, "token_urlsafe", lambda size: KEY))
         if "rollout=vllm_colocated" in overrides:
             for name in ("start_training", "train_step", "sharded_state_dict", "get_init_policy_logprobs"):

@@ -125,6 +125,7 @@ def evaluated(monkeypatch, sampler: str, layout: OneRank, greedy: bool = True) -
         actor=SimpleNamespace(num_steps=3),
         verifier=SimpleNamespace(is_right=lambda own, prompt: own == prompt.answer),
         servers=None,
+        verdicts=None,
         tokenizer=SimpleNamespace(decode=str),
     )
     return evaluate(t, PROMPTS), model.events

@@ -51,7 +51,7 @@ def test_a_model_verifier_rewards_only_where_it_is_asked_for(tmp_path):
     for name in ("jepo", "sft", "gm"):
         line = error_of(f"objective={name}", "objective.reward=hybrid", f"{node}.url={URL}")
         assert line.startswith(f"objective.reward='hybrid': objective={name} does not read the reward of own answers; ")
-        assert "rloo and jepo_rl do" in line
+        assert "rloo, jepo_rl, dpo do" in line
     assert error_of(*hybrid).startswith(f"{node}.url=None: objective.reward=hybrid asks a model")
     assert error_of(*rloo, f"{node}.url={URL}").startswith(
         f"{node}.url='{URL}': nobody asks it with objective.reward=rule"
