@@ -35,9 +35,12 @@ class SharedGPUs:
     def to_trainers(self) -> None:
         """Put every server to sleep; then trainers have their memory again.
 
+        Every replica samples from all servers, so none sleeps before the last replica has its batch.
+
         Raises:
             RunError: on every rank, where a server lives and does not sleep.
         """
+        self._layout.barrier()
         faults = self._sampler.sleep() if self._sampler is not None else {}
         if self._layout.any_over_world(bool(faults)):
             seen = "; ".join(faults.values()) or "another replica's"

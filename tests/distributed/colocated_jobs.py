@@ -1,5 +1,6 @@
 """`nemo-jepo train` with vLLM servers that are fakes, on GPUs of their own or on the trainers'."""
 
+import asyncio
 import json
 import random
 import signal
@@ -32,6 +33,11 @@ class Server(FakeVLLM):
     def __init__(self) -> None:
         super().__init__()
         self.answer = self._draw
+
+    async def _generate(self, request: Any) -> Any:
+        """Some prompts take longer, so that one replica has its batch when another still waits for a server."""
+        await asyncio.sleep(0.2 * (sum((await request.json())["token_ids"]) % 2))
+        return await super()._generate(request)
 
     async def _done(self, request: Any) -> Any:
         self.equal.clear()
