@@ -97,7 +97,7 @@ def test_ctrl_c_during_the_imports_of_any_other_command_is_one_line(tmp_path):
 
 def test_a_run_told_to_stop_in_a_validation_saves_its_step_and_validates_it_at_the_next_start(tmp_path):
     """Step 3 is no multiple of the save interval; its own metrics are on record only together with the validation's."""
-    settings = ["data.num_validation_prompts=200", "data.arithmetic.num_validation=200", "rollout.batch_size=4"]
+    settings = ["data.num_validation_prompts=100", "data.arithmetic.num_validation=100", "rollout.batch_size=4"]
     settings.append("trainer.jepo.max_steps=4")
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     run("train", whole, *settings)
