@@ -36,7 +36,7 @@ class Server(FakeVLLM):
 
     async def _generate(self, request: Any) -> Any:
         """Some prompts take longer, so that one replica has its batch when another still waits for a server."""
-        await asyncio.sleep(0.2 * (sum((await request.json())["token_ids"]) % 2))
+        await asyncio.sleep(0.05 * (sum((await request.json())["token_ids"]) % 2))
         return await super()._generate(request)
 
     async def _done(self, request: Any) -> Any:

@@ -129,12 +129,12 @@ def test_a_median_is_over_the_prompts_of_all_replicas_and_infinity_is_a_value():
         def both(mine: torch.Tensor) -> torch.Tensor:
             return mine + torch.tensor([0, 8.0, 0, math.inf, 0])
 
-        return median_over_prompts(torch.tensor(own), slice(0, None, 2), 5, both)
+        return median_over_prompts(torch.tensor(own), range(0, 5, 2), 5, both)
 
     assert of(1.0, 2.0, 3.0) == 3.0
     assert of(1.0, math.nan, 3.0) == 5.5  # the mean of 3 and 8
     assert of(math.inf, math.inf, 3.0) is None
-    assert median_over_prompts(torch.tensor([math.nan]), slice(0, None), 1, lambda own: own) is None
+    assert median_over_prompts(torch.tensor([math.nan]), [0], 1, lambda own: own) is None
 
 
 # ---- own answers
@@ -203,7 +203,7 @@ def quality(valid: list[list[int]], answers: list[list[tuple[str | None, float |
     scores = groups(HONEST_LOGPROBS, valid)
     own = [one for group, row in enumerate(answers) for one in graded(*row, group=group)]
     pairs = {"accuracy": accuracy(own)} | accuracies_at_k(own, 4)
-    median = median_over_prompts(proxy_nll(scores), slice(None), len(valid), lambda own: own)
+    median = median_over_prompts(proxy_nll(scores), range(len(valid)), len(valid), lambda own: own)
     nll = proxy_nll(scores)
     found = means(scores) | {name: total / count for name, (total, count) in pairs.items()}
     return {name: found[name] for name in QUALITY} | {
