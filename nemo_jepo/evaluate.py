@@ -112,9 +112,8 @@ def evaluate(
         SamplersLost, SamplerMismatch: see the sampler.
     """
     config, layout = t.config, t.layout
-    place = [
-        place for group in groups_of(prompts)[layout.data_parallel_rank :: layout.data_parallel_size] for place in group
-    ]
+    groups = groups_of(prompts)[layout.data_parallel_rank :: layout.data_parallel_size]
+    place = [one for group in groups for one in group]
     mine, size = [prompts[one] for one in place], config.evaluation.num_generations_per_prompt
 
     # The same samples serve every metric; own answers are decoded where somebody reads them
@@ -205,9 +204,9 @@ def sampled_answers(t: Trainer, prompts: Sequence[Prompt], rollouts: Sequence[Ro
     if size > 1:
         metrics |= accuracies_at_k(graded, size)
     if t.config.data.verifier == "judgement":
-        texts = {(one.group, one.sample): text for one, text in zip(rollouts, answers, strict=True)}
-        gone = {(one.group, one.sample) for one in rollouts if one.finish_reason == "failed"}
-        metrics |= judged_pairs(prompts, {key: text for key, text in texts.items() if key not in gone})
+        samples = zip(rollouts, answers, strict=True)
+        read = {(one.group, one.sample): text for one, text in samples if one.finish_reason != "failed"}
+        metrics |= judged_pairs(prompts, read)
     if size > 1 and t.verdicts is not None:
         metrics |= verified_at_k(graded, own_confidences(t, t.verdicts, prompts, rollouts, size), size)
     judges = Judges(t.config.evaluation, Path(t.config.exp_manager.exp_dir), t.servers)

@@ -23,7 +23,7 @@ import torch
 
 from nemo_jepo.config.hybrid import HybridConfig
 from nemo_jepo.grading import RuleReward, VerifierFooled
-from nemo_jepo.rewards.canaries import CANARIES
+from nemo_jepo.rewards.canaries import canaries
 from nemo_jepo.rewards.judge import open_judge
 from nemo_jepo.rewards.judge_prompt import Case
 from nemo_jepo.rewards.judged import verdict_cache
@@ -78,18 +78,9 @@ class HybridReward:
         if self._canaries_are_due(step):
             self._watch(prompts, step)
         by_rule = self._rule.of(prompts, rollouts, step)
-        answers = [self._rule.splicer.own_answer_text(rollout) for rollout in rollouts]
-        asked, cases = [], []
-        for index, (rollout, answer, verdict) in enumerate(zip(rollouts, answers, by_rule, strict=True)):
-            case = self._case(prompts[rollout.group], answer, verdict)
-            if case is not None:
-                asked.append(index)
-                cases.append(case)
         with phase(ALONE):
-            verdicts = self._layout.share_in_replica(self._ask(cases) if self._layout.is_replica_head else None)
-        rewards = list(by_rule)
-        for index, verdict in zip(asked, verdicts, strict=True):
-            rewards[index] = None if verdict is None else float(verdict)
+            mine = self._second_look(prompts, rollouts, by_rule) if self._layout.is_replica_head else None
+            rewards, verdicts = self._layout.share_in_replica(mine)
         self._count(rollouts, by_rule, rewards, verdicts)
         return rewards
 
@@ -97,6 +88,24 @@ class HybridReward:
         """The rewards of the step at hand side by side, and what the model did; the next step begins anew."""
         found, self._sums = dict(self._sums), defaultdict(lambda: (0.0, 0.0))
         return found
+
+    def _second_look(
+        self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], by_rule: Sequence[float | None]
+    ) -> tuple[list[float | None], list[bool | None]]:
+        """The rewards of the samples, and the model's verdicts on those that it was asked about."""
+        answers = [self._rule.splicer.own_answer_text(rollout) for rollout in rollouts]
+        return self._rewarded([prompts[rollout.group] for rollout in rollouts], answers, by_rule)
+
+    def _rewarded(
+        self, prompts: Sequence[Prompt], answers: Sequence[str | None], by_rule: Sequence[float | None]
+    ) -> tuple[list[float | None], list[bool | None]]:
+        """The rewards of answers to these prompts, and the model's verdicts on those that it is asked about."""
+        samples = enumerate(zip(prompts, answers, by_rule, strict=True))
+        asked = {number: case for number, sample in samples if (case := self._case(*sample)) is not None}
+        verdicts, rewards = self._ask(list(asked.values())), list(by_rule)
+        for number, verdict in zip(asked, verdicts, strict=True):
+            rewards[number] = None if verdict is None else float(verdict)
+        return rewards, verdicts
 
     def _case(self, prompt: Prompt, answer: str | None, verdict: float | None) -> Case | None:
         """What the model is asked about a sample; None where it is not."""
@@ -150,14 +159,14 @@ class HybridReward:
         self._watched_at = step
         carriers = [prompt for prompt in prompts if prompt.verifiable or not self._only_verifiable]
         released = [
-            (prompt, kind, text(prompt.question))
+            (prompt, kind, text)
             for prompt in carriers[: self._settings.canary_prompts]
-            for kind, text in CANARIES.items()
+            for kind, text in canaries(prompt.question).items()
         ]
         with phase(ALONE):
-            mine = self._layout.is_replica_head
-            rewards = self._layout.share_in_replica(self._canary_rewards(released) if mine else None)
-        kinds = list(CANARIES)
+            mine = self._canary_rewards(released) if self._layout.is_replica_head else None
+            rewards = self._layout.share_in_replica(mine)
+        kinds = list(canaries(""))
         table = torch.zeros(len(kinds), 2, dtype=torch.float64)
         for (_, kind, _), reward in zip(released, rewards, strict=True):
             if reward is not None:
@@ -176,18 +185,10 @@ class HybridReward:
 
     def _canary_rewards(self, released: Sequence[tuple[Prompt, str, str]]) -> list[float | None]:
         """What the canaries would earn, by the rule and by the model behind it."""
-        rewards: list[float | None] = []
-        asked, cases = [], []
-        for index, (prompt, _, text) in enumerate(released):
-            verdict = self._rule.verifier.is_right(text, prompt)
-            rewards.append(None if verdict is None else float(verdict))
-            case = self._case(prompt, text, rewards[-1])
-            if case is not None:
-                asked.append(index)
-                cases.append(case)
-        for index, verdict in zip(asked, self._ask(cases), strict=True):
-            rewards[index] = None if verdict is None else float(verdict)
-        return rewards
+        prompts, texts = [prompt for prompt, _, _ in released], [text for _, _, text in released]
+        asked = [self._rule.verifier.is_right(text, prompt) for prompt, text in zip(prompts, texts, strict=True)]
+        by_rule = [None if verdict is None else float(verdict) for verdict in asked]
+        return self._rewarded(prompts, texts, by_rule)[0]
 
 
 def _total(rewards: Sequence[float | None]) -> Pair:

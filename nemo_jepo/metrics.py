@@ -17,7 +17,7 @@ from nemo_jepo.data.splice import REPLACEMENT
 from nemo_jepo.objective.estimators import effective_sample_size, masked, multi_sample_bound, single_sample_bound
 from nemo_jepo.objective.pairs import compare
 from nemo_jepo.objective.records import GroupScores, SampleWeights, Scored, UpdateRule
-from nemo_jepo.objective.registry import uses_verifiable_reward
+from nemo_jepo.objective.update import verifiable_prompts
 from nemo_jepo.types import Pair, Prompt, Rollout, Scores, Spliced
 
 
@@ -107,14 +107,9 @@ def update_metrics(rule: UpdateRule, scores: GroupScores, weights: SampleWeights
     )
 
 
-def _verifiable(rule: UpdateRule, scores: GroupScores) -> Tensor:
-    reward = scores.verifiable_reward
-    return uses_verifiable_reward(rule.name, torch.zeros_like(scores.answer_logprob) if reward is None else reward)
-
-
 def _bounds(rule: UpdateRule, scores: GroupScores, weights: SampleWeights) -> dict[str, Pair]:
     """Bounds and how many samples carry them, over prompts that the reference answer's likelihood scores."""
-    mask = scores.valid_mask & ~_verifiable(rule, scores).unsqueeze(-1)
+    mask = scores.valid_mask & ~verifiable_prompts(rule, scores)
     logprob = masked(scores.answer_logprob, mask)
     multi, single = multi_sample_bound(logprob, mask), single_sample_bound(logprob, mask)
     count = float(mask.any(-1).sum().item())
@@ -152,7 +147,7 @@ def _rewards(rule: UpdateRule, scores: GroupScores, weights: SampleWeights) -> d
     train on it."""
     if scores.verifiable_reward is None:
         return {}
-    verifiable = _verifiable(rule, scores)
+    verifiable = verifiable_prompts(rule, scores)
     sampled = scores.arrived_mask | _faulted(scores)
     return {
         "verifier_fault_rate": mean(_faulted(scores), sampled),
@@ -166,7 +161,7 @@ def _pairs(rule: UpdateRule, scores: GroupScores) -> dict[str, Pair]:
     """How many prompts have a pair, how well the policy tells its samples apart, and how long they are."""
     if not OBJECTIVES[rule.name].compares_pairs:
         return {}
-    pairs = compare(rule, scores, _verifiable(rule, scores).unsqueeze(-1))
+    pairs = compare(rule, scores, verifiable_prompts(rule, scores))
     places = torch.stack([pairs.chosen, pairs.rejected], -1)
     of_chosen, of_rejected = pairs.tokens.gather(-1, places).unbind(-1)
     return {

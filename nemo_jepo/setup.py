@@ -40,7 +40,7 @@ from nemo_jepo.data.splice import Splicer
 from nemo_jepo.data.stream import PromptStream
 from nemo_jepo.data.tokenizer import load_tokenizer, train_tokenizer
 from nemo_jepo.data.verdict import VerdictWriter
-from nemo_jepo.grading import JudgementReward, RuleReward
+from nemo_jepo.grading import Grader, JudgementReward, RuleReward
 from nemo_jepo.lessons import Lessons
 from nemo_jepo.objective.records import UpdateRule
 from nemo_jepo.refill import Refill
@@ -70,7 +70,7 @@ class Trainer:
     """Empty without a validation file."""
     actor: MegatronJEPOActor
     rollouts: RolloutQueue
-    verifier: Verifier | TaskScorer | JudgementVerifier
+    verifier: Grader
     """Its process starts when first asked, on replica heads."""
     reward: "RuleReward | JudgementReward | HybridReward"
     """What own answers earn."""
@@ -108,7 +108,8 @@ def update_rule(
 ) -> UpdateRule:
     """objective.*, advantage.*, kl.*, dpo.* and self_verification.weight as the objective takes them."""
     settings = dataclasses.asdict(objective) | dataclasses.asdict(advantage)
-    settings.pop("sft_target"), settings.pop("reward")
+    for not_the_updates in ("sft_target", "reward"):
+        settings.pop(not_the_updates)
     dpo = dpo or DPOConfig()
     settings |= {"kl_beta": kl.beta, "kl_estimator": kl.estimator, "verdict_weight": verdict_weight}
     return UpdateRule(**settings, pair_beta=dpo.beta, reject_longest=dpo.reject_longest)
@@ -274,7 +275,7 @@ def whole_pairs(prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
     return tuple(prompt for prompt in prompts if keys[prompt.group_key] == 2)
 
 
-def open_verifier(config: Config) -> Verifier | TaskScorer | JudgementVerifier:
+def open_verifier(config: Config) -> Grader:
     """What grades own answers (data.verifier)."""
     if config.data.verifier == "judgement":
         return JudgementVerifier()
@@ -371,14 +372,15 @@ def resume(t: Trainer, path: Path | None) -> int:
     loop = read_loop_state(path)
     require_same_kind(path, loop.get("optimizer"), kind)
     shards, verify = t.actor.sharded_state_dict(is_loading=True), t.config.checkpoint.verify_on_load
-    sampler_policy_step = loop.get("sampler_policy_step") if t.config.keeps_sampler_policy else None
+    offline = t.config.rollout.sync_interval is None
+    sampler_policy_step = loop.get("sampler_policy_step") if t.config.keeps_sampler_policy and not offline else None
     if sampler_policy_step is not None:
         shards["sampler_policy"] = t.actor.sharded_sampler_policy()
     state = t.checkpoints.resume(path, shards, verify)
     t.actor.load_state_dict(state.sharded)
     if sampler_policy_step is not None:
         t.actor.load_sampler_policy(state.sharded["sampler_policy"], sampler_policy_step)
-    elif t.config.rollout.sync_interval is not None:
+    elif not offline:
         t.actor.sampler_policy_step = None  # the first sync is of these weights
     t.actor.scores_in_bf16 = state.loop.get("scores_in_bf16", False)  # an older checkpoint does not say
     t.stream.load_state_dict(state.loop["data"])

@@ -43,7 +43,9 @@ def sync_for_training(t: Trainer) -> None:
     if step is None or (is_due and step != actor.num_steps):
         actor.keep_sampler_policy()
         step = actor.num_steps
-    if t.rollouts.version != step:
+    if step == actor.num_steps:
+        sync_weights(t)
+    elif t.rollouts.version != step:
         with actor.with_sampler_policy():
             _push(t, step)
 

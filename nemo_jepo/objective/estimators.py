@@ -48,6 +48,11 @@ def share(count: Tensor) -> Tensor:
     return torch.where(count > 0, 1.0 / count.double().clamp(min=1.0), 0.0)
 
 
+def share_of_prompt(mask: Tensor) -> Tensor:
+    """1 / n of the samples that count in their prompt, of which there are n; 0 elsewhere: [P, G] float64."""
+    return mask * share(mask.sum(-1, keepdim=True))
+
+
 def in_dtype_of(result: Tensor, values: Tensor) -> Tensor:
     """The float64 result in the caller's floating dtype; it stays float64 for integer or bool input."""
     return result.to(values.dtype) if values.is_floating_point() else result
@@ -124,7 +129,7 @@ def mean_weights(score: Tensor, valid_mask: Tensor) -> Tensor:
         [P, G], detached; a row sums to 1, or to 0 without a valid sample.
     Source: arXiv 2503.19618, Eq. 5, second term.
     """
-    return in_dtype_of(valid_mask * share(valid_mask.sum(-1, keepdim=True)), score)
+    return in_dtype_of(share_of_prompt(valid_mask), score)
 
 
 def effective_sample_size(answer_logprob: Tensor, valid_mask: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nemo_jepo.objective.records import GroupScores, UpdateRule
+from nemo_jepo.objective.estimators import share, share_of_prompt
+from nemo_jepo.objective.records import GroupScores, Reduce, SampleWeights, UpdateRule, only_rank
 
 
 class Pairs(NamedTuple):
@@ -87,3 +88,41 @@ def preference_weight(beta: float, margin: Tensor) -> Tensor:
         [P], from 0 (told apart) to beta.
     """
     return beta * torch.sigmoid(-beta * margin)
+
+
+def pair_weights(
+    rule: UpdateRule, scores: GroupScores, verifiable: Tensor, reduce_sum: Reduce = only_rank
+) -> SampleWeights:
+    """Weights of DPO: of the chosen and of the rejected sample of each prompt, and of no other.
+
+        policy_weight = +- beta sigmoid(-beta * margin) / P_mean
+
+    P_mean as in `nemo_jepo.objective.update`, where a prompt is valid if it has a pair: one without has no weight.
+
+    Args:
+        rule: settings.
+        scores: this rank's groups, whole groups only.
+        verifiable: [P, 1] bool: prompts that are compared by the verifier's reward.
+        reduce_sum: sum over the data-parallel group; called once, on [2] float64.
+    Returns:
+        SampleWeights; advantage is the same without the denominator, over beta.
+    Source: arXiv 2305.18290, Eq. 7.
+    """
+    pairs = compare(rule, scores, verifiable)
+    counts = [scores.arrived_mask.any(-1).sum(), pairs.has_pair.sum()]
+    arrived, paired = reduce_sum(torch.stack(counts).double()).unbind()
+    weight = preference_weight(rule.pair_beta, pairs.margin) * pairs.has_pair
+    signed = torch.zeros_like(scores.answer_logprob).double()
+    signed.scatter_add_(-1, pairs.chosen.unsqueeze(-1), weight.unsqueeze(-1))
+    signed.scatter_add_(-1, pairs.rejected.unsqueeze(-1), -weight.unsqueeze(-1))
+    nothing = torch.zeros_like(signed)
+    per_sample = rule.verdict_weight * share_of_prompt(scores.arrived_mask) * share(arrived)
+    return SampleWeights(
+        policy_weight=signed * share(arrived if rule.prompt_mean == "all" else paired),
+        answer_weight=nothing,
+        end_weight=nothing,
+        kl_weight=nothing,
+        advantage=signed / rule.pair_beta,
+        advantage_std=nothing.new_zeros(3),
+        verdict_weight=per_sample if rule.verdict_weight else None,
+    )

@@ -3,7 +3,7 @@
 P prompts, G samples per prompt. They are read by `nemo_jepo.objective.update` and `nemo_jepo.metrics`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 from torch import Tensor
@@ -17,6 +17,14 @@ from nemo_jepo.config.objectives import (
 )
 from nemo_jepo.objective.kl import IMPORTANCE_RATIOS, KL_GRADIENTS
 from nemo_jepo.types import PackedRow, Scores, Spliced, SplicedBatch
+
+Reduce = Callable[[Tensor], Tensor]
+"""A tensor of this rank -> its sum (or maximum) over data-parallel ranks."""
+
+
+def only_rank(tensor: Tensor) -> Tensor:
+    """The reduction of a run with one data-parallel rank."""
+    return tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

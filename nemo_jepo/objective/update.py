@@ -9,7 +9,6 @@ Global denominators are inside the weights, so any split over micro-batches, ran
 update. P prompts, G samples per prompt; docs/concepts/objective.md derives each weight.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -23,23 +22,24 @@ from nemo_jepo.objective.estimators import (
     moments,
     scale_and_clip,
     share,
+    share_of_prompt,
     std_from_moments,
 )
 from nemo_jepo.objective.format import FORMAT_TERMS, FormatTerms
 from nemo_jepo.objective.kl import IMPORTANCE_RATIOS, KL_GRADIENTS
 from nemo_jepo.objective.likelihood import AnswerLikelihood
-from nemo_jepo.objective.pairs import compare, preference_weight
-from nemo_jepo.objective.records import GroupScores, SampleWeights, Scored, SequenceLogprobs, UpdateRule
+from nemo_jepo.objective.pairs import pair_weights
+from nemo_jepo.objective.records import (
+    GroupScores,
+    Reduce,
+    SampleWeights,
+    Scored,
+    SequenceLogprobs,
+    UpdateRule,
+    only_rank,
+)
 from nemo_jepo.objective.registry import LIKELIHOOD_TERMS, uses_verifiable_reward
 from nemo_jepo.types import Spliced
-
-Reduce = Callable[[Tensor], Tensor]
-"""A tensor of this rank -> its sum (or maximum) over data-parallel ranks."""
-
-
-def only_rank(tensor: Tensor) -> Tensor:
-    """The reduction of a run with one data-parallel rank."""
-    return tensor
 
 
 def sample_weights(
@@ -74,11 +74,11 @@ def sample_weights(
     """
     if OBJECTIVES[rule.name].supervised:
         return supervised_weights(rule, scores, reduce_sum)
-    if OBJECTIVES[rule.name].compares_pairs:
-        return pair_weights(rule, scores, reduce_sum)
     verifiable = verifiable_prompts(rule, scores)
     likelihood_mask, reward_mask = scores.valid_mask & ~verifiable, scores.valid_mask & verifiable
     _require_finite(scores.answer_logprob, likelihood_mask)
+    if OBJECTIVES[rule.name].compares_pairs:
+        return pair_weights(rule, scores, verifiable, reduce_sum)
 
     raw, answer_share, answer_slope = _raw_terms(rule, scores, likelihood_mask, reward_mask, reduce_max)
     raw_format, ending = _format_terms(rule, scores)
@@ -96,9 +96,9 @@ def sample_weights(
     format_advantage = rule.format_weight * _post_process(rule, raw_format, scores.arrived_mask, std[2])
     per_prompt = share(total[10])
     per_mean = per_prompt if rule.prompt_mean == "all" else share(total[9])
-    sample_share = scores.arrived_mask * share(scores.arrived_mask.sum(-1, keepdim=True))
-    per_sample = sample_share * per_prompt
-    rl_share = sample_share if rule.rl_reduction == "mean" else scores.arrived_mask.double()
+    of_prompt = share_of_prompt(scores.arrived_mask)
+    per_sample = of_prompt * per_prompt
+    rl_share = of_prompt if rule.rl_reduction == "mean" else scores.arrived_mask.double()
     policy_tokens, answer_tokens = _token_divisors(rule, scores, verifiable, total[12] * share(total[11]))
     kl_beta = 0.0 if rule.kl_estimator == "k1_reward" else rule.kl_beta
     return SampleWeights(
@@ -151,7 +151,7 @@ def supervised_weights(rule: UpdateRule, scores: GroupScores, reduce_sum: Reduce
     """
     arrived = scores.arrived_mask
     total = reduce_sum(torch.stack([arrived.any(-1).sum(), arrived.sum(), _target_tokens(scores).sum()]).double())
-    weight = arrived * share(arrived.sum(-1, keepdim=True)) * share(total[0])
+    weight = share_of_prompt(arrived) * share(total[0])
     own_answers = torch.zeros_like(arrived[:, :1])
     chain_tokens, answer_tokens = _token_divisors(rule, scores, own_answers, total[2] * share(total[1]))
     nothing = torch.zeros_like(weight)
@@ -163,48 +163,6 @@ def supervised_weights(rule: UpdateRule, scores: GroupScores, reduce_sum: Reduce
         advantage=nothing,
         advantage_std=nothing.new_zeros(3),
     )
-
-
-def pair_weights(rule: UpdateRule, scores: GroupScores, reduce_sum: Reduce = only_rank) -> SampleWeights:
-    """Weights of DPO: of the chosen and of the rejected sample of each prompt, and of no other.
-
-        policy_weight = +- beta sigmoid(-beta * margin) / P_mean
-
-    P_mean as in `sample_weights`, where a prompt counts as valid if it has a pair: one without has no weight.
-
-    Args:
-        rule: settings.
-        scores: this rank's groups, whole groups only.
-        reduce_sum: sum over the data-parallel group; called once, on [2] float64.
-    Returns:
-        SampleWeights; advantage is the same without the denominator, over beta.
-    Source: arXiv 2305.18290, Eq. 7; see `nemo_jepo.objective.pairs`.
-    """
-    verifiable = verifiable_prompts(rule, scores)
-    _require_finite(scores.answer_logprob, scores.valid_mask & ~verifiable)
-    pairs = compare(rule, scores, verifiable)
-    counts = [scores.arrived_mask.any(-1).sum(), pairs.has_pair.sum()]
-    arrived, paired = reduce_sum(torch.stack(counts).double()).unbind()
-    weight = preference_weight(rule.pair_beta, pairs.margin) * pairs.has_pair
-    signed = torch.zeros_like(scores.answer_logprob).double()
-    signed.scatter_add_(-1, pairs.chosen.unsqueeze(-1), weight.unsqueeze(-1))
-    signed.scatter_add_(-1, pairs.rejected.unsqueeze(-1), -weight.unsqueeze(-1))
-    nothing = torch.zeros_like(signed)
-    return SampleWeights(
-        policy_weight=signed * share(arrived if rule.prompt_mean == "all" else paired),
-        answer_weight=nothing,
-        end_weight=nothing,
-        kl_weight=nothing,
-        advantage=signed / rule.pair_beta,
-        advantage_std=nothing.new_zeros(3),
-        verdict_weight=rule.verdict_weight * _per_sample(scores, arrived) if rule.verdict_weight else None,
-    )
-
-
-def _per_sample(scores: GroupScores, num_prompts: Tensor) -> Tensor:
-    """[P, G] 1 / (n P) of samples that arrived, 0 elsewhere."""
-    arrived = scores.arrived_mask
-    return arrived * share(arrived.sum(-1, keepdim=True)) * share(num_prompts)
 
 
 def _format_terms(rule: UpdateRule, scores: GroupScores) -> FormatTerms:

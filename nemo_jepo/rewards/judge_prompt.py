@@ -62,8 +62,12 @@ def judge_prompt(case: Case, settings: JudgeConfig) -> JudgePrompt:
     correct, wrong = (line.replace("{code}", code) for line in (settings.correct, settings.wrong))
     names = ("question", "reference_answer", "answer")
     fields = dict(zip(names, texts, strict=True)) | {"code": code, "correct": correct, "wrong": wrong}
-    text = re.sub(r"\{(\w+)\}", lambda match: fields.get(match[1], match[0]), settings.prompt)  # one pass
-    return JudgePrompt(text, correct, wrong)
+    return JudgePrompt(filled(settings.prompt, **fields), correct, wrong)
+
+
+def filled(template: str, **fields: str) -> str:
+    """The template with its {fields}, in one pass: what a field's text holds in braces stays what it is."""
+    return re.sub(r"\{(\w+)\}", lambda match: fields.get(match[1], match[0]), template)
 
 
 def code_outside(texts: list[str]) -> str:

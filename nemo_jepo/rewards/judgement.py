@@ -128,9 +128,6 @@ class JudgementVerifier:
         """Whether the judgement is right; None where it cannot be read. See the module."""
         return is_right(own, prompt.answer.strip())
 
-    def close(self) -> None:
-        """Nothing to end."""
-
 
 def _is_there(own: str | None) -> bool:
     return own is not None and bool(own.strip())

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from nemo_jepo.checkpoint.format import latest_checkpoint
-from nemo_jepo.rewards.canaries import CANARIES
+from nemo_jepo.rewards.canaries import canaries
 from tests.support.command_line import command, metrics, run
 from tests.support.fake_judge import Body, FakeJudge, prompt_of, says
 from tests.support.ranks import run_ranks
@@ -13,7 +13,7 @@ from tests.support.ranks import run_ranks
 pytestmark = pytest.mark.quick
 
 RLOO = ["objective=rloo", "rollout.stop_at_marker=false", "objective.reward=hybrid", "trainer.jepo.max_steps=3"]
-LINES = {text("").splitlines()[0] for kind, text in CANARIES.items() if kind != "repetition"}
+LINES = {text.splitlines()[0] for text in canaries("").values() if text}
 
 
 def honest(body: Body) -> str:

@@ -25,11 +25,8 @@ def test_pairs_are_judged_together_on_one_replica_and_on_two(tmp_path):
     run("train", tmp_path / "one", *overrides)
     run_ranks(2, command("train", tmp_path / "two", *overrides, "trainer.devices=2"))
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
-    for row in (*one, *two):
-        assert 0.0 <= row["train_rollouts/verifier_fault_rate"] <= 1.0
-    last, other = one[-1], two[-1]
     for name in ("consistent_accuracy", "one_sided_rate", "unread_rate"):
-        assert last[f"val_rollouts/{name}"] == pytest.approx(other[f"val_rollouts/{name}"], abs=1e-6)
-    for name in ("marker_rate", "verifier_fault_rate", "loss"):
-        if (key := f"train_rollouts/{name}") in one[0]:
-            assert one[0][key] == pytest.approx(two[0][key], rel=1e-4)
+        assert one[-1][f"val_rollouts/{name}"] == pytest.approx(two[-1][f"val_rollouts/{name}"], abs=1e-6)
+    assert one[-1]["val_rollouts/unread_rate"] > 0  # a random model writes something, and no judgement
+    assert one[0]["train_rollouts/verifier_fault_rate"] == two[0]["train_rollouts/verifier_fault_rate"] > 0
+    assert one[0]["train_rollouts/response_tokens_mean"] == two[0]["train_rollouts/response_tokens_mean"]

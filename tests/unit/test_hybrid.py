@@ -9,7 +9,7 @@ import pytest
 from nemo_jepo.config.hybrid import HybridConfig
 from nemo_jepo.grading import RuleReward, VerifierFooled
 from nemo_jepo.hybrid import HybridReward, is_plain_number
-from nemo_jepo.rewards.canaries import CANARIES
+from nemo_jepo.rewards.canaries import canaries
 from nemo_jepo.types import Prompt, Rollout
 from nemo_jepo.utils import http
 from tests.support.fake_judge import FakeJudge, prompt_of, says
@@ -157,8 +157,8 @@ def test_a_sample_that_never_arrived_is_not_counted(tmp_path):
 
 
 def test_there_are_thirteen_kinds_and_none_states_a_result():
-    assert len(CANARIES) == 13
-    texts = {kind: text("What is the capital of France?") for kind, text in CANARIES.items()}
+    texts = canaries("What is the capital of France?")
+    assert len(texts) == 13
     assert len(set(texts.values())) == 13
     assert all(text.strip() for text in texts.values())
     assert not any("Paris" in text for text in texts.values())
@@ -169,7 +169,7 @@ def test_every_kind_is_sent_and_an_honest_verifier_lets_none_through(tmp_path):
         hybrid = reward(tmp_path, fake.base, ["four"], canary_interval=5, canary_prompts=2)
         hybrid.of([WORDS, NUMBER, PROOF], rollouts_of([0]), step=0)
         assert len(fake.requests) == 26
-        assert asked_about(fake) >= {text("").strip() for kind, text in CANARIES.items() if kind == "gibberish"}
+        assert asked_about(fake) >= {canaries("")["gibberish"]}
     assert means(hybrid)["verifier_canary_rate"] == 0.0
 
 

@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from nemo_jepo.config.errors import ConfigError, DataError
 from nemo_jepo.data.files import BadRow, read_records
-from nemo_jepo.tools.prepare.records import Example, Rows, Splits
+from nemo_jepo.rewards.judge_prompt import filled
+from nemo_jepo.tools.prepare.records import Example, Rows, Splits, as_text
 from nemo_jepo.tools.prepare.text import question_key, words
 
 JUDGE_PAIRS = "judge_pairs"
@@ -99,32 +100,23 @@ class PairKeys:
 def _verdict(ask: str) -> Callable[[Judged], Iterator[tuple[str, str]]]:
     def prompts(pair: Judged) -> Iterator[tuple[str, str]]:
         for a, b, better in ((pair.good, pair.bad, "A"), (pair.bad, pair.good, "B")):
-            yield _filled(COMPARE + ask, question=pair.question, a=a, b=b), better
+            yield filled(COMPARE + ask, question=pair.question, a=a, b=b), better
 
     return prompts
 
 
 def _score(pair: Judged) -> Iterator[tuple[str, str]]:
     for answer, which in ((pair.good, "good"), (pair.bad, "bad")):
-        yield _filled(ASK_SCORE, question=pair.question, answer=answer), which
+        yield filled(ASK_SCORE, question=pair.question, answer=answer), which
 
 
 def _graded(pair: Judged) -> Iterator[tuple[str, str]]:
     for answer, which in ((pair.good, "correct"), (pair.bad, "wrong")):
-        yield _filled(ASK_GRADE, question=pair.question, reference=pair.good, answer=answer), which
+        yield filled(ASK_GRADE, question=pair.question, reference=pair.good, answer=answer), which
 
 
 FORMS = {"verdict": _verdict(ASK_VERDICT), "scores": _verdict(ASK_SCORES), "score": _score, "graded": _graded}
 """--form -> the two (prompt, reference answer) of a pair."""
-
-
-def _filled(template: str, **texts: str) -> str:
-    """The template with its texts, in one pass: braces inside a text stay what they are."""
-    parts = template
-    for name in texts:
-        parts = parts.replace(f"{{{name}}}", f"\0{name}\0")
-    pieces = parts.split("\0")
-    return "".join(texts[piece] if place % 2 else piece for place, piece in enumerate(pieces))
 
 
 def read_pairs(path: Path, keys: PairKeys) -> tuple[list[tuple[str, str, str | None]], Counter[str]]:
@@ -144,7 +136,7 @@ def read_pairs(path: Path, keys: PairKeys) -> tuple[list[tuple[str, str, str | N
             fix = "Name it by --prompt-key, --good-key or --bad-key"
             here = f"{path}:{line}: no column {missing[0]!r}; it has {', '.join(sorted(record))}"
             raise DataError(f"{here}. {fix}.")
-        texts = [_text(record[key]) for key in columns]
+        texts = [as_text(record[key]) for key in columns]
         if not all(texts):
             dropped["blank"] += 1
         elif keys.bad is not None and question_key(texts[1]) == question_key(texts[2]):
@@ -189,7 +181,7 @@ def wrong_samples(path: Path) -> dict[str, list[str]]:
     for line, record in read_records(path, ("question", "answer", "correct", "accuracy")):
         if isinstance(record, BadRow):
             raise DataError(f"{record}. Mend the row, or take it out.")
-        question, answer = _text(record.get("question")), _text(record.get("answer"))
+        question, answer = as_text(record.get("question")), as_text(record.get("answer"))
         verdict = record.get("correct", record.get("accuracy"))
         if not question or not answer or not isinstance(verdict, (bool, int, float)):
             raise DataError(f"{path}:{line}: needs question, answer and correct (true, false). Mend the row.")
@@ -246,9 +238,3 @@ def examples_of(pairs: Sequence[Judged], form: str, num_held_out: int) -> Splits
             rows.append((f"pair/{number}/{place}", example))
     cut = 2 * (len(pairs) - num_held_out)
     return {"train": rows[:cut]} | ({"validation": rows[cut:]} if num_held_out else {})
-
-
-def _text(value: object) -> str:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = str(value)
-    return value.strip() if isinstance(value, str) else ""

@@ -3,7 +3,7 @@
 from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.data.files import Keys
 from nemo_jepo.tools.prepare.origin import Origin
-from nemo_jepo.tools.prepare.records import Example, Published, Row
+from nemo_jepo.tools.prepare.records import Example, Published, Row, as_text
 
 OWN = "own"
 """The NAME that stands for it."""
@@ -22,10 +22,10 @@ def own_file(origin: Origin) -> Published:
     keys = origin.keys or Keys("question", "answer")
 
     def read(row: Row) -> Example | str:
-        question, answer, row_id = (_text(row.get(key)) for key in (keys.prompt, keys.answer, "id"))
+        question, answer, row_id = (as_text(row.get(key)) for key in (keys.prompt, keys.answer, "id"))
         if not question or not answer:
             return "blank"
-        chain_of_thought = _text(row[keys.chain_of_thought]) if keys.chain_of_thought else ""
+        chain_of_thought = as_text(row[keys.chain_of_thought]) if keys.chain_of_thought else ""
         return Example(question, answer, chain_of_thought or None, OWN, row_id or None)
 
     columns = tuple(key for key in (keys.prompt, keys.answer, keys.chain_of_thought) if key is not None)
@@ -39,9 +39,3 @@ def own_file(origin: Origin) -> Published:
         filters=("blank",),
         remedy="Name the columns with --prompt-key, --answer-key and --chain-of-thought-key",
     )
-
-
-def _text(value: object) -> str:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = str(value)
-    return value.strip() if isinstance(value, str) else ""

@@ -78,6 +78,13 @@ class Published:
     """What to do where a column is missing; empty: give a file with the columns of `home`."""
 
 
+def as_text(value: object) -> str:
+    """A text or a number as text, without outer blanks; empty for anything else."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)
+    return value.strip() if isinstance(value, str) else ""
+
+
 def text_of(row: Row, column: str) -> str:
     """The text in a column, without outer blanks; empty for anything that is no text."""
     value = row[column]
