@@ -34,7 +34,7 @@ JUDGE_PAIRS = "judge_pairs"
 """The NAME that stands for it."""
 NEIGHBOUR = "neighbour"
 RAREST_WORDS = 8
-"""Words of a question whose other questions are compared with it."""
+"""Words of a question, those that fewest others have, whose questions are compared with it."""
 
 COMPARE = """\
 Which of two answers to a question is better?
@@ -151,21 +151,24 @@ def read_pairs(path: Path, keys: PairKeys) -> tuple[list[tuple[str, str, str | N
 def with_neighbours(rows: Sequence[tuple[str, str]]) -> list[str | None]:
     """For each (question, good answer) the good answer to the question that is most like it; None where none is.
 
-    Alike are questions by the Jaccard similarity of their sets of words, among those that share one of its eight rarest
-    words; of equal ones the first. An answer of the same text is no bad one.
+    Alike are questions by the Jaccard similarity of their sets of words, of equal ones the first. Compared are those
+    that share one of the question's eight rarest words that any other has, or of its further ones until an answer
+    differs. An answer of the same text is no bad one.
     """
     sets = [set(words(question)) for question, _ in rows]
-    frequency = Counter(word for one in sets for word in one)
+    answers = [question_key(good) for _, good in rows]
     index: dict[str, list[int]] = {}
     for place, one in enumerate(sets):
         for word in one:
             index.setdefault(word, []).append(place)
     found: list[str | None] = []
     for place, own in enumerate(tqdm(sets, desc="neighbours", unit="row", mininterval=1, dynamic_ncols=True)):
-        rarest = sorted(own, key=lambda word: (frequency[word], word))[:RAREST_WORDS]
-        others = {other for word in rarest for other in index[word]} - {place}
-        mine = question_key(rows[place][1])
-        alike = [other for other in others if question_key(rows[other][1]) != mine]
+        alike: set[int] = set()
+        shared = sorted((word for word in own if len(index[word]) > 1), key=lambda word: (len(index[word]), word))
+        for number, word in enumerate(shared):
+            if number >= RAREST_WORDS and alike:
+                break
+            alike |= {other for other in index[word] if answers[other] != answers[place]}
         best = max(alike, key=lambda other: (len(own & sets[other]) / len(own | sets[other]), -other), default=None)
         found.append(None if best is None else rows[best][1])
     return found

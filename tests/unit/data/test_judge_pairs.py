@@ -1,6 +1,7 @@
 """`data prepare judge_pairs`: which answers are paired, what is asked, and what a run reads of the files."""
 
 import json
+import random
 
 import pyarrow.parquet
 import pytest
@@ -74,6 +75,28 @@ def test_a_neighbours_answer_is_that_of_the_question_with_most_words_in_common()
     assert with_neighbours(rows) == ["answer 1", "answer 0", "answer 3", "answer 2", None]
     equal = [("one two", "same"), ("one two three", "Same"), ("one four", "other")]
     assert with_neighbours(equal) == ["other", "other", "same"]
+
+
+def test_rare_words_of_ones_own_and_twins_with_the_same_answer_hide_no_neighbour():
+    """Nine words that nobody else has, and nine that only a twin has; "how" leads to the others."""
+    own, twin = "aa bb cc dd ee ff gg hh ii", "jj kk ll mm nn oo pp qq rr"
+    rows = [(f"how {own}", "1"), (f"how {twin}", "2"), (f"how {twin} again", "2"), ("what else", "3")]
+    assert with_neighbours(rows) == ["2", "1", "1", None]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_with_few_words_the_neighbour_is_the_one_of_all_others(seed):
+    draw = random.Random(seed)
+    rows = [(" ".join(draw.choices("abcdefg", k=4)), draw.choice("xyz")) for _ in range(12)]
+    sets = [set(question.split()) for question, _ in rows]
+    for place, found in enumerate(with_neighbours(rows)):
+        likeness = {
+            other: len(sets[place] & sets[other]) / len(sets[place] | sets[other])
+            for other in range(12)
+            if rows[other][1] != rows[place][1] and sets[place] & sets[other]
+        }
+        expected = max(likeness, key=lambda other: (likeness[other], -other), default=None)
+        assert found == (None if expected is None else rows[expected][1])
 
 
 def test_bad_answers_may_be_samples_that_are_known_to_be_wrong(tmp_path):
