@@ -15,6 +15,7 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.strategies import SearchStrategy
 
+import nemo_jepo
 from nemo_jepo.config.errors import ConfigError, DataError, RunError
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -22,6 +23,9 @@ AT_ONCE = 50
 """Inputs that Hypothesis makes knowing of each other: of many it makes ever more that resemble earlier ones."""
 LONGEST_LINE = 2000
 """Characters of an error's line."""
+
+PROGRAM = f"{Path(nemo_jepo.__file__).parent}/"
+"""Where its files are; a clone of the project may have the same name."""
 
 
 class TooLong(BaseException):
@@ -110,7 +114,7 @@ def _keep(name: str, value: Any, result: Result, failed: Path, error: BaseExcept
     file = failed / f"{name}_{len(result.failures):04d}"
     file.write_bytes(value if isinstance(value, bytes) else repr(value).encode("utf-8", "backslashreplace"))
     lines = traceback.format_exception(error)
-    frames = [line for line in lines if "/nemo_jepo/" in line]
+    frames = [line for line in lines if PROGRAM in line]
     kind = f"{type(error).__name__} in {frames[-1].strip().splitlines()[0] if frames else 'the target'}"
     result.kinds.add(kind)
     result.failures.append(f"{file}\n{''.join(lines)}")
