@@ -36,6 +36,8 @@ def _patch_device() -> None:
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda device=None: None
+    with torch.device("cpu"):  # torch remembers which functions it gives a device to: these, not their stand-ins
+        torch.empty(0)
     for name in ("tensor", "zeros", "ones", "empty", "empty_like"):
         setattr(torch, name, _on_host(getattr(torch, name)))
 
