@@ -71,7 +71,7 @@ def test_the_rollout_benchmark_writes_every_figure(tmp_path):
 
 @pytest.mark.timeout(900)  # six starts of a process, one after another, on a machine that may be busy
 def test_import_and_export_hold_little_more_than_the_share(tmp_path):
-    """A model of 200 MB, of which no tensor is over 5 MB: a second copy of the layers' fc1, 117 MB, would show."""
+    """A model of 200 MB, of which no tensor is over 5 MB: a second copy of the layers' fc1 would show, 58 MB at TP2."""
     size = convert_memory.Size(hidden=512, layers=14, inner=4096, heads=8, kv_heads=4, vocab=2000)
     found = convert_memory.run(size, [1, 2], tmp_path)
     assert not list(tmp_path.iterdir())
@@ -80,7 +80,7 @@ def test_import_and_export_hold_little_more_than_the_share(tmp_path):
         assert len(ranks) == int(name[-1])
         for metrics in ranks:
             assert metrics["share"] == pytest.approx(found["model_bytes"] / len(ranks), rel=0.01)
-            assert 0 <= metrics["bytes"] - metrics["share"] < 40e6, name
+            assert 0 <= metrics["bytes"] - metrics["share"] < 50e6, name
         assert name in convert_memory.show(found)
 
 

@@ -110,7 +110,7 @@ class SharedServers:
         self.num_started = 0
 
     def start(self, model_folder: Path, *options: str) -> Server:
-        """One more, for a model of one's own; a later test may take it."""
+        """One more, for a model of one's own; ended with the others."""
         server = self._start(model_folder, *options)
         self._others.append(server)
         wait_for([server])
@@ -124,14 +124,14 @@ class SharedServers:
         return self._alike[:count]
 
     def take(self) -> Server:
-        """One that no other test will get, to be ended by the caller; one that is left over, if there is any."""
-        left = self._others or self._alike
-        server = left.pop() if left else self._start(self.model_folder)
+        """A whole one of the shared model that no other test will get, for a test that ends it."""
+        server = self._alike.pop() if self._alike else self._start(self.model_folder)
+        self._others.append(server)
         wait_for([server])
         return server
 
     def give_up(self, server: Server) -> None:
-        """One that is no longer as it was: it is left over, for a test that ends it."""
+        """One that is no longer as it was: no other test gets it."""
         self._alike.remove(server)
         self._others.append(server)
 
