@@ -1,5 +1,6 @@
-"""Verifiable rewards of own answers: what a verifier says of each sample, on every rank of a replica."""
+"""Rewards of own answers: what a verifier says of each sample, on every rank of a replica."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,6 +16,34 @@ class Grader(Protocol):
 
     def is_right(self, own: str, prompt: Prompt) -> bool | None:
         """Whether an own answer is right; None after a fault."""
+
+
+class Reward(Protocol):
+    """What own answers earn."""
+
+    def of(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], step: int) -> list[float | None]:
+        """The reward of each sample, None after a fault; the same on every rank of the replica. All ranks call."""
+
+    def metrics(self) -> dict[str, Pair]:
+        """What the step at hand adds to the metrics of every reward; the next step begins anew."""
+
+
+class Sums:
+    """Metrics of a step, added up batch by batch."""
+
+    def __init__(self) -> None:
+        self._pairs: dict[str, Pair] = defaultdict(lambda: (0.0, 0.0))
+
+    def add(self, name: str, total: float, count: float) -> None:
+        """Add a batch's sum and count."""
+        before = self._pairs[name]
+        self._pairs[name] = before[0] + total, before[1] + count
+
+    def take(self) -> dict[str, Pair]:
+        """All of them; the next step begins anew."""
+        found = dict(self._pairs)
+        self._pairs.clear()
+        return found
 
 
 class VerifierFooled(Exception):

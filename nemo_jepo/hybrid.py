@@ -13,25 +13,22 @@ Source: arXiv 2505.22203 (hybrid verifier and its gate); arXiv 2505.14625 (TinyV
 alone).
 """
 
-import logging
 import re
-from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from nemo_jepo.config.hybrid import HybridConfig
-from nemo_jepo.grading import RuleReward, VerifierFooled
+from nemo_jepo.grading import RuleReward, Sums, VerifierFooled
 from nemo_jepo.rewards.canaries import canaries
-from nemo_jepo.rewards.judge import open_judge
+from nemo_jepo.rewards.judge import RewardModel, RunServers, open_judge
 from nemo_jepo.rewards.judge_prompt import Case
 from nemo_jepo.rewards.judged import verdict_cache
 from nemo_jepo.rewards.verifiable import undelimited
 from nemo_jepo.types import Pair, Prompt, Rollout
 from nemo_jepo.utils.phases import ALONE, phase
-
-log = logging.getLogger(__name__)
 
 PLAIN_NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)")
 
@@ -58,13 +55,14 @@ class HybridReward:
         rule: RuleReward,
         only_verifiable: bool,
         cache_folder: Path,
-        run_servers: tuple[Sequence[str], str] | None,
+        run_servers: RunServers,
     ) -> None:
         self._settings, self._rule, self._only_verifiable = settings, rule, only_verifiable
-        self._layout, self._run_servers = rule.layout, run_servers
-        self._cache = verdict_cache(settings.verifier, cache_folder) if self._layout.is_replica_head else None
-        self._sums: dict[str, Pair] = defaultdict(lambda: (0.0, 0.0))
-        self._last_fault: str | None = None
+        self._layout, self._sums = rule.layout, Sums()
+        node, cache = "hybrid.verifier", None
+        if self._layout.is_replica_head:
+            cache = verdict_cache(settings.verifier, cache_folder)
+        self._model = RewardModel(node, partial(open_judge, settings.verifier, node, run_servers, cache), "verdict")
         self._watched_at = -1
 
     def of(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], step: int) -> list[float | None]:
@@ -86,8 +84,7 @@ class HybridReward:
 
     def metrics(self) -> dict[str, Pair]:
         """The rewards of the step at hand side by side, and what the model did; the next step begins anew."""
-        found, self._sums = dict(self._sums), defaultdict(lambda: (0.0, 0.0))
-        return found
+        return self._sums.take()
 
     def _second_look(
         self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], by_rule: Sequence[float | None]
@@ -102,7 +99,7 @@ class HybridReward:
         """The rewards of answers to these prompts, and the model's verdicts on those that it is asked about."""
         samples = enumerate(zip(prompts, answers, by_rule, strict=True))
         asked = {number: case for number, sample in samples if (case := self._case(*sample)) is not None}
-        verdicts, rewards = self._ask(list(asked.values())), list(by_rule)
+        verdicts, rewards = self._model.ask(list(asked.values())), list(by_rule)
         for number, verdict in zip(asked, verdicts, strict=True):
             rewards[number] = None if verdict is None else float(verdict)
         return rewards, verdicts
@@ -115,19 +112,6 @@ class HybridReward:
             return None
         return Case(prompt.question, prompt.answer, answer)
 
-    def _ask(self, cases: Sequence[Case]) -> list[bool | None]:
-        """The model's verdicts; a reason for missing ones is one line of the log, until it is another one."""
-        try:
-            verifier = open_judge(self._settings.verifier, "hybrid.verifier", self._run_servers, self._cache)
-            verdicts, fault = verifier.judge(cases), verifier.fault
-        except (ValueError, OSError) as error:  # the file of its key is gone since the run began
-            verdicts, fault = [None] * len(cases), str(error)
-        missing = verdicts.count(None)
-        if missing and fault != self._last_fault:
-            self._last_fault = fault
-            log.warning("hybrid.verifier: %d of %d answers have no verdict: %s", missing, len(cases), fault)
-        return verdicts
-
     def _count(
         self,
         rollouts: Sequence[Rollout],
@@ -137,15 +121,11 @@ class HybridReward:
     ) -> None:
         num_arrived = sum(rollout.finish_reason != "failed" for rollout in rollouts)
         known = [verdict for verdict in verdicts if verdict is not None]
-        self._add("rule_reward", *_total(by_rule))
-        self._add("hybrid_reward", *_total(rewards))
-        self._add("hybrid_asked_rate", len(verdicts), num_arrived)
-        self._add("hybrid_correct_rate", sum(known), len(known))
-        self._add("hybrid_fault_rate", len(verdicts) - len(known), len(verdicts))
-
-    def _add(self, name: str, total: float, count: float) -> None:
-        before = self._sums[name]
-        self._sums[name] = before[0] + total, before[1] + count
+        self._sums.add("rule_reward", *_total(by_rule))
+        self._sums.add("hybrid_reward", *_total(rewards))
+        self._sums.add("hybrid_asked_rate", len(verdicts), num_arrived)
+        self._sums.add("hybrid_correct_rate", sum(known), len(known))
+        self._sums.add("hybrid_fault_rate", len(verdicts) - len(known), len(verdicts))
 
     # Canaries.
 
@@ -171,7 +151,7 @@ class HybridReward:
         for (_, kind, _), reward in zip(released, rewards, strict=True):
             if reward is not None:
                 table[kinds.index(kind)] += torch.tensor([reward, 1.0])
-        self._add("verifier_canary_rate", *table.sum(0).tolist())
+        self._sums.add("verifier_canary_rate", *table.sum(0).tolist())
         table = self._layout.sum_over_data_parallel(table)
         fooled, known = table.sum(0).tolist()
         limit = self._settings.canary_limit

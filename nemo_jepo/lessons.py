@@ -55,7 +55,7 @@ def verified(rule: UpdateRule, prompts: Sequence[Prompt], groups: GroupScores) -
     if groups.verifiable_reward is None:
         return torch.zeros(len(prompts), dtype=torch.bool)
     verifiable = torch.tensor([prompt.verifiable for prompt in prompts], dtype=torch.bool)
-    return verifiable | uses_verifiable_reward(rule.name, groups.verifiable_reward)
+    return verifiable | uses_verifiable_reward(rule.name, groups.verifiable_reward, rule.unverifiable)
 
 
 def pass_rate(groups: GroupScores, by_verifier: Tensor) -> Tensor:

@@ -164,13 +164,18 @@ def _pairs(rule: UpdateRule, scores: GroupScores) -> dict[str, Pair]:
     pairs = compare(rule, scores, verifiable_prompts(rule, scores))
     places = torch.stack([pairs.chosen, pairs.rejected], -1)
     of_chosen, of_rejected = pairs.tokens.gather(-1, places).unbind(-1)
-    return {
+    found = {
         "pair_rate": mean(pairs.has_pair, scores.arrived_mask.any(-1)),
         "pair_margin": mean(rule.pair_beta * pairs.margin, pairs.has_pair),
         "pair_accuracy": mean(pairs.margin > 0, pairs.has_pair),
         "chosen_tokens_mean": mean(of_chosen, pairs.has_pair),
         "rejected_tokens_mean": mean(of_rejected, pairs.has_pair),
     }
+    if rule.unverifiable == "score" and scores.verifiable_reward is not None:
+        of_chosen, of_rejected = scores.verifiable_reward.gather(-1, places).unbind(-1)
+        found["chosen_reward_mean"] = mean(of_chosen, pairs.has_pair)
+        found["rejected_reward_mean"] = mean(of_rejected, pairs.has_pair)
+    return found
 
 
 def _faulted(scores: GroupScores) -> Tensor:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -40,7 +39,7 @@ from nemo_jepo.data.splice import Splicer
 from nemo_jepo.data.stream import PromptStream
 from nemo_jepo.data.tokenizer import load_tokenizer, train_tokenizer
 from nemo_jepo.data.verdict import VerdictWriter
-from nemo_jepo.grading import Grader, JudgementReward, RuleReward
+from nemo_jepo.grading import Grader, JudgementReward, Reward, RuleReward
 from nemo_jepo.lessons import Lessons
 from nemo_jepo.objective.records import UpdateRule
 from nemo_jepo.refill import Refill
@@ -50,9 +49,6 @@ from nemo_jepo.rewards.verify import Verifier
 from nemo_jepo.rollout.build import OwnServers, open_sampler, share_gpus, training_request
 from nemo_jepo.rollout.queue import RolloutQueue
 from nemo_jepo.types import Prompt
-
-if TYPE_CHECKING:
-    from nemo_jepo.hybrid import HybridReward
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +68,7 @@ class Trainer:
     rollouts: RolloutQueue
     verifier: Grader
     """Its process starts when first asked, on replica heads."""
-    reward: "RuleReward | JudgementReward | HybridReward"
+    reward: Reward
     """What own answers earn."""
     checkpoints: CheckpointWriter
     verdicts: VerdictWriter | None = None
@@ -112,7 +108,8 @@ def update_rule(
         settings.pop(not_the_updates)
     dpo = dpo or DPOConfig()
     settings |= {"kl_beta": kl.beta, "kl_estimator": kl.estimator, "verdict_weight": verdict_weight}
-    return UpdateRule(**settings, pair_beta=dpo.beta, reject_longest=dpo.reject_longest)
+    settings |= {"pair_beta": dpo.beta, "reject_longest": dpo.reject_longest, "unverifiable": dpo.unverifiable}
+    return UpdateRule(**settings)
 
 
 def find_models(config: Config, folder: Path) -> tuple[Config, Config]:
@@ -282,18 +279,22 @@ def open_verifier(config: Config) -> Grader:
     return task_scorer(config) if config.data.verifier == "task" else Verifier(config.evaluation.verify_timeout_s)
 
 
-def reward_of(
-    config: Config, rule: RuleReward, run_servers: tuple[Sequence[str], str] | None
-) -> "RuleReward | JudgementReward | HybridReward":
-    """What own answers earn (objective.reward)."""
+def reward_of(config: Config, rule: RuleReward, run_servers: tuple[Sequence[str], str] | None) -> Reward:
+    """What own answers earn (objective.reward, dpo.unverifiable). Modules that ask a model load HTTP, and are imported
+    where one is asked."""
     if config.data.verifier == "judgement":
         return JudgementReward(rule.splicer)
-    if config.objective.reward == "rule":
-        return rule
-    from nemo_jepo.hybrid import HybridReward  # HTTP, which a run without a model verifier does not load
+    reward: Reward = rule
+    folder, kind = Path(config.exp_manager.exp_dir), config.objective.kind
+    if config.objective.reward == "hybrid":
+        from nemo_jepo.hybrid import HybridReward
 
-    only_verifiable = config.objective.kind.reads_likelihood
-    return HybridReward(config.hybrid, rule, only_verifiable, Path(config.exp_manager.exp_dir), run_servers)
+        reward = HybridReward(config.hybrid, rule, kind.reads_likelihood, folder, run_servers)
+    if kind.compares_pairs and config.dpo.unverifiable == "score":
+        from nemo_jepo.pair_scores import ScoreReward
+
+        reward = ScoreReward(config.dpo.judge, reward, rule.splicer, rule.layout, folder, run_servers)
+    return reward
 
 
 def verdict_writer(config: Config, tokenizer: PreTrainedTokenizerBase) -> VerdictWriter | None:

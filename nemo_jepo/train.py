@@ -98,7 +98,7 @@ def splice(t: Trainer, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -
         return batch
     rewards = t.reward.of(prompts, rollouts, t.actor.num_steps)
     table = torch.tensor([reward or 0.0 for reward in rewards]).view(len(prompts), -1)
-    verifiable = uses_verifiable_reward(t.rule.name, table).tolist()
+    verifiable = uses_verifiable_reward(t.rule.name, table, t.rule.unverifiable).tolist()
     own = t.splicer.splice_own(prompts, rollouts)
     sequences = [o if verifiable[r.group] else r for o, r in zip(own, batch.sequences, strict=True)]
     if t.verdicts is not None:

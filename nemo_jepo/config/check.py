@@ -15,6 +15,7 @@ from nemo_jepo.config.check_update import (
     check_judges,
     check_objective,
     check_on_policy,
+    check_pair_scores,
     check_reward,
     check_self_verification,
 )
@@ -125,6 +126,7 @@ def check(config: Config, world_size: int, trains: bool = True) -> None:
     _check_sampler(config.rollout, config.objective, config.trainer)
     check_judges(config.evaluation, config.rollout)
     check_reward(config.objective, config.hybrid, config.rollout)
+    check_pair_scores(config)
     check_self_verification(config, trains)
     check_fp8_settings(config.model, config.trainer.precision)
     _check_model(config.model, config.pretrained_checkpoint)

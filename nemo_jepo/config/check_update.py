@@ -1,7 +1,7 @@
 """Rules between the settings of what is maximised, what samples, and who rewards. Called by `config.check`."""
 
 from nemo_jepo.config.errors import ConfigError
-from nemo_jepo.config.judge import RUN_SERVERS, JudgeConfig, check_judge
+from nemo_jepo.config.judge import RUN_SERVERS, EndpointConfig, check_judge, check_score_judge
 from nemo_jepo.config.objectives import OBJECTIVES
 from nemo_jepo.config.schema import (
     Config,
@@ -98,11 +98,11 @@ def check_judges(evaluation: EvaluationConfig, rollout: RolloutConfig) -> None:
         if judge.url is not None and not evaluation.verify:
             rule = "is asked where the verifier calls an own answer wrong, and evaluation.verify=false decodes none"
             raise ConfigError(f"{node}.url", judge.url, rule, "Use evaluation.verify=true, or no judge")
+        check_judge(judge, node)
         _check_endpoint(judge, node, rollout)
 
 
-def _check_endpoint(judge: JudgeConfig, node: str, rollout: RolloutConfig) -> None:
-    check_judge(judge, node)
+def _check_endpoint(judge: EndpointConfig, node: str, rollout: RolloutConfig) -> None:
     if judge.url is None:
         return
     if judge.url == RUN_SERVERS and not rollout.kind.has_servers:
@@ -127,7 +127,32 @@ def check_reward(objective: ObjectiveConfig, hybrid: HybridConfig, rollout: Roll
     if not is_hybrid and hybrid.verifier.url is not None:
         rule = "nobody asks it with objective.reward=rule"
         raise ConfigError("hybrid.verifier.url", hybrid.verifier.url, rule, "Add objective.reward=hybrid")
+    check_judge(hybrid.verifier, "hybrid.verifier")
     _check_endpoint(hybrid.verifier, "hybrid.verifier", rollout)
+
+
+def check_pair_scores(config: Config) -> None:
+    """A judge scores own answers where pairs are compared by scores, and only there."""
+    dpo, name = config.dpo, config.objective.name
+    if dpo.unverifiable != "score":
+        if dpo.judge.url is not None:
+            rule = f"nobody asks it with dpo.unverifiable={dpo.unverifiable}"
+            raise ConfigError("dpo.judge.url", dpo.judge.url, rule, "Add dpo.unverifiable=score")
+        return
+    if not config.objective.kind.compares_pairs:
+        rule = f"objective={name} compares no pairs"
+        raise ConfigError("dpo.unverifiable", "score", rule, "Use likelihood, or objective=dpo")
+    if config.data.verifier == "judgement":
+        rule = "asks a judge about answers, and data.verifier=judgement has judgements"
+        raise ConfigError("dpo.unverifiable", "score", rule, "Use likelihood")
+    if config.self_verification.weight:
+        rule = "tells better answers from worse ones, and self_verification.weight right ones from wrong ones"
+        raise ConfigError("dpo.unverifiable", "score", rule, "Use likelihood, or self_verification.weight=0")
+    if dpo.judge.url is None:
+        rule = "dpo.unverifiable=score asks a judge"
+        raise ConfigError("dpo.judge.url", None, rule, "Give its address, http://HOST:PORT/v1")
+    check_score_judge(dpo.judge, "dpo.judge")
+    _check_endpoint(dpo.judge, "dpo.judge", config.rollout)
 
 
 def check_self_verification(config: Config, trains: bool) -> None:

@@ -79,6 +79,7 @@ REWARDS = ("rule", "hybrid")
 REWARD_NORMALIZATIONS = ("none", "answer_tokens")
 LOSS_NORMALIZATIONS = ("none", "chain", "sequence", "batch")
 NO_CHAIN_POLICIES = ("none", "current", "initial")
+PAIR_VALUES = ("likelihood", "score")
 
 FORMAT_LOSSES = ("marker_and_end", "paper", "none")
 """objective.format_loss; the functions stand in `nemo_jepo.objective.format`."""

@@ -70,10 +70,10 @@ def _row(key: str, declared: Field, kind: Any, default: Any, sentence: str) -> s
 
 
 def _sentences(section: type) -> dict[str, str]:
-    """Field name -> the docstring under the field."""
+    """Field name -> the docstring under the field, also of what the section inherits."""
+    found = _sentences(section.__base__) if is_dataclass(section.__base__) else {}
     (defined,) = ast.parse(textwrap.dedent(inspect.getsource(section))).body
     assert isinstance(defined, ast.ClassDef)
-    found = {}
     for statement, following in zip(defined.body, [*defined.body[1:], None], strict=True):
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
             found[statement.target.id] = ""

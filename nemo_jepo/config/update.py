@@ -3,13 +3,15 @@
 Part of the schema, see `config.schema`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from nemo_jepo.config.judge import ScoreJudgeConfig, score_judge_config
 from nemo_jepo.config.objectives import (
     FORMAT_LOSSES,
     LOSS_NORMALIZATIONS,
     NO_CHAIN_POLICIES,
     OBJECTIVES,
+    PAIR_VALUES,
     REWARD_NORMALIZATIONS,
     REWARDS,
     ObjectiveKind,
@@ -72,6 +74,10 @@ class DPOConfig:
     the initial policy."""
     reject_longest: bool = False
     """Reject the longest of the samples that are worse than the chosen one, not the worst: against growing answers."""
+    unverifiable: str = setting("likelihood", choices=PAIR_VALUES)
+    """What compares the samples of a prompt where no verifier rewards one. likelihood: that of the reference answer.
+    score: a judge's, of the own answer (dpo.judge)."""
+    judge: ScoreJudgeConfig = field(default_factory=score_judge_config)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -11,6 +11,8 @@ zero elsewhere. What is compared depends on the prompt:
     a verifier rewards a sample    y = chain and own answer; the first right one over the first wrong one
     elsewhere                      y = chain up to the marker; the one behind which the reference answer is likeliest
                                    over the one behind which it is least likely
+    elsewhere, with                y = chain and own answer; the one that a judge gives the highest score over the one
+    unverifiable=score             that it gives the lowest; one without a score is in no pair
 
 A sample without the marker has no own answer, so it is wrong, and the reference answer has likelihood 0 behind it. One
 whose marker ends inside a token is compared by its own answer alone.
@@ -51,7 +53,7 @@ def compare(rule: UpdateRule, scores: GroupScores, verifiable: Tensor) -> Pairs:
     Args:
         rule: reject_longest is read.
         scores: of this rank's groups.
-        verifiable: [P, 1] bool: prompts that are compared by the verifier's reward.
+        verifiable: [P, 1] bool: prompts that are compared by a reward of own answers.
     """
     by_likelihood = torch.where(scores.valid_mask, scores.answer_logprob.double(), -torch.inf)
     candidates = scores.arrived_mask & (verifiable | scores.valid_mask | ~scores.has_marker)
@@ -102,7 +104,7 @@ def pair_weights(
     Args:
         rule: settings.
         scores: this rank's groups, whole groups only.
-        verifiable: [P, 1] bool: prompts that are compared by the verifier's reward.
+        verifiable: [P, 1] bool: prompts that are compared by a reward of own answers.
         reduce_sum: sum over the data-parallel group; called once, on [2] float64.
     Returns:
         SampleWeights; advantage is the same without the denominator, over beta.

@@ -13,6 +13,7 @@ from nemo_jepo.config.objectives import (
     LOSS_NORMALIZATIONS,
     NO_CHAIN_POLICIES,
     OBJECTIVES,
+    PAIR_VALUES,
     REWARD_NORMALIZATIONS,
 )
 from nemo_jepo.objective.kl import IMPORTANCE_RATIOS, KL_GRADIENTS
@@ -49,6 +50,7 @@ class UpdateRule:
     kl_estimator: str
     pair_beta: float = 0.1
     reject_longest: bool = False
+    unverifiable: str = "likelihood"
     verdict_weight: float = 0.0
 
     def __post_init__(self) -> None:
@@ -63,6 +65,7 @@ class UpdateRule:
             ("std_scope", ["batch", "group"]),
             ("prompt_mean", ["all", "valid"]),
             ("kl_estimator", list(KL_GRADIENTS)),
+            ("unverifiable", list(PAIR_VALUES)),
         ):
             if getattr(self, key) not in allowed:
                 raise ValueError(f"{key}={getattr(self, key)!r}: must be one of {', '.join(allowed)}")

@@ -66,14 +66,16 @@ LIKELIHOOD_TERMS = {
 """objective.name -> terms, of every objective that scores each sample by likelihood: not rloo, dpo, sft."""
 
 
-def uses_verifiable_reward(name: str, verifiable_reward: Tensor) -> Tensor:
-    """Which prompts are trained on the verifiable reward of their own answers, and so keep them in the splice.
+def uses_verifiable_reward(name: str, verifiable_reward: Tensor, unverifiable: str = "likelihood") -> Tensor:
+    """Which prompts are trained on a reward of their own answers, and so keep them in the splice.
 
-    verifier: all. verifier_or_likelihood: those where at least one generation earned a positive reward. Others: none.
+    verifier: all. verifier_or_likelihood: those where at least one generation earned a positive reward; all of them
+    where a judge scores those of the others. Others: none.
 
     Args:
         name: objective.name.
         verifiable_reward: [P, G]; 0 or NaN where no reward could be had.
+        unverifiable: dpo.unverifiable, of an objective that compares pairs.
     Returns:
         [P] bool.
     Raises:
@@ -85,4 +87,6 @@ def uses_verifiable_reward(name: str, verifiable_reward: Tensor) -> Tensor:
     kind = OBJECTIVES[name]
     if not kind.reads_verifier:
         return torch.zeros(len(verifiable_reward), dtype=torch.bool, device=verifiable_reward.device)
-    return (verifiable_reward > 0).any(-1) if kind.reads_likelihood else torch.ones_like(verifiable_reward[:, 0]).bool()
+    if not kind.reads_likelihood or (kind.compares_pairs and unverifiable == "score"):
+        return torch.ones_like(verifiable_reward[:, 0]).bool()
+    return (verifiable_reward > 0).any(-1)

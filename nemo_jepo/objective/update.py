@@ -174,7 +174,7 @@ def _format_terms(rule: UpdateRule, scores: GroupScores) -> FormatTerms:
 def verifiable_prompts(rule: UpdateRule, scores: GroupScores) -> Tensor:
     """[P, 1] bool: prompts that train on the verifiable reward."""
     if scores.verifiable_reward is not None:
-        return uses_verifiable_reward(rule.name, scores.verifiable_reward).unsqueeze(-1)
+        return uses_verifiable_reward(rule.name, scores.verifiable_reward, rule.unverifiable).unsqueeze(-1)
     if OBJECTIVES[rule.name].reads_verifier:
         raise ValueError(f"objective {rule.name} needs verifiable_reward")
     return torch.zeros_like(scores.valid_mask[:, :1])

@@ -5,18 +5,26 @@ A model that is trained may learn to write for its judge. Three walls stand agai
     code      every prompt has a word that none of its texts contains; the lines between texts and the verdict carry
               it, so no answer can close its own text, and a reply that repeats an answer does not vote
     defusing  a space breaks what a judge's chat template would read as the end of a turn, <|im_end|> or [/INST]
-    reading   the reply's last line must be a verdict line, whole, and no other line the opposite one
+    reading   the reply's last line must be a verdict line, whole, and no other line the opposite one; a score line
+              likewise, and no other line another score
 """
 
 import hashlib
 import json
 import re
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
-from nemo_jepo.config.judge import JudgeConfig
+from nemo_jepo.config.judge import JudgeConfig, ScoreJudgeConfig
+from nemo_jepo.rewards.judgement import score
 
 CONTROL_TOKEN = re.compile(r"<(?=[|\uff5c/A-Za-z_])|\[(?=/?[A-Z]{2})")
 """Where <|im_end|>, </s>, <start_of_turn> or [/INST] begins; in x<y the space does no harm."""
+
+Verdict = TypeVar("Verdict")
+"""What a judge says of a case: whether it is correct, or its score."""
+Said_co = TypeVar("Said_co", covariant=True)
+"""The same, of a prompt that reads it."""
 
 
 class NoVote(ValueError):
@@ -32,6 +40,21 @@ class Case:
     own_answer: str
 
 
+class CasePrompt(Protocol[Said_co]):
+    """One case in a judge's prompt."""
+
+    @property
+    def text(self) -> str:
+        """What the judge is asked."""
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The last lines that its reply may have."""
+
+    def read(self, reply: str) -> Said_co:
+        """What a reply says; NoVote where it says nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class JudgePrompt:
     """One case in the judge's prompt, with its two verdict lines."""
@@ -39,6 +62,11 @@ class JudgePrompt:
     text: str
     correct: str
     wrong: str
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The verdict lines."""
+        return self.correct, self.wrong
 
     def read(self, reply: str) -> bool:
         """The vote that a reply casts: correct or not.
@@ -55,14 +83,57 @@ class JudgePrompt:
         return verdicts[lines[-1]]
 
 
+@dataclass(frozen=True, slots=True)
+class ScorePrompt:
+    """One case in the prompt of a judge that scores, with its score line."""
+
+    text: str
+    line: str
+    """{score} stands for the score."""
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The score line."""
+        return (self.line,)
+
+    def read(self, reply: str) -> float:
+        """The score that a reply gives, from 0 to 10.
+
+        Raises:
+            NoVote: its last line gives none, or another line gives another one.
+        """
+        scores = [self._score(_folded(line)) for line in reply.splitlines() if line.strip()]
+        if not scores or scores[-1] is None:
+            raise NoVote("the reply does not end with a score line")
+        if len(set(scores) - {None}) > 1:
+            raise NoVote("the reply holds several scores")
+        return scores[-1]
+
+    def _score(self, line: str) -> float | None:
+        before, after = (_folded(part) for part in self.line.split("{score}"))
+        rest = line.removeprefix(before).removesuffix(after)
+        return score(rest) if len(rest) + len(before) + len(after) == len(line) else None
+
+
 def judge_prompt(case: Case, settings: JudgeConfig) -> JudgePrompt:
     """The case in the judge's prompt."""
+    fields = _fields(case)
+    correct, wrong = (line.replace("{code}", fields["code"]) for line in (settings.correct, settings.wrong))
+    return JudgePrompt(filled(settings.prompt, **fields, correct=correct, wrong=wrong), correct, wrong)
+
+
+def score_prompt(case: Case, settings: ScoreJudgeConfig) -> ScorePrompt:
+    """The case in the prompt of a judge that scores. Repeating it gives no score: SCORE is none."""
+    fields = _fields(case)
+    line = settings.score_line.replace("{code}", fields["code"])
+    return ScorePrompt(filled(settings.prompt, **fields, score_line=line.replace("{score}", "SCORE")), line)
+
+
+def _fields(case: Case) -> dict[str, str]:
+    """The case's texts, defused, and the code that none of them contains."""
     texts = [_defused(text) for text in (case.question, case.reference_answer, case.own_answer)]
-    code = code_outside(texts)
-    correct, wrong = (line.replace("{code}", code) for line in (settings.correct, settings.wrong))
     names = ("question", "reference_answer", "answer")
-    fields = dict(zip(names, texts, strict=True)) | {"code": code, "correct": correct, "wrong": wrong}
-    return JudgePrompt(filled(settings.prompt, **fields), correct, wrong)
+    return dict(zip(names, texts, strict=True)) | {"code": code_outside(texts)}
 
 
 def filled(template: str, **fields: str) -> str:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_jepo.config.judge import RUN_SERVERS, JudgeConfig
+from nemo_jepo.config.judge import JudgeConfig
 from nemo_jepo.config.schema import EvaluationConfig
 from nemo_jepo.rewards.judge_prompt import Case
 from nemo_jepo.rewards.verdict_cache import VerdictCache
@@ -96,11 +96,10 @@ class Judges:
         return open_judge(settings, f"evaluation.{name}", self.run_servers, cache)
 
 
-def verdict_cache(settings: JudgeConfig, folder: Path) -> VerdictCache | None:
+def verdict_cache(settings: JudgeConfig, folder: Path) -> VerdictCache[bool] | None:
     """Where a judge's verdicts are kept; None where they are not, as those of servers whose weights change."""
-    if settings.cache is None or settings.url == RUN_SERVERS:
-        return None
-    return VerdictCache(folder / settings.cache)
+    path = settings.cache_path(folder)
+    return None if path is None else VerdictCache(path, "correct", bool)
 
 
 def judge_metrics(

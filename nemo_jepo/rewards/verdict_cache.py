@@ -1,4 +1,4 @@
-"""Verdicts on disk, one JSON object a line, so that no answer is judged twice. Any number of runs share a file.
+"""Verdicts or scores on disk, one JSON object a line, so that no answer is judged twice. Runs may share a file.
 
 A line is one write under a lock. One that a killed process or a full disk has torn is closed by the next writer and
 skipped by every reader; so is whatever else is no verdict.
@@ -9,21 +9,25 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
+
+from nemo_jepo.rewards.judge_prompt import Verdict
 
 log = logging.getLogger(__name__)
 
 
-class VerdictCache:
+class VerdictCache(Generic[Verdict]):
     """The verdicts of a file, and room for more. A file that cannot be read or written costs requests, never a run.
 
     Args:
         path: made with its folder at the first verdict.
+        name: what a line calls a verdict.
+        kind: of the verdicts.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._verdicts: dict[str, bool] = {}
+    def __init__(self, path: Path, name: str, kind: type[Verdict]) -> None:
+        self._path, self._name = path, name
+        self._verdicts: dict[str, Verdict] = {}
         self._writable = True
         try:
             lines = path.read_bytes().splitlines() if path.exists() else []
@@ -31,15 +35,15 @@ class VerdictCache:
             lines = []
             log.warning("judge: verdicts cannot be read back: %s", error)
         for line in lines:
-            key, verdict = _read(line)
-            if key is not None:
-                self._verdicts[key] = verdict
+            entry = _read(line)
+            if isinstance(entry.get("key"), str) and type(entry.get(name)) is kind:
+                self._verdicts[entry["key"]] = entry[name]
 
-    def get(self, key: str) -> bool | None:
+    def get(self, key: str) -> Verdict | None:
         """The verdict of an earlier judgement; None where there is none."""
         return self._verdicts.get(key)
 
-    def put(self, key: str, verdict: bool, about: dict[str, Any]) -> None:
+    def put(self, key: str, verdict: Verdict, about: dict[str, Any]) -> None:
         """Keep a verdict.
 
         Args:
@@ -47,7 +51,7 @@ class VerdictCache:
             about: for people who read the file.
         """
         self._verdicts[key] = verdict
-        line = json.dumps({"key": key, "correct": verdict, **about}).encode() + b"\n"
+        line = json.dumps({"key": key, self._name: verdict, **about}).encode() + b"\n"
         try:
             if self._writable:
                 self._append(line)
@@ -66,12 +70,10 @@ class VerdictCache:
             file.write(line)
 
 
-def _read(line: bytes) -> tuple[str | None, bool]:
-    """Key and verdict of a line; None for one that is torn or something else."""
+def _read(line: bytes) -> dict[str, Any]:
+    """The object of a line; {} for one that is torn or something else."""
     try:
         entry = json.loads(line)
-        if isinstance(entry["key"], str) and isinstance(entry["correct"], bool):
-            return entry["key"], entry["correct"]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        pass
-    return None, False
+    except (ValueError, RecursionError):
+        return {}
+    return entry if isinstance(entry, dict) else {}

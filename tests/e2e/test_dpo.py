@@ -8,6 +8,7 @@ import pytest
 
 from nemo_jepo.checkpoint.format import step_of, whole_checkpoints
 from tests.support.command_line import command, metrics, run
+from tests.support.fake_judge import FakeJudge, scores
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.quick
@@ -75,3 +76,44 @@ def test_two_tensor_parallel_ranks_keep_and_save_the_samplers_weights_as_one_doe
     for name in ("staleness_mean", "pair_rate", "pair_margin"):
         key = f"train_rollouts/{name}"
         assert [row[key] for row in one] == pytest.approx([row[key] for row in other], rel=1e-3, abs=1e-5)
+
+
+def quality(answer: str) -> float | None:
+    """Longer is better, up to 9; of some lengths the judge says nothing."""
+    return None if len(answer) % 7 == 3 else float(len(answer) % 10)
+
+
+SCORED = ["objective=dpo", "dpo.unverifiable=score", "trainer.jepo.max_steps=2"]
+
+
+def test_a_judges_scores_choose_where_nothing_is_verified_and_faults_take_no_part(tmp_path):
+    """To the rule a random model is never right, so that every own answer is scored; on any split of ranks alike."""
+    with FakeJudge(scores(quality)) as fake:
+        judge = [f"dpo.judge.url={fake.base}"]
+        run("train", tmp_path / "one", *SCORED, *judge)
+        ranks = ["trainer.devices=2", "dpo.judge.cache=null"]
+        run_ranks(2, command("train", tmp_path / "replicas", *SCORED, *judge, *ranks))
+        run_ranks(
+            2, command("train", tmp_path / "tensor", *SCORED, *judge, *ranks, "model.tensor_model_parallel_size=2")
+        )
+    rows = metrics(tmp_path / "one")
+    for row in rows:
+        asked, faulted = (row[f"train_rollouts/score_{name}_rate"] for name in ("asked", "fault"))
+        assert 0 < faulted < 1 and 0 < asked <= 1
+        assert row["train_rollouts/pair_rate"] > 0
+        assert row["train_rollouts/chosen_reward_mean"] > row["train_rollouts/rejected_reward_mean"]
+    keys = [f"train_rollouts/{name}" for name in ("pair_rate", "chosen_reward_mean", "rejected_reward_mean")]
+    keys += ["train_rollouts/score_fault_rate", "train_rollouts/score_mean", "train_optim/grad_norm"]
+    for split in ("replicas", "tensor"):
+        for key in keys:
+            assert metrics(tmp_path / split)[0][key] == pytest.approx(rows[0][key], rel=1e-5), (split, key)
+
+
+def test_a_judge_that_is_down_trains_nothing_and_ends_no_run(tmp_path):
+    with FakeJudge() as fake:
+        pass
+    run("train", tmp_path, *SCORED, f"dpo.judge.url={fake.base}", "dpo.judge.model=m", "dpo.judge.max_attempts=1")
+    for row in metrics(tmp_path):
+        assert row["train_rollouts/score_fault_rate"] == 1.0
+        assert "train_rollouts/chosen_reward_mean" not in row and row.get("train_rollouts/pair_rate", 0.0) == 0.0
+        assert row["train_optim/grad_norm"] == 0.0

@@ -33,7 +33,9 @@ def fake() -> Iterator[FakeJudge]:
 
 def verdict(url: str, file: Path, case: Case = CASE, **changes: Any) -> bool | None:
     """The verdict of a new judge over the file."""
-    (one,) = Judge(dataclasses.replace(SETTINGS, **changes), [url], None, VerdictCache(file)).judge([case])
+    (one,) = Judge(dataclasses.replace(SETTINGS, **changes), [url], None, VerdictCache(file, "correct", bool)).judge(
+        [case]
+    )
     return one
 
 
@@ -98,16 +100,16 @@ def test_no_verdict_is_not_kept(fake, tmp_path):
 def test_a_torn_line_is_skipped_and_the_next_one_is_whole(tmp_path):
     """Every length to which a kill can cut the last line."""
     file = tmp_path / "verdicts.jsonl"
-    VerdictCache(file).put("a", True, {})
-    VerdictCache(file).put("b", False, {"answer": "x"})
+    VerdictCache(file, "correct", bool).put("a", True, {})
+    VerdictCache(file, "correct", bool).put("b", False, {"answer": "x"})
     whole = file.read_bytes()
     first = whole.index(b"\n") + 1
     for cut in range(first, len(whole) - 1):
         file.write_bytes(whole[:cut])
-        torn = VerdictCache(file)
+        torn = VerdictCache(file, "correct", bool)
         assert (torn.get("a"), torn.get("b")) == (True, None)
         torn.put("c", True, {})
-        after = VerdictCache(file)
+        after = VerdictCache(file, "correct", bool)
         assert [after.get(key) for key in "abc"] == [True, None, True]
 
 
@@ -129,7 +131,7 @@ def test_a_torn_line_is_skipped_and_the_next_one_is_whole(tmp_path):
 def test_what_is_no_verdict_is_skipped(tmp_path, line):
     file = tmp_path / "verdicts.jsonl"
     file.write_bytes(line + b"\n" + b'{"key": "b", "correct": false}\n')
-    cache = VerdictCache(file)
+    cache = VerdictCache(file, "correct", bool)
     assert (cache.get("a"), cache.get("b")) == (None, False)
 
 
@@ -137,7 +139,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from nemo_jepo.rewards.verdict_cache import VerdictCache
-cache = VerdictCache(Path(sys.argv[1]))
+cache = VerdictCache(Path(sys.argv[1]), "correct", bool)
 print("ready", flush=True)
 for number in range(int(sys.argv[3])):
     cache.put(f"{sys.argv[2]} {number}", True, {"answer": "x" * 5000})
@@ -156,10 +158,10 @@ def test_after_kill_9_every_verdict_that_was_kept_is_there(tmp_path):
     kept = [process.stdout.readline().strip() for _ in range(20)][-1]
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    cache = VerdictCache(file)
+    cache = VerdictCache(file, "correct", bool)
     assert all(cache.get(f"killed {number}") for number in range(int(kept) + 1))
     cache.put("next", False, {})
-    assert VerdictCache(file).get("next") is False
+    assert VerdictCache(file, "correct", bool).get("next") is False
     assert all(json.loads(line) for line in file.read_text().splitlines())
 
 
@@ -178,7 +180,7 @@ def test_a_file_that_cannot_be_used_costs_requests_and_one_line_but_no_verdict(f
     for file in (tmp_path / "file" / "verdicts.jsonl", tmp_path):
         caplog.clear()
         cases = [dataclasses.replace(CASE, own_answer=str(number)) for number in range(5)]
-        cache = VerdictCache(file)
+        cache = VerdictCache(file, "correct", bool)
         assert Judge(settings, [fake.base], None, cache).judge(cases) == [True] * 5
         assert caplog.text.count("verdicts are not kept") == 1
 

@@ -38,6 +38,19 @@ def votes(*order: bool | None) -> Callable[[Body], str]:
     return reply
 
 
+def scores(score_of: Callable[[str], float | None]) -> Callable[[Body], str]:
+    """A reply with this score of the own answer, in the default prompt's words; None is no score."""
+
+    def reply(body: Body) -> str:
+        lines = prompt_of(body).strip().splitlines()
+        start = next(number for number, line in enumerate(lines) if line.endswith("answer to score")) + 1
+        end = max(number for number, line in enumerate(lines) if line.startswith("===") and line.endswith("end"))
+        score = score_of("\n".join(lines[start:end]))
+        return "I cannot say." if score is None else f"It is compared.\n\n{lines[-1].replace('SCORE', f'{score:g}')}\n"
+
+    return reply
+
+
 def completion(text: object, finish_reason: str = "stop") -> Body:
     message = {"role": "assistant", "content": text}
     return {"object": "chat.completion", "choices": [{"message": message, "finish_reason": finish_reason}]}

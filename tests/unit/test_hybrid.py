@@ -122,7 +122,7 @@ def test_a_fault_is_no_verdict_and_one_line_says_why(tmp_path, caplog):
             found = means(hybrid)
             assert found["hybrid_fault_rate"] == 1.0 and found["hybrid_reward"] == 1.0
             assert "hybrid_correct_rate" not in found
-    lines = [record.getMessage() for record in caplog.records if record.name == "nemo_jepo.hybrid"]
+    lines = [record.getMessage() for record in caplog.records if record.name == "nemo_jepo.rewards.judge"]
     assert lines == [
         "hybrid.verifier: 1 of 1 answers have no verdict: the reply does not end with a verdict line",
     ]

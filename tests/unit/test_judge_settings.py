@@ -62,6 +62,37 @@ def test_a_model_verifier_rewards_only_where_it_is_asked_for(tmp_path):
     assert error_of(*hybrid, f"{node}.url={URL}", missing).startswith(f"{node}.api_key_file=")
 
 
+def test_a_judge_scores_own_answers_only_where_pairs_are_compared_by_scores(tmp_path):
+    node, dpo = "dpo.judge", ["objective=dpo", "dpo.unverifiable=score"]
+    config(*dpo, f"{node}.url={URL}")
+    assert error_of(*dpo) == (
+        f"{node}.url=None: dpo.unverifiable=score asks a judge. Give its address, http://HOST:PORT/v1."
+    )
+    assert error_of("objective=dpo", f"{node}.url={URL}").startswith(
+        f"{node}.url='{URL}': nobody asks it with dpo.unverifiable=likelihood"
+    )
+    for name in ("jepo", "rloo"):
+        line = error_of(f"objective={name}", "dpo.unverifiable=score", f"{node}.url={URL}")
+        assert line.startswith(f"dpo.unverifiable='score': objective={name} compares no pairs")
+    scored = [*dpo, f"{node}.url={URL}"]
+    (tmp_path / "pairs.jsonl").touch()
+    judgements = ["data=jsonl", f"data.train_path={tmp_path / 'pairs.jsonl'}", "data.group_key=group"]
+    judgement = error_of(*scored, *judgements, "data.verifier=judgement")
+    assert judgement.startswith("dpo.unverifiable='score': asks a judge about answers")
+    assert error_of(*scored, "self_verification.weight=0.1").startswith("dpo.unverifiable='score': tells better")
+    assert error_of(*dpo, f"{node}.url=rollout").startswith(f"{node}.url='rollout': are the vLLM servers of the run")
+    assert error_of(*scored, f"{node}.api_key_file={tmp_path / 'none'}").startswith(f"{node}.api_key_file=")
+    assert error_of(*scored, f"{node}.prompt=Score it.").startswith(f"{node}.prompt='Score it.': must be a text that")
+
+
+@pytest.mark.parametrize("line", ["7", "{score} {score}", "{score}: {answer}", "{score}\n."])
+def test_a_score_line_holds_one_score(line):
+    found = error_of(
+        "objective=dpo", "dpo.unverifiable=score", f"dpo.judge.url={URL}", f"dpo.judge.score_line='{line}'"
+    )
+    assert found.startswith("dpo.judge.score_line=") and "must be one line with {score} in it once" in found
+
+
 def test_a_key_file_is_read_before_the_run_begins(tmp_path):
     file = tmp_path / "key"
     overrides = [f"evaluation.judge.url={URL}", f"evaluation.judge.api_key_file={file}"]

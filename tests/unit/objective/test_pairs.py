@@ -1,5 +1,6 @@
 """DPO: which samples are compared, and the gradient of the comparison against autograd."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_jepo.objective import GroupScores, SequenceLogprobs, sample_weights
+from nemo_jepo.objective import GroupScores, SequenceLogprobs, UpdateRule, sample_weights
 from nemo_jepo.objective.pairs import compare, preference_weight
 from nemo_jepo.objective.update import sequence_weights, verifiable_prompts
 from tests.unit.objective.batches import batch, map_tensors
@@ -90,6 +91,30 @@ def test_elsewhere_the_likelihood_of_the_reference_answer_chooses(case, expected
     assert pair_of(group(**case)) == expected
 
 
+def test_every_table_of_scores_has_the_pair_that_they_say():
+    """Highest over lowest of what has a score, the first where several are; 4 samples, each of 5 kinds."""
+    kinds = {"fault": NAN, "unmarked": 0.0, "low": 0.0, "middle": 0.45, "high": 1.0}
+    for samples in itertools.product(kinds, repeat=4):
+        marked = tuple(kind != "unmarked" for kind in samples)
+        arrived = tuple(kind != "fault" for kind in samples)  # as tables.group_scores has it
+        valid = tuple(a and m for a, m in zip(arrived, marked, strict=True))
+        reward = tuple(kinds[kind] for kind in samples)
+        found = pair_of(
+            group(reward=reward, valid=valid, marker=marked, arrived=arrived, logprob=(NAN,) * 4), unverifiable="score"
+        )
+        known = [i for i in range(4) if arrived[i]]
+        best = max((i for i in known if valid[i]), key=lambda i: (reward[i], -i), default=None)
+        worst = min(known, key=lambda i: (reward[i], i), default=None)
+        expected = None if best is None or reward[best] == reward[worst] else (best, worst)
+        assert found == expected, samples
+
+
+def test_by_score_the_longest_of_the_worse_samples_may_be_rejected():
+    scores = group(reward=(0.9, 0.5, 0.1, NAN), chain=(9, 8, 3, 30), arrived=(True, True, True, False))
+    assert pair_of(scores, unverifiable="score") == (0, 2)
+    assert pair_of(scores, unverifiable="score", reject_longest=True) == (0, 1)
+
+
 def test_the_longest_of_the_worse_samples_may_be_rejected_and_own_answers_count_in_its_length():
     likely = group(chain=(9, 3, 8, 4))
     assert pair_of(likely, reject_longest=True) == (0, 2)
@@ -101,10 +126,12 @@ def test_the_longest_of_the_worse_samples_may_be_rejected_and_own_answers_count_
 # ---- the gradient ----------------------------------------------------------------------------------------------------
 
 
-def scored(seed: int, has_reference: bool = True) -> tuple[GroupScores, list[list[Tensor]], list[list[Tensor]]]:
+def scored(
+    seed: int, has_reference: bool = True, rule: UpdateRule = DPO
+) -> tuple[GroupScores, list[list[Tensor]], list[list[Tensor]]]:
     """A random batch whose log-ratios are those of random token log-probs, and these: policy's and reference's."""
     scores, generator = batch(seed), torch.Generator().manual_seed(seed)
-    own = verifiable_prompts(DPO, scores) & scores.valid_mask
+    own = verifiable_prompts(rule, scores) & scores.valid_mask
 
     def tokens() -> list[list[Tensor]]:
         return [
@@ -128,10 +155,11 @@ def scored(seed: int, has_reference: bool = True) -> tuple[GroupScores, list[lis
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("prompt_mean", ["all", "valid"])
 @pytest.mark.parametrize("has_reference", [True, False])
-def test_token_weights_are_the_gradient_of_the_loss(seed, prompt_mean, has_reference):
+@pytest.mark.parametrize("unverifiable", ["likelihood", "score"])
+def test_token_weights_are_the_gradient_of_the_loss(seed, prompt_mean, has_reference, unverifiable):
     """-1/P sum log sigmoid(beta (log-ratio of the chosen - that of the rejected)), differentiated by autograd."""
-    rule = replace(DPO, prompt_mean=prompt_mean)
-    scores, policy, reference = scored(seed, has_reference)
+    rule = replace(DPO, prompt_mean=prompt_mean, unverifiable=unverifiable)
+    scores, policy, reference = scored(seed, has_reference, rule)
     verifiable = verifiable_prompts(rule, scores)
     pairs = compare(rule, scores, verifiable)
     assert pairs.has_pair.any() and not pairs.has_pair.all()

@@ -131,6 +131,8 @@ def test_verifiable_prompts_are_all_in_rloo_those_with_a_success_in_jepo_rl_and_
     expected = {"rloo": [True] * 4} | dict.fromkeys(("jepo_rl", "dpo"), [True, False, False, True])
     for name in OBJECTIVES:
         assert uses_verifiable_reward(name, reward).tolist() == expected.get(name, [False] * 4)
+        by_score = uses_verifiable_reward(name, reward, unverifiable="score").tolist()
+        assert by_score == ([True] * 4 if name == "dpo" else expected.get(name, [False] * 4))
 
 
 @pytest.mark.parametrize("name", ["jepo", "jepo_single"])
