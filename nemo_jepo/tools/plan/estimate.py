@@ -188,7 +188,14 @@ def estimate(config: Config, cluster: Cluster, means: MeanLengths, software: Sof
     rows = trainer.rows(work)
     keeps_reference = config.keeps_reference_policy
     batch_tokens = rows.count * rows.tokens
-    memory = TrainerMemory(cluster.world_size, precision, rows.count, keeps_reference, batch_tokens)
+    memory = TrainerMemory(
+        world_size=cluster.world_size,
+        precision=precision,
+        num_micro_batches=rows.count,
+        keeps_reference=keeps_reference,
+        batch_tokens=batch_tokens,
+        keeps_sampler_policy=config.keeps_sampler_policy and not config.reference_is_samplers,
+    )
     if not config.rollout.kind.has_servers:
         weights, tokens = shape.num_parameters * sampler.dtype_bytes, sampler.cached_tokens
         cache = tokens * shape.key_value_bytes(sampler.dtype_bytes)

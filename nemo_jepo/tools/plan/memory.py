@@ -149,12 +149,15 @@ class TrainerMemory:
     precision: str
     num_micro_batches: int
     keeps_reference: bool
+    """Older weights score: the initial ones, or those that the sampler has."""
     batch_tokens: float
     """Tokens of a replica's rows in one update, all of which one forward pass keeps."""
     sampler: float = 0.0
     """Bytes of an embedded sampler's weights on the rank, between steps as well."""
     sampler_cache: float = 0.0
     """Bytes of its key-value cache while it samples."""
+    keeps_sampler_policy: bool = False
+    """The weights that the sampler has stay as well, and are not those of the reference policy."""
     feeds_servers: bool = False
     """Weights go to servers on other GPUs."""
     server: Parts | None = None
@@ -173,8 +176,9 @@ def fixed_parts(shape: ModelShape, model: ModelConfig, run: TrainerMemory) -> di
         "sleeping server": ASLEEP if run.server else 0.0,
         "reserved": RESERVED,
     }
-    if run.keeps_reference and model.reference_policy == "gpu":
-        fixed["reference policy"] = size * stage.total
+    kept = {"reference policy": run.keeps_reference, "sampler's policy": run.keeps_sampler_policy}
+    if model.reference_policy == "gpu":
+        fixed |= {name: size * stage.total for name, is_kept in kept.items() if is_kept}
     return fixed
 
 

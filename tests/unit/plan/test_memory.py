@@ -5,9 +5,11 @@ import dataclasses
 import pytest
 
 from nemo_jepo.actor.activations import activation_bytes_per_token, layer_activations
+from nemo_jepo.config import compose
 from nemo_jepo.config.schema import ModelConfig, OptimConfig
 from nemo_jepo.rollout.vllm import channels
-from nemo_jepo.tools.plan.hardware import GIB
+from nemo_jepo.tools.plan.estimate import cluster_of, estimate
+from nemo_jepo.tools.plan.hardware import GIB, gpu_named
 from nemo_jepo.tools.plan.memory import (
     NCCL_BUFFER_BYTES,
     RESERVED,
@@ -25,6 +27,7 @@ from nemo_jepo.tools.plan.memory import (
     weight_bytes,
 )
 from nemo_jepo.tools.plan.shape import ModelShape
+from nemo_jepo.tools.plan.workload import MeanLengths
 
 # h 8, q 8, k 4, f 16, V 32, 4 layers. Attention 8*(8+8)+8*8 = 192; feed-forward 3*8*16 = 384; norms 16.
 SHAPE = ModelShape(
@@ -188,6 +191,34 @@ def test_a_resident_reference_policy_costs_its_weights_in_every_phase():
     cpu, gpu = phases(layout(), with_reference), phases(layout(reference_policy="gpu"), with_reference)
     assert all(gpu[name].total - cpu[name].total == 2 * SHAPE.num_parameters for name in cpu)
     assert "reference log-probs" not in phases(layout())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "num_kept"),
+    [
+        (["objective=jepo", "kl.beta=0"], 0),
+        (["objective=jepo"], 1),
+        (["objective=dpo"], 0),  # the reference policy is the policy
+        (["objective=dpo", "dpo.sync_reference=false"], 1),
+        (["objective=dpo", "rollout.sync_interval=5"], 1),  # it is what the sampler has
+        (["objective=dpo", "rollout.sync_interval=5", "dpo.sync_reference=false"], 2),
+        (["objective=dpo", "rollout.sync_interval=null", "dpo.sync_reference=false"], 2),
+        (["objective=jepo", "rollout.sync_interval=5", "objective.importance_sampling=token_truncated"], 2),
+        (
+            ["objective=jepo", "rollout.sync_interval=5", "objective.importance_sampling=token_truncated", "kl.beta=0"],
+            1,
+        ),
+    ],
+)
+def test_a_plan_counts_the_policies_that_the_trainer_keeps(overrides, num_kept):
+    phases_with = {}
+    for place in ("cpu", "gpu"):
+        settings = [*overrides, f"model.reference_policy={place}", "model.update_passes=two"]
+        config = compose.resolve(compose.compose("jepo_8b", settings))
+        cluster = cluster_of(config, gpu_named("h100"), 8, None, 0)
+        phases_with[place] = estimate(config, cluster, MeanLengths()).trainer_memory
+    for in_host_memory, resident in zip(phases_with["cpu"], phases_with["gpu"], strict=True):
+        assert resident.total - in_host_memory.total == num_kept * resident.parts["weights"], resident.name
 
 
 def test_the_cache_of_a_server_gets_what_is_left():
