@@ -14,7 +14,7 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ from nemo_jepo.held_out import (
     proxy_nll,
     verified_at_k,
 )
+from nemo_jepo.lessons import pass_rate
 from nemo_jepo.metrics import chain_gain, mean, merge, rollout_metrics, rollout_records
 from nemo_jepo.objective.records import GroupScores, Scored
 from nemo_jepo.rewards.judge_prompt import Case
@@ -51,6 +52,7 @@ from nemo_jepo.rollout.sampler import GenerationRequest, never
 from nemo_jepo.setup import Trainer, build, task_scorer
 from nemo_jepo.types import Pair, Prompt, Rollout, Scores, SplicedBatch
 from nemo_jepo.utils.exit_codes import DONE
+from nemo_jepo.utils.files import write_atomically
 from nemo_jepo.utils.phases import ALONE, phase
 from nemo_jepo.weight_sync import sync_weights
 
@@ -58,6 +60,17 @@ T = TypeVar("T")
 
 VALIDATION_SEED = 0
 """Validation draws from the same random numbers every time, so that steps are compared on equal terms."""
+
+
+class Evaluated(NamedTuple):
+    """What an evaluation finds, the same on every rank."""
+
+    metrics: dict[str, float]
+    """docs/guides/evaluate.md says what each is; one that nothing was measured for is left out."""
+    records: list[dict[str, Any]]
+    """One rollout of each of the first few prompts."""
+    pass_rates: list[dict[str, Any]]
+    """Of each prompt, where evaluation.pass_rates asks for them."""
 
 
 def main(config: Config) -> int:
@@ -74,13 +87,16 @@ def main(config: Config) -> int:
     splits = PromptSplits(trains=False)
     with heartbeat(config.trainer.stuck_timeout_s), OwnServers(folder) as servers:
         with closing(build(config, folder, layout, servers, splits)) as t:
-            metrics, _ = evaluate(t, t.validation)
+            found = evaluate(t, t.validation)
     if layout.rank == 0:
         source = str(newest or t.config.pretrained_checkpoint.restore_from_path or "random initialisation")
         always = dict.fromkeys(("accuracy", "proxy_nll", "marker_rate", "cot_tokens_mean"))
         if config.evaluation.judge.url is not None:
             always["combined_accuracy"] = None
-        print(json.dumps({"model": source, "num_prompts": len(t.validation)} | always | metrics), flush=True)
+        print(json.dumps({"model": source, "num_prompts": len(t.validation)} | always | found.metrics), flush=True)
+        if config.evaluation.pass_rates is not None:
+            lines = [json.dumps(row) + "\n" for row in found.pass_rates]
+            write_atomically(Path(config.evaluation.pass_rates), "".join(lines))
     return DONE
 
 
@@ -95,18 +111,13 @@ def newest_of_run(folder: Path) -> Path | None:
     return None
 
 
-def evaluate(
-    t: Trainer, prompts: Sequence[Prompt], stop: Callable[[], bool] = never
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Metrics over the prompts, the same on every rank, and one rollout of each of the first few; all ranks call.
+def evaluate(t: Trainer, prompts: Sequence[Prompt], stop: Callable[[], bool] = never) -> Evaluated:
+    """Metrics over the prompts, and what they were made of; all ranks call.
 
     Args:
         t: of the run.
         prompts: the same on every rank.
         stop: asked between batches of samples; True on any rank ends the evaluation on all.
-    Returns:
-        (metrics, records). docs/guides/evaluate.md says what each metric is; one that nothing was measured for is left
-        out.
     Raises:
         SamplingStopped: on every rank, where the evaluation was ended.
         SamplersLost, SamplerMismatch: see the sampler.
@@ -149,8 +160,9 @@ def evaluate(
         metrics["kl"] = mean(scored.groups.chain_log_ratio, scored.groups.arrived_mask)
 
     # Own answers, sampled and the likeliest one
-    if config.evaluation.verify:
-        metrics |= sampled_answers(t, mine, rollouts, size if answered else 1)
+    verdicts = grade(t.verifier, t.splicer, layout, mine, rollouts) if config.evaluation.verify else None
+    if verdicts is not None:
+        metrics |= sampled_answers(t, mine, rollouts, verdicts, size if answered else 1)
     metrics |= oracle_accuracies(t, mine, rollouts)
     if answered and config.evaluation.greedy:
         greedy = replace(request, num_generations_per_prompt=1, temperature=0.0)
@@ -158,7 +170,10 @@ def evaluate(
         (likeliest,) = t.rollouts.sample(mine, greedy, stop)
         metrics |= greedy_answers(t, mine, likeliest)
     means = merge(metrics, layout.sum_over_data_parallel) | medians(t, scored.groups, gain, place, len(prompts))
-    return means | combined_accuracies(means), first_samples(t, mine, rollouts, scored, no_chain_logprob)
+    asked = config.evaluation.pass_rates is not None
+    rates = pass_rates(scored.groups, verdicts, place, prompts, layout.sum_over_data_parallel) if asked else []
+    records = first_samples(t, mine, rollouts, scored, no_chain_logprob)
+    return Evaluated(means | combined_accuracies(means), records, rates)
 
 
 def reads_own_answers(config: Config, prompts: Sequence[Prompt]) -> bool:
@@ -187,14 +202,54 @@ def medians(t: Trainer, groups: GroupScores, gain: Tensor, place: Sequence[int],
     return {name: value for name, value in found.items() if value is not None}
 
 
-def sampled_answers(t: Trainer, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], size: int) -> dict[str, Pair]:
+def pass_rates(
+    groups: GroupScores,
+    verdicts: Sequence[float | None] | None,
+    place: Sequence[int],
+    prompts: Sequence[Prompt],
+    reduce_sum: Callable[[Tensor], Tensor],
+) -> list[dict[str, Any]]:
+    """How well the model answers each question, as `nemo_jepo.lessons` has it; every replica calls.
+
+    Args:
+        groups: this replica's P prompts.
+        verdicts: the verifier's on their samples, [P * G]; None where it was not asked.
+        place: where the P stand among all prompts.
+        prompts: of all replicas.
+        reduce_sum: over replicas.
+    Returns:
+        question, pass_rate, num_samples (those that arrived) and by (verifier, or likelihood where it cannot tell), of
+        each prompt with a sample; the same on every rank.
+    """
+    by_verifier = [prompt.verifiable and verdicts is not None for prompt in prompts]
+    if verdicts is not None:
+        reward = torch.tensor([math.nan if verdict is None else verdict for verdict in verdicts], dtype=torch.float64)
+        groups = replace(groups, verifiable_reward=reward.view_as(groups.answer_logprob))
+    rate = pass_rate(groups, torch.tensor([by_verifier[one] for one in place], dtype=torch.bool))
+    everywhere = torch.zeros(len(prompts), 2, dtype=torch.float64)
+    everywhere[list(place)] = torch.stack([rate, groups.arrived_mask.sum(-1).double()], dim=-1)
+    return [
+        {
+            "question": prompt.question,
+            "pass_rate": known,
+            "num_samples": int(count),
+            "by": "verifier" if verified else "likelihood",
+        }
+        for prompt, verified, (known, count) in zip(prompts, by_verifier, reduce_sum(everywhere).tolist(), strict=True)
+        if count
+    ]
+
+
+def sampled_answers(
+    t: Trainer, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], verdicts: Sequence[float | None], size: int
+) -> dict[str, Pair]:
     """What the verifier, and the judges after it, say of the samples' own answers.
 
     Args:
+        verdicts: the verifier's.
         size: k of the metrics over a prompt's k samples; 1 for none of them.
     """
     layout = t.layout
-    verdicts = grade(t.verifier, t.splicer, layout, prompts, rollouts)
     answers = [t.splicer.own_answer_text(rollout) for rollout in rollouts]
     graded = arrived(rollouts, answers, verdicts)
     metrics = {

@@ -258,9 +258,9 @@ def validate(t: Trainer, step: int, tracker: SilentTracker, stop: Callable[[], b
     if not t.validation:
         return {}
     with tracker.timer("validation_time"):
-        metrics, records = evaluate(t, t.validation, stop)
-    tracker.log_rollouts(step, records, "validation")
-    return with_prefix("val_rollouts", metrics)
+        found = evaluate(t, t.validation, stop)
+    tracker.log_rollouts(step, found.records, "validation")
+    return with_prefix("val_rollouts", found.metrics)
 
 
 # ---- a step whose validation was interrupted ------------------------------------------------------------------------

@@ -192,6 +192,13 @@ class RolloutConfig:
         return None if self.servers == "auto" else _addresses(self.servers)
 
 
+NEW_FILE = Rule(
+    "a file, there or not, in a folder that exists",
+    lambda path: Path(path).parent.is_dir() and not Path(path).is_dir(),
+    "Make the folder, or give another path",
+)
+
+
 @dataclass(kw_only=True, slots=True)
 class EvaluationConfig:
     """Held-out metrics: accuracy and proxy NLL from the same samples."""
@@ -208,6 +215,9 @@ class EvaluationConfig:
     """Decode and grade own answers (accuracy). False for proofs: proxy NLL alone, generation stops at the marker."""
     verify_timeout_s: float = setting(5.0, gt=0)
     """Seconds of CPU time that a verifier may take for one answer."""
+    pass_rates: str | None = setting(None, NEW_FILE)
+    """File that `nemo-jepo evaluate` writes a line of for every question, with its pass rate: what `data prepare
+    --difficulty` reads. Null: none."""
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     """A language model's votes on answers that the verifier calls wrong (combined_accuracy); off without judge.url."""
     model_verifier: JudgeConfig = field(default_factory=model_verifier_config)

@@ -13,6 +13,7 @@ from nemo_jepo import cli
 from nemo_jepo.tools.prepare import command
 from tests.support import fork_server
 from tests.support.command_line import ENVIRONMENT, ROOT
+from tests.support.command_line import run as run_tiny
 from tests.support.published_rows import MATH, NUMINA_PROOF, numbered, write
 
 pytestmark = pytest.mark.quick
@@ -145,3 +146,24 @@ def test_an_interruption_is_one_line_and_leaves_nothing(run, tmp_path, monkeypat
 def test_help_names_the_data_sets(run):
     code, out, _ = run("prepare", "--help")
     assert code == 0 and "math, numina, numina_proof, gsm8k, proofnet, math500" in " ".join(out.split())
+
+
+def test_what_an_evaluation_says_of_each_question_is_how_hard_it_is(run, tmp_path):
+    """The two commands of the guide: rate the training rows, and prepare them again with what was found."""
+    file, rates = tmp_path / "mine.jsonl", tmp_path / "rates.jsonl"
+    rows = [{"question": f"What is {n} plus {n}?", "answer": answer} for n, answer in enumerate(("0", "2", "odd", "6"))]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare = ["prepare", "own", "--from", file, "--workers", "1"]
+    assert run(*prepare, "--out", tmp_path / "data")[0] == 0
+    data = tmp_path / "data" / "own" / "train.parquet"
+    settings = ["data=jsonl", f"data.train_path={data}", f"data.validation_path={data}"]
+    settings += ["data.max_prompt_tokens=40", "data.max_answer_tokens=16", f"evaluation.pass_rates={rates}"]
+    run_tiny("evaluate", tmp_path, *settings, "evaluation.num_generations_per_prompt=3", "evaluation.greedy=false")
+    written = [json.loads(line) for line in rates.read_text().splitlines()]
+    assert [row["question"] for row in written] == [row["question"] for row in rows]
+    assert [row["by"] for row in written] == ["verifier", "verifier", "likelihood", "verifier"]
+    assert all(row["num_samples"] == 3 and 0 <= row["pass_rate"] <= 1 for row in written)
+    code, _, err = run(*prepare, "--out", tmp_path / "again", "--difficulty", rates)
+    assert code == 0, err
+    again = pyarrow.parquet.read_table(tmp_path / "again" / "own" / "train.parquet").to_pylist()
+    assert [row["difficulty"] for row in again] == pytest.approx([1 - row["pass_rate"] for row in written], abs=1e-9)

@@ -10,8 +10,8 @@ import torch
 
 from nemo_jepo import evaluate as evaluation
 from nemo_jepo.config.schema import Config
-from nemo_jepo.evaluate import evaluate, grade, num_batches, reads_own_answers
-from nemo_jepo.objective.records import Scored
+from nemo_jepo.evaluate import evaluate, grade, num_batches, pass_rates, reads_own_answers
+from nemo_jepo.objective.records import GroupScores, Scored
 from nemo_jepo.objective.tables import group_scores
 from nemo_jepo.rollout.queue import RolloutQueue
 from nemo_jepo.types import Prompt, Rollout, Scores, Spliced
@@ -145,7 +145,7 @@ def test_batches_change_no_metric_and_no_record_and_every_replica_has_as_many(mo
 
 def test_the_chain_gain_is_measured_against_the_same_answer_without_a_chain(monkeypatch):
     """A token costs 0.3 nats times its id: l0 = -2.7 of token 9, l_i = -2.7 and -2.4; prompt 5 has no valid sample."""
-    (metrics, records), _ = evaluated(monkeypatch, "vllm", OneRank())
+    (metrics, records, _), _ = evaluated(monkeypatch, "vllm", OneRank())
     assert metrics["no_chain_nll"] == pytest.approx(2.7)
     assert metrics["chain_gain"] == metrics["chain_gain_median"] == pytest.approx(0.15)
     assert metrics["valid_prompt_rate"] == 7 / 8
@@ -159,10 +159,10 @@ def test_the_chain_gain_is_measured_against_the_same_answer_without_a_chain(monk
 
 def test_the_likeliest_completion_is_graded_apart_and_can_be_left_out(monkeypatch):
     """Completion (prompt_id, 0) answers its prompt_id, which is right; (prompt_id, 1) is wrong."""
-    (metrics, _), _ = evaluated(monkeypatch, "embedded", OneRank())
+    (metrics, *_), _ = evaluated(monkeypatch, "embedded", OneRank())
     assert (metrics["accuracy_greedy"], metrics["accuracy"], metrics["avg_at_2"]) == (1.0, 0.5, 0.5)
     assert (metrics["pass_at_2"], metrics["maj_at_2"]) == (1.0, 0.5)
-    (without, _), events = evaluated(monkeypatch, "embedded", OneRank(), greedy=False)
+    (without, *_), events = evaluated(monkeypatch, "embedded", OneRank(), greedy=False)
     assert without == {name: value for name, value in metrics.items() if not name.endswith("_greedy")}
     assert metrics["verifier_faults_greedy"] == 0
     assert events == ["asked for 8", "scored 24"]
@@ -187,3 +187,47 @@ def test_own_answers_are_decoded_where_somebody_reads_them_alone():
     assert not reads(verifiable=False)  # the verifier is asked about none of them
     assert reads(verifiable=False, judge="http://judge/v1")
     assert reads(verify=False, data="arithmetic")  # the oracle
+
+
+# ---- pass rates ------------------------------------------------------------------------------------------------------
+
+
+def groups(arrived: list[int], valid: list[int], logprob: float) -> GroupScores:
+    """Two prompts of four samples: how many of each arrived and are valid, the first ones; answers of 2 tokens."""
+    first = torch.arange(4).expand(2, 4)
+    arrived_mask, valid_mask = (first < torch.tensor([[count] for count in counts]) for counts in (arrived, valid))
+    return GroupScores(
+        answer_logprob=torch.full((2, 4), logprob, dtype=torch.float64),
+        valid_mask=valid_mask,
+        arrived_mask=arrived_mask,
+        has_marker=valid_mask,
+        chain_length=torch.full((2, 4), 3),
+        answer_length=torch.full((2, 4), 2),
+        chain_log_ratio=torch.zeros(2, 4, dtype=torch.float64),
+    )
+
+
+def test_a_question_passes_as_often_as_its_samples_are_right_or_as_likely_as_its_answer_is():
+    """Two replicas. Right, wrong and a fault of three samples; likelihoods where nobody can tell, 0 without a marker;
+    all right; and a question of which nothing arrived, which has no line."""
+    prompts = [Prompt(n, (1,), f"q{n}", "4", verifiable=n != 2) for n in range(4)]
+    halves = [
+        (groups([3, 4], [3, 3], -1.0), [1.0, 0.0, None, None, 0.0, 0.0, 0.0, 0.0], [0, 2]),
+        (groups([4, 0], [4, 0], -2.0), [1.0] * 4 + [None] * 4, [1, 3]),
+    ]
+    tables: list[torch.Tensor] = []
+    for scores, verdicts, place in halves:
+        pass_rates(scores, verdicts, place, prompts, lambda table: tables.append(table) or table)
+    scores, verdicts, place = halves[0]
+    assert pass_rates(scores, verdicts, place, prompts, lambda _: tables[0] + tables[1]) == [
+        {"question": "q0", "pass_rate": pytest.approx(1 / 3), "num_samples": 3, "by": "verifier"},
+        {"question": "q1", "pass_rate": 1.0, "num_samples": 4, "by": "verifier"},
+        {"question": "q2", "pass_rate": pytest.approx(3 / 4 * math.exp(-0.5)), "num_samples": 4, "by": "likelihood"},
+    ]
+
+
+def test_where_nobody_verifies_likelihood_says_it_of_every_question():
+    prompts = [Prompt(n, (1,), f"q{n}", "4") for n in range(2)]
+    found = pass_rates(groups([4, 4], [4, 2], -1.0), None, [0, 1], prompts, lambda table: table)
+    assert [row["by"] for row in found] == ["likelihood"] * 2
+    assert [row["pass_rate"] for row in found] == pytest.approx([math.exp(-0.5), math.exp(-0.5) / 2])
