@@ -54,7 +54,9 @@ def main(argv: Sequence[str]) -> int:
 def _pairs(chosen: argparse.Namespace) -> Path:
     """The folder of prompts that ask for judgements."""
     others = "revision", "answer_key", "chain_of_thought_key", "near_duplicates", "decontaminate", "ngram"
-    _refuse(chosen, (*others, "difficulty", "keep_difficulty", "select", "cluster"), f"is not of {JUDGE_PAIRS}")
+    _refuse(
+        chosen, (*others, "difficulty", "keep_difficulty", "select", "cluster", "embed"), f"is not of {JUDGE_PAIRS}"
+    )
     if chosen.local is None:
         raise ConfigError("--from", None, "the pairs are in a file", f"Add --from FILE to {JUDGE_PAIRS}")
     keys = PairKeys(chosen.prompt_key or "question", chosen.good_key or "answer", chosen.bad_key)
@@ -82,12 +84,10 @@ def _origin(chosen: argparse.Namespace) -> Origin:
 
 def _steps(chosen: argparse.Namespace) -> Iterator[Step]:
     """The steps that are asked for, in the order of their application."""
-    for option, needed in (("ngram", "decontaminate"), ("keep_difficulty", "difficulty")):
-        if getattr(chosen, option) and not getattr(chosen, needed):
+    for option, needed in (("ngram", "decontaminate"), ("keep_difficulty", "difficulty"), ("embed", "cluster")):
+        if (value := getattr(chosen, option)) and not getattr(chosen, needed):
             key = f"--{option.replace('_', '-')}"
-            raise ConfigError(
-                key, getattr(chosen, option), f"has no --{needed} to act on", f"Add --{needed}, or drop it"
-            )
+            raise ConfigError(key, str(value), f"has no --{needed} to act on", f"Add --{needed}, or drop it")
     if chosen.near_duplicates is not None:
         yield near_duplicates_step(chosen.near_duplicates)
     if chosen.decontaminate is not None:
@@ -99,7 +99,7 @@ def _steps(chosen: argparse.Namespace) -> Iterator[Step]:
     if chosen.select is not None:
         yield select_step(chosen.select)
     if chosen.cluster is not None:
-        yield cluster_step(chosen.cluster)
+        yield cluster_step(chosen.cluster, chosen.embed)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -139,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     steps.add_argument("--keep-difficulty", metavar="LOW:HIGH", help="keep rows of this difficulty; 1 is never solved")
     steps.add_argument("--select", metavar="zip:N", help="keep the N rows that compress least together")
     steps.add_argument("--cluster", metavar="K", help="add a column: one of K groups of questions with the same words")
+    steps.add_argument("--embed", metavar="FOLDER", type=Path, help="of like vectors instead: a Hugging Face model")
     return parser
 
 

@@ -2,14 +2,20 @@
 
 import json
 import random
+import shutil
 import zlib
 from fractions import Fraction
 
+import numpy
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from nemo_jepo.config.errors import ConfigError, DataError
+from nemo_jepo.tools.prepare import embed
 from nemo_jepo.tools.prepare.cluster import clusters
 from nemo_jepo.tools.prepare.decontaminate import contaminations
 from nemo_jepo.tools.prepare.difficulty import difficulty_of, read_pass_rates
@@ -17,6 +23,7 @@ from nemo_jepo.tools.prepare.duplicates import SHINGLE_WORDS, near_duplicates
 from nemo_jepo.tools.prepare.records import Example
 from nemo_jepo.tools.prepare.select_zip import select_zip
 from nemo_jepo.tools.prepare.text import ngrams, words
+from tests.support.small_tokenizers import small_tokenizer
 
 # Few words, so that questions share n-grams; between them what counts and what does not.
 questions = st.lists(
@@ -263,3 +270,68 @@ def test_more_clusters_than_different_questions_are_refused():
     for questions in (["a b", "B, a!", "a b"], ["a b", "a c", "b a"], ["?", "!"]):
         with pytest.raises(ConfigError, match="more clusters than questions of different words"):
             clusters(questions, 3)
+
+
+# ---- vectors of a model
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """A folder with a random model of 2 layers, whose tokenizer knows no padding token."""
+    folder = tmp_path_factory.mktemp("encoder")
+    tokenizer = small_tokenizer("byte_level")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(3)
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = AutoConfig.for_model("llama", vocab_size=len(tokenizer), num_key_value_heads=2, **shape)
+    AutoModel.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_vector_is_the_mean_hidden_state_of_a_question_by_itself(encoder, monkeypatch):
+    """Batches of 3 with padding, against one question at a time without."""
+    monkeypatch.setattr(embed, "BATCH", 3)
+    monkeypatch.setattr(embed, "LONGEST", 20)
+    questions = [f"What is {'very ' * length}{length}?" for length in (0, 9, 1, 4, 2, 0, 7)]
+    found = embed.embeddings(questions, encoder)
+    tokenizer, model = AutoTokenizer.from_pretrained(encoder), AutoModel.from_pretrained(encoder).eval()
+    for question, vector in zip(questions, found, strict=True):
+        ids = torch.tensor([tokenizer(question)["input_ids"][:20]])
+        with torch.no_grad():
+            mean = model(ids).last_hidden_state[0].mean(0)
+        numpy.testing.assert_allclose(vector, (mean / mean.norm()).numpy(), atol=1e-5)
+    assert (embed.embeddings(questions, encoder) == found).all()
+
+
+def test_clusters_follow_the_vectors_and_their_words_are_shown_all_the_same():
+    questions = ["red apples", "red pears", "blue apples", "blue pears", "blue plums"]
+    vectors = numpy.array([[1, 0], [0, 1], [1, 0.1], [0, 1.1], [0.1, 1]], dtype=numpy.float32)
+    labels, standing_out = clusters(questions, 2, vectors)
+    assert labels == [1, 0, 1, 0, 0]
+    assert standing_out[1][0] == "apples" and standing_out[0][0] == "pears"
+    with pytest.raises(ConfigError, match="more clusters than questions"):
+        clusters(questions, 3, numpy.zeros((5, 2), dtype=numpy.float32))
+
+
+def test_a_folder_without_a_whole_model_is_one_line(encoder, tmp_path):
+    def line_of(folder) -> str:
+        with pytest.raises(ConfigError) as caught:
+            embed.weight_files(folder)
+            embed.embeddings(["Why?"], folder)
+        (line,) = str(caught.value).splitlines()
+        return line
+
+    gone = tmp_path / "gone"
+    assert line_of(gone) == f"--embed='{gone}': cannot be read (No such file or directory). Give a model's folder."
+    pickled = shutil.copytree(encoder, tmp_path / "pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    assert "holds no *.safetensors. Give a Hugging Face folder with them." in line_of(pickled)
+    lacking = shutil.copytree(encoder, tmp_path / "lacking")
+    tensors = load_file(lacking / "model.safetensors")
+    del tensors["layers.1.mlp.down_proj.weight"]
+    save_file(tensors, lacking / "model.safetensors", {"format": "pt"})
+    assert "lacks weights of its model (layers.1.mlp.down_proj.weight)" in line_of(lacking)
+    foreign = shutil.copytree(encoder, tmp_path / "foreign")
+    (foreign / "config.json").write_text('{"model_type": "mine", "auto_map": {"AutoModel": "mine.Mine"}}')
+    (foreign / "mine.py").write_text("raise SystemExit('code of the folder ran')")
+    assert line_of(foreign).startswith(f"--embed='{foreign}': transformers refuses it (")

@@ -192,6 +192,11 @@ def refused(kind, tmp_path, *arguments):
         (["--select", "best:5"], "--select='best:5': must be zip:N. Give for example zip:10000."),
         (["--select", "zip:0"], "--select zip:N='0': must be a whole number from 1. Give for example 10000."),
         (["--cluster", "1"], "--cluster='1': must be a whole number from 2. Give for example 20."),
+        (["--embed", "m"], "--embed='m': has no --cluster to act on. Add --cluster, or drop it."),
+        (
+            ["--cluster", "2", "--embed", "/nowhere"],
+            "--embed='/nowhere': cannot be read (No such file or directory). Give a model's folder.",
+        ),
         (["--answer-key", "a"], "--answer-key='a': math has columns of its own. Leave it out, or prepare own."),
     ],
 )
