@@ -35,6 +35,7 @@ from nemo_jepo.checkpoint.writer import save_with
 from nemo_jepo.config import compose
 from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.hub import folder_of, is_hub_name, require_here
+from nemo_jepo.config.launcher import world_size
 from nemo_jepo.config.layouts import check_layout
 from nemo_jepo.config.schema import Config, ModelConfig
 from nemo_jepo.config.shapes import read_hf_config
@@ -191,7 +192,7 @@ def _in_dtype(stream: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype) ->
 def _build_actor(hf_config: PretrainedConfig, model: ModelConfig, dtype: torch.dtype) -> MegatronJEPOActor:
     """The model in the layout of the processes that were started, weights unset."""
     _give_back_freed_memory()
-    model.data_parallel_size(int(os.environ.get("WORLD_SIZE", "1")))
+    model.data_parallel_size(world_size())
     check_layout(model, hf_config.to_dict())
     parallel.init_distributed()
     parallel.init_model_parallel(model)

@@ -29,6 +29,7 @@ from nemo_jepo.config.check import check, check_fields
 from nemo_jepo.config.conf_files import conf_dir
 from nemo_jepo.config.errors import ConfigError, SettingsError
 from nemo_jepo.config.keys import KEYS, is_valid, nearest_key, one_line_errors
+from nemo_jepo.config.launcher import world_size
 from nemo_jepo.config.objectives import RENAMED_OBJECTIVES
 from nemo_jepo.config.rules import plain_fault
 from nemo_jepo.config.schema import Config
@@ -154,7 +155,7 @@ def read_command_line(argv: Sequence[str], trains: bool = True) -> Config | None
         _show_by_hydra(arguments, str(folder), name)
         return None
     config = resolve(composed)
-    check(config, int(os.environ.get("WORLD_SIZE", "1")), trains)
+    check(config, world_size(), trains)
     return config
 
 

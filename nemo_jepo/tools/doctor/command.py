@@ -18,6 +18,7 @@ from rich.console import Console
 
 from nemo_jepo.config import compose
 from nemo_jepo.config.errors import ConfigError
+from nemo_jepo.config.launcher import world_size
 from nemo_jepo.config.schema import Config
 from nemo_jepo.tools.doctor.findings import Finding, is_blocked, locate, show, to_json
 from nemo_jepo.tools.doctor.groups import check_groups, check_shared_folder
@@ -69,6 +70,7 @@ def read_settings(arguments: Sequence[str]) -> tuple[Config | None, list[Finding
     parsed = get_args_parser().parse_args(list(arguments))
     path = parsed.config_path or parsed.config_dir
     try:
+        world_size()
         return compose.resolve(
             compose.compose(parsed.config_name or compose.DEFAULT_CONFIG, parsed.overrides, path)
         ), []
@@ -78,14 +80,14 @@ def read_settings(arguments: Sequence[str]) -> tuple[Config | None, list[Finding
 
 def look(config: Config, samples: bool = False) -> list[Finding]:
     """What one rank can see for itself; only the first rank reads the data, and samples where asked."""
-    world_size, folder = int(os.environ.get("WORLD_SIZE", "1")), Path(config.exp_manager.exp_dir)
+    num_processes, folder = world_size(), Path(config.exp_manager.exp_dir)
 
     def everything() -> Iterator[Finding]:
         is_first = os.environ.get("RANK", "0") == "0"
         local, about_names = look_up(config, weights=samples) if is_first else (config, [])
         yield from about_names
         known = local or config
-        yield from check_settings(known, world_size)
+        yield from check_settings(known, num_processes)
         yield from check_gpus(config.trainer.devices)
         yield from check_cudnn()
         num_parameters, about_model = count_parameters(known, has_weights=samples or known == config)
@@ -97,7 +99,7 @@ def look(config: Config, samples: bool = False) -> list[Finding]:
         yield from check_ports(config)
         yield from check_weight_push(config)
         if is_first and local is not None:
-            yield from check_data(local, world_size)
+            yield from check_data(local, num_processes)
             if samples:
                 yield from check_samples(local)
 
