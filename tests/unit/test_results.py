@@ -16,7 +16,12 @@ from nemo_jepo.tools.report.results import Comparison, read_all, read_results
 from nemo_jepo.tools.report.tables import markdown, tables_of
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = {"tables.md": "index.md", "family/tables.md": "family.md", "collapse/tables.md": "collapse.md"}
+PAGES = {
+    "tables.md": "index.md",
+    "family/tables.md": "family.md",
+    "collapse/tables.md": "collapse.md",
+    "dpo/tables.md": "dpo.md",
+}
 """Tables -> the page whose command makes them."""
 TEXTS = {page: (DOCS / "results" / page).read_text() for page in PAGES.values()}
 SETS = sorted(file.parent.name for file in (DOCS / "results").glob("*/results.parquet"))
@@ -52,6 +57,11 @@ CLAIMS = [
     *(("mini_collapse", arm, "jepo", ACCURACY, "within noise") for arm in ("avg_logprob", "warm_start_jepo")),
     ("mini_collapse", "floor", "jepo", ACCURACY, "below"),
     ("mini_collapse", "floor_small_answer_term", "small_answer_term", ACCURACY, "within noise"),
+    ("mini_dpo", "dpo", "rloo", ACCURACY, "within noise"),
+    ("mini_dpo", "dpo", "jepo", ACCURACY, "below"),
+    ("mini_dpo", "dpo_5", "dpo", ACCURACY, "within noise"),
+    ("mini_dpo", "dpo_25", "dpo", ACCURACY, "within noise"),
+    ("mini_dpo", "dpo_offline", "dpo", ACCURACY, "below"),
 ]
 
 
@@ -121,6 +131,27 @@ def test_the_page_on_collapse_has_the_means_and_the_spread_of_every_arm(arm):
     tokens = [sum(curve[step or max(curve)] for curve in curves) / seeds - marker for step in (20, None)]
     cells = [f"`{arm}`", spread(ACCURACY), spread("proxy_nll"), *(f"{number:.1f}" for number in tokens)]
     assert f"| {' | '.join(cells)} |" in TEXTS["collapse.md"].splitlines()
+
+
+@pytest.mark.parametrize("arm", load_experiment("mini_dpo").arms)
+def test_the_page_on_dpo_has_the_means_and_the_spread_of_every_arm(arm):
+    def spread(values: Collection[float]) -> str:
+        mean, *ends = (f"{value:.3f}" for value in (sum(values) / len(values), min(values), max(values)))
+        return f"{mean} ({' to '.join(ends)})"
+
+    after_30 = [curve[30] for curve in comparison_of("mini_dpo").arms[arm][ACCURACY].values()]
+    ends = [list(last("mini_dpo", arm, metric).values()) for metric in (ACCURACY, "proxy_nll")]
+    (row,) = [line for line in TEXTS["dpo.md"].splitlines() if line.startswith(f"| `{arm}` |")]
+    assert [cell.strip() for cell in row.split("|")[3:-1]] == [spread(values) for values in (*ends, after_30)]
+
+
+def test_before_their_syncs_differ_two_semi_online_runs_are_one():
+    curves = comparison_of("mini_dpo").arms
+    for metric in (ACCURACY, "proxy_nll"):
+        for seed, curve in curves["dpo_25"][metric].items():
+            other = curves["dpo_offline"][metric][seed]
+            assert [curve[step] for step in (0, 10, 20)] == [other[step] for step in (0, 10, 20)]
+            assert curve[30] != other[30]
 
 
 def test_the_single_sample_bound_is_closing_in():
