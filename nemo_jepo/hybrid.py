@@ -15,7 +15,6 @@ alone).
 
 import re
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,9 +22,8 @@ import torch
 from nemo_jepo.config.hybrid import HybridConfig
 from nemo_jepo.grading import RuleReward, Sums, VerifierFooled
 from nemo_jepo.rewards.canaries import canaries
-from nemo_jepo.rewards.judge import RewardModel, RunServers, open_judge
+from nemo_jepo.rewards.judge import RunServers, verifying_model
 from nemo_jepo.rewards.judge_prompt import Case
-from nemo_jepo.rewards.judged import verdict_cache
 from nemo_jepo.rewards.verifiable import undelimited
 from nemo_jepo.types import Pair, Prompt, Rollout
 from nemo_jepo.utils.phases import ALONE, phase
@@ -45,8 +43,8 @@ class HybridReward:
         settings: the model verifier and its canaries.
         rule: what is asked first.
         only_verifiable: the model is not asked about prompts that the rule cannot grade.
-        cache_folder: what the verifier's `cache` is relative to.
-        run_servers: addresses and key of the run's own vLLM servers, for a verifier that shares them.
+        folder: what the model's `cache` is relative to.
+        run_servers: addresses and key of the run's own vLLM servers, for a model that shares them.
     """
 
     def __init__(
@@ -54,15 +52,12 @@ class HybridReward:
         settings: HybridConfig,
         rule: RuleReward,
         only_verifiable: bool,
-        cache_folder: Path,
+        folder: Path,
         run_servers: RunServers,
     ) -> None:
         self._settings, self._rule, self._only_verifiable = settings, rule, only_verifiable
         self._layout, self._sums = rule.layout, Sums()
-        node, cache = "hybrid.verifier", None
-        if self._layout.is_replica_head:
-            cache = verdict_cache(settings.verifier, cache_folder)
-        self._model = RewardModel(node, partial(open_judge, settings.verifier, node, run_servers, cache), "verdict")
+        self._model = verifying_model(settings.verifier, "hybrid.verifier", run_servers, folder)
         self._watched_at = -1
 
     def of(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], step: int) -> list[float | None]:

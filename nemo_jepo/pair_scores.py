@@ -12,17 +12,15 @@ Source: arXiv 2506.21495 (pairs of the highest and the lowest score where nothin
 """
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from nemo_jepo.actor.parallel import Layout
 from nemo_jepo.config.judge import ScoreJudgeConfig
 from nemo_jepo.data.splice import Splicer
 from nemo_jepo.grading import Reward, Sums
-from nemo_jepo.rewards.judge import RewardModel, RunServers, open_score_judge
+from nemo_jepo.rewards.judge import RunServers, scoring_model
 from nemo_jepo.rewards.judge_prompt import Case
 from nemo_jepo.rewards.judgement import LARGEST_SCORE
-from nemo_jepo.rewards.verdict_cache import VerdictCache
 from nemo_jepo.types import Pair, Prompt, Rollout
 from nemo_jepo.utils.phases import ALONE, phase
 
@@ -35,8 +33,8 @@ class ScoreReward:
         verifiable: what is asked first.
         splicer: finds own answers.
         layout: the replica's first rank asks.
-        cache_folder: what the judge's `cache` is relative to.
-        run_servers: addresses and key of the run's own vLLM servers, for a judge that shares them.
+        folder: what the model's `cache` is relative to.
+        run_servers: addresses and key of the run's own vLLM servers, for a model that shares them.
     """
 
     def __init__(
@@ -45,13 +43,11 @@ class ScoreReward:
         verifiable: Reward,
         splicer: Splicer,
         layout: Layout,
-        cache_folder: Path,
+        folder: Path,
         run_servers: RunServers,
     ) -> None:
         self._verifiable, self._splicer, self._layout, self._sums = verifiable, splicer, layout, Sums()
-        node, path = "dpo.judge", settings.cache_path(cache_folder)
-        cache = VerdictCache(path, "score", float) if path is not None and layout.is_replica_head else None
-        self._judge = RewardModel(node, partial(open_score_judge, settings, node, run_servers, cache), "score")
+        self._judge = scoring_model(settings, "dpo.judge", run_servers, folder)
 
     def of(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], step: int) -> list[float | None]:
         """The reward of each sample, None after a fault; the same on every rank of the replica. All ranks call."""

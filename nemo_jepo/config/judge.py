@@ -3,7 +3,6 @@ good they are (ScoreJudgeConfig)."""
 
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from nemo_jepo.config.errors import ConfigError, read_private
@@ -116,10 +115,6 @@ class EndpointConfig:
     def key(self, node: str) -> str | None:
         """The endpoint's key; ConfigError where its file is not the owner's alone."""
         return None if self.api_key_file is None else read_private(f"{node}.api_key_file", self.api_key_file)
-
-    def cache_path(self, folder: Path) -> Path | None:
-        """The cache below a folder; None without one, as for servers whose weights change."""
-        return None if self.cache is None or self.url == RUN_SERVERS else folder / self.cache
 
 
 @dataclass(kw_only=True, slots=True)

@@ -16,14 +16,15 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, Generic
 
 import aiohttp
 
 from nemo_jepo.config.judge import RUN_SERVERS, EndpointConfig, JudgeConfig, ScoreJudgeConfig
 from nemo_jepo.rewards.judge_prompt import Case, CasePrompt, NoVote, Verdict, judge_prompt, score_prompt
-from nemo_jepo.rewards.verdict_cache import VerdictCache
+from nemo_jepo.rewards.verdict_cache import VerdictCache, open_cache
 from nemo_jepo.utils.http import JSONServer, RequestRefused, ServerFault, backoff_s
 
 log = logging.getLogger(__name__)
@@ -217,22 +218,33 @@ class ScoreJudge(AskedModel[float]):
 
 class RewardModel(Generic[Verdict]):
     """A model that training steps ask, opened anew by each; why something is missing is a line of the log, until it is
-    another reason.
+    another reason. Only who asks, a replica's first rank, opens the cache.
 
     Args:
         node: the key of its settings.
-        open_model: it, for one step.
+        open_model: it, for one step, with a cache.
+        open_cache: for all of them.
         missing: what an answer lacks after a fault.
     """
 
-    def __init__(self, node: str, open_model: Callable[[], AskedModel[Verdict]], missing: str) -> None:
-        self._node, self._open, self._missing = node, open_model, missing
+    def __init__(
+        self,
+        node: str,
+        open_model: Callable[[VerdictCache[Verdict] | None], AskedModel[Verdict]],
+        open_cache: Callable[[], VerdictCache[Verdict] | None],
+        missing: str,
+    ) -> None:
+        self._node, self._open, self._open_cache, self._missing = node, open_model, open_cache, missing
         self._last_fault: str | None = None
+
+    @cached_property
+    def _cache(self) -> VerdictCache[Verdict] | None:
+        return self._open_cache()
 
     def ask(self, cases: Sequence[Case]) -> list[Verdict | None]:
         """The model's verdicts, None after a fault."""
         try:
-            model = self._open()
+            model = self._open(self._cache)
             verdicts, fault = model.judge(cases), model.fault
         except (ValueError, OSError) as error:  # the file of its key is gone since the run began
             verdicts, fault = [None] * len(cases), str(error)
@@ -241,6 +253,24 @@ class RewardModel(Generic[Verdict]):
             self._last_fault = fault
             log.warning("%s: %d of %d answers have no %s: %s", self._node, missing, len(cases), self._missing, fault)
         return verdicts
+
+
+def verifying_model(settings: JudgeConfig, node: str, run_servers: RunServers, folder: Path) -> RewardModel[bool]:
+    """One that says whether answers are correct.
+
+    Args:
+        node: the key of its settings.
+        run_servers: for settings that share them.
+        folder: what its `cache` is relative to.
+    """
+    cache = partial(open_cache, settings, folder, "correct", bool)
+    return RewardModel(node, partial(open_judge, settings, node, run_servers), cache, "verdict")
+
+
+def scoring_model(settings: ScoreJudgeConfig, node: str, run_servers: RunServers, folder: Path) -> RewardModel[float]:
+    """The same, of one that scores them."""
+    cache = partial(open_cache, settings, folder, "score", float)
+    return RewardModel(node, partial(open_score_judge, settings, node, run_servers), cache, "score")
 
 
 def _most(votes: Sequence[Verdict | None]) -> tuple[Verdict | None, int]:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from nemo_jepo.config.judge import JudgeConfig
 from nemo_jepo.config.schema import EvaluationConfig
 from nemo_jepo.rewards.judge_prompt import Case
-from nemo_jepo.rewards.verdict_cache import VerdictCache
+from nemo_jepo.rewards.verdict_cache import open_cache
 from nemo_jepo.types import Pair, Prompt, Rollout
 
 if TYPE_CHECKING:
@@ -92,14 +92,8 @@ class Judges:
     def _open(self, name: str, settings: JudgeConfig) -> "Judge":
         from nemo_jepo.rewards.judge import open_judge  # HTTP, which a run without a judge does not load
 
-        cache = verdict_cache(settings, self.cache_folder)
+        cache = open_cache(settings, self.cache_folder, "correct", bool)
         return open_judge(settings, f"evaluation.{name}", self.run_servers, cache)
-
-
-def verdict_cache(settings: JudgeConfig, folder: Path) -> VerdictCache[bool] | None:
-    """Where a judge's verdicts are kept; None where they are not, as those of servers whose weights change."""
-    path = settings.cache_path(folder)
-    return None if path is None else VerdictCache(path, "correct", bool)
 
 
 def judge_metrics(

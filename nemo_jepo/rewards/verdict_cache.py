@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Any, Generic
 
+from nemo_jepo.config.judge import RUN_SERVERS, EndpointConfig
 from nemo_jepo.rewards.judge_prompt import Verdict
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,13 @@ class VerdictCache(Generic[Verdict]):
                 file.seek(end - 1)
                 line = line if file.read(1) == b"\n" else b"\n" + line
             file.write(line)
+
+
+def open_cache(settings: EndpointConfig, folder: Path, name: str, kind: type[Verdict]) -> VerdictCache[Verdict] | None:
+    """The cache of some settings, below a folder; None without one, as for servers whose weights change."""
+    if settings.cache is None or settings.url == RUN_SERVERS:
+        return None
+    return VerdictCache(folder / settings.cache, name, kind)
 
 
 def _read(line: bytes) -> dict[str, Any]:

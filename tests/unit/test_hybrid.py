@@ -1,7 +1,7 @@
 """The hybrid reward by hand: who is asked, what it earns, and canaries that a fooled verifier lets through."""
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,28 +14,11 @@ from nemo_jepo.types import Prompt, Rollout
 from nemo_jepo.utils import http
 from tests.support.fake_judge import FakeJudge, prompt_of, says
 from tests.support.one_rank import OneRank
+from tests.support.own_answers import Rule, Written, means, rollouts_of
 
 WORDS = Prompt(0, (1,), "What is 2+2?", "four")
 NUMBER = Prompt(1, (1,), "What is 2+3?", "5")
 PROOF = Prompt(2, (1,), "Show that 1 < 2.", "2 - 1 > 0", verifiable=False)
-
-
-@dataclass
-class Written:
-    """A splicer that knows what each sample answered, by its number."""
-
-    answers: list[str | None]
-
-    def own_answer_text(self, rollout: Rollout) -> str | None:
-        return self.answers[rollout.sample]
-
-
-@dataclass
-class Rule:
-    """A verifier of equal texts; "slow" is a fault. Like the program's own, it calls wrong what nobody can grade."""
-
-    def is_right(self, own: str, prompt: Prompt) -> bool | None:
-        return None if own == "slow" else prompt.verifiable and own == prompt.answer
 
 
 @pytest.fixture(autouse=True)
@@ -48,14 +31,6 @@ def reward(folder, base: str, answers: list[str | None], only_verifiable: bool =
     config.verifier = replace(config.verifier, url=base, model="m")
     rule = RuleReward(Rule(), Written(answers), OneRank())
     return HybridReward(config, rule, only_verifiable, folder, None)
-
-
-def rollouts_of(groups: list[int]) -> list[Rollout]:
-    return [Rollout(group, sample, (1,), (0.0,), "stop") for sample, group in enumerate(groups)]
-
-
-def means(hybrid: HybridReward) -> dict[str, float]:
-    return {name: total / count for name, (total, count) in hybrid.metrics().items() if count}
 
 
 def asked_about(fake: FakeJudge) -> set[str]:

@@ -1,6 +1,6 @@
 """Rewards of pairs by hand: who is scored, what a score earns, and what a fault does."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,27 +12,11 @@ from nemo_jepo.types import Prompt, Rollout
 from nemo_jepo.utils import http
 from tests.support.fake_judge import FakeJudge, prompt_of, scores
 from tests.support.one_rank import OneRank
+from tests.support.own_answers import Rule, Written, means, rollouts_of
 
 SUM = Prompt(0, (1,), "What is 2+2?", "4")
 POEM = Prompt(1, (1,), "Write a line about rain.", "It falls.", verifiable=False)
 QUALITY = {"It pours.": 7.5, "Rain.": 2.0, "5": 1.0, "6": 3.0, "No.": 0.0}
-
-
-@dataclass
-class Written:
-    """A splicer that knows what each sample answered, by its number."""
-
-    answers: list[str | None]
-
-    def own_answer_text(self, rollout: Rollout) -> str | None:
-        return self.answers[rollout.sample]
-
-
-class Rule:
-    """A verifier of equal texts; "slow" is a fault."""
-
-    def is_right(self, own: str, prompt: Prompt) -> bool | None:
-        return None if own == "slow" else prompt.verifiable and own == prompt.answer
 
 
 @pytest.fixture(autouse=True)
@@ -40,18 +24,10 @@ def short_backoff(monkeypatch):
     monkeypatch.setattr(http, "FIRST_BACKOFF_S", 0.001)
 
 
-def reward(folder, base: str, answers: list[str | None], layout: Any = None, **settings: Any) -> ScoreReward:
-    judge = replace(score_judge_config(), url=base, model="m", **settings)
-    written, layout = Written(answers), layout or OneRank()
+def reward(folder, base: str, answers: list[str | None]) -> ScoreReward:
+    judge = replace(score_judge_config(), url=base, model="m")
+    written, layout = Written(answers), OneRank()
     return ScoreReward(judge, RuleReward(Rule(), written, layout), written, layout, folder, None)
-
-
-def rollouts_of(groups: list[int]) -> list[Rollout]:
-    return [Rollout(group, sample, (1,), (0.0,), "stop") for sample, group in enumerate(groups)]
-
-
-def means(scored: ScoreReward) -> dict[str, float]:
-    return {name: total / count for name, (total, count) in scored.metrics().items() if count}
 
 
 def test_where_no_sample_is_rewarded_each_own_answer_is_scored_and_elsewhere_the_verifier_has_the_word(tmp_path):
@@ -120,8 +96,8 @@ class Told:
 
 def test_a_rank_that_is_no_replica_head_asks_nobody_and_is_told_what_the_head_knows(tmp_path):
     layout = OneRank(is_replica_head=False, share_in_replica=lambda mine: ([0.75, None], [7.5, None]))
-    judge = replace(score_judge_config(), url="http://127.0.0.1:9/v1")
-    scored = ScoreReward(judge, Told(), Written([]), layout, tmp_path, None)
+    settings = replace(score_judge_config(), url="http://127.0.0.1:9/v1")
+    scored = ScoreReward(settings, Told(), Written([]), layout, tmp_path, None)
     assert scored.of([POEM], rollouts_of([0, 0]), step=0) == [0.75, None]
     expected = {"rule_reward": 0.0, "score_asked_rate": 1.0, "score_fault_rate": 0.5, "score_mean": 7.5}
     assert means(scored) == expected

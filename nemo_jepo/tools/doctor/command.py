@@ -70,7 +70,7 @@ def read_settings(arguments: Sequence[str]) -> tuple[Config | None, list[Finding
     parsed = get_args_parser().parse_args(list(arguments))
     path = parsed.config_path or parsed.config_dir
     try:
-        world_size()
+        world_size()  # a launcher's numbers are settings as well
         return compose.resolve(
             compose.compose(parsed.config_name or compose.DEFAULT_CONFIG, parsed.overrides, path)
         ), []
