@@ -145,6 +145,30 @@ def test_the_page_on_dpo_has_the_means_and_the_spread_of_every_arm(arm):
     assert [cell.strip() for cell in row.split("|")[3:-1]] == [spread(values) for values in (*ends, after_30)]
 
 
+def test_the_page_on_dpo_has_the_pairs_that_are_left_and_the_fall_of_an_old_sampler():
+    arms, page = comparison_of("mini_dpo").arms, " ".join(TEXTS["dpo.md"].split())
+
+    def late(arm: str, metric: str, num_updates: int) -> list[list[float]]:
+        return [[curve[step] for step in sorted(curve)[-num_updates:]] for curve in arms[arm][metric].values()]
+
+    left = {
+        arm: [sum(rates) / 10 for rates in late(arm, "train_rollouts/pair_rate", 10)] for arm in ("dpo", "dpo_offline")
+    }
+    known = [rate for rates in late("dpo_offline", "train_rollouts/pair_accuracy", 20) for rate in rates]
+    for values, said in (
+        (left["dpo"], "over the last ten updates {} to {} of 100 prompts have a pair"),
+        (left["dpo_offline"], "of the first model: {} to {} of 100 have one"),
+        (known, "tells {} to {} of 100 apart"),
+    ):
+        assert said.format(*(f"{100 * value:.0f}" for value in (min(values), max(values)))) in page
+    fall = [arms["dpo_25"][ACCURACY][1][step] for step in (40, 50)]
+    assert "seed 1 falls from {:.2f} to {:.2f} between updates 40 and 50".format(*fall) in page
+    means = [
+        sum(last("mini_dpo", arm, ACCURACY).values()) / 3 for arm in ("dpo_offline", "dpo_25", "dpo_5", "dpo", "rloo")
+    ]
+    assert f"| here | {' | '.join(f'{100 * mean:.1f}' for mean in means)} |" in page
+
+
 def test_before_their_syncs_differ_two_semi_online_runs_are_one():
     curves = comparison_of("mini_dpo").arms
     for metric in (ACCURACY, "proxy_nll"):
