@@ -263,7 +263,9 @@ def _check_curriculum(config: Config) -> None:
     data = config.data
     known = data.name == "jsonl" or (data.name == "arithmetic" and data.cluster_key == "num_steps")
     if data.cluster_key is not None and (data.sampler == "uniform" or not known):
-        rule = "is read by data.sampler=learning_progress, of the rows of data=jsonl; data=arithmetic has num_steps alone"
+        rule = (
+            "is read by data.sampler=learning_progress, of the rows of data=jsonl; data=arithmetic has num_steps alone"
+        )
         raise ConfigError("data.cluster_key", data.cluster_key, rule, "Leave it out, or set both")
     if not data.learns:
         return
