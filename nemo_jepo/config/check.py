@@ -195,8 +195,14 @@ def _check_arithmetic(arithmetic: ArithmeticConfig) -> None:
     if both > 1:
         rule = "must be at most 1; the rest has no chain of thought"
         raise ConfigError("data.arithmetic.right_share + corrupted_share", both, rule, "Lower one of them")
-    if arithmetic.corrupted_steps > arithmetic.num_steps:
-        rule = f"a chain has {arithmetic.num_steps} steps (data.arithmetic.num_steps)"
+    shortest, key = arithmetic.num_steps, "data.arithmetic.num_steps"
+    if arithmetic.min_steps is not None:
+        if arithmetic.min_steps > arithmetic.num_steps:
+            rule = f"no chain has more than {arithmetic.num_steps} steps ({key})"
+            raise ConfigError("data.arithmetic.min_steps", arithmetic.min_steps, rule, "Lower it, or null")
+        shortest, key = arithmetic.min_steps, "data.arithmetic.min_steps"
+    if arithmetic.corrupted_steps > shortest:
+        rule = f"a chain has {shortest} steps ({key})"
         raise ConfigError("data.arithmetic.corrupted_steps", arithmetic.corrupted_steps, rule, "Lower it")
 
 
@@ -257,8 +263,9 @@ def _check_until(config: Config) -> None:
 def _check_curriculum(config: Config) -> None:
     """Who chooses prompts by what was learnt, can."""
     data = config.data
-    if data.cluster_key is not None and (data.sampler == "uniform" or data.name != "jsonl"):
-        rule = "is read by data.sampler=learning_progress, of the rows of data=jsonl"
+    known = data.name == "jsonl" or (data.name == "arithmetic" and data.cluster_key == "num_steps")
+    if data.cluster_key is not None and (data.sampler == "uniform" or not known):
+        rule = "is read by data.sampler=learning_progress, of rows of data=jsonl, or num_steps of data=arithmetic"
         raise ConfigError("data.cluster_key", data.cluster_key, rule, "Leave it out, or set both")
     if not data.learns:
         return

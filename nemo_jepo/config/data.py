@@ -32,6 +32,9 @@ class ArithmeticConfig:
 
     num_steps: int = setting(4, ge=1)
     """Operations in a chain."""
+    min_steps: int | None = setting(None, ge=1)
+    """Operations in the shortest chain: every chain has from so many to num_steps, each number as likely as another.
+    Null: all have num_steps."""
     num_train: int = setting(20000, ge=1)
     """Problems to train on."""
     num_validation: int = setting(256, ge=0)
@@ -98,8 +101,8 @@ class DataConfig:
     """uniform: every prompt once an epoch. learning_progress: prompts are drawn, likelier where the reward's std over a
     prompt's samples has been large."""
     cluster_key: str | None = None
-    """Field of a row whose equal values make a cluster, which the sampler learning_progress measures as one; null: each
-    prompt by itself."""
+    """Field of a row whose equal values make a cluster, which the sampler learning_progress measures as one; with
+    data=arithmetic num_steps, the operations in a chain. Null: each prompt by itself."""
     group_key: str | None = None
     """Field of a row whose equal values tie rows together: those of a group are in one batch and on one replica. All
     groups have one size. Null: no row is tied to another."""

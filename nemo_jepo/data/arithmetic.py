@@ -27,38 +27,41 @@ MODULUS = 10
 
 
 def arithmetic_rows(config: ArithmeticConfig, split: Literal["train", "validation", "warmup"], seed: int) -> list[Row]:
-    """The rows of one split, the same for the same seed.
+    """The rows of one split, the same for the same seed. The cluster of each is how many operations it has.
 
     train and validation carry the right chain of thought and share no question. warmup has the questions of train;
     exactly round(share * num_train) of its chains are right, and so many corrupted, in random order.
 
     Raises:
-        ConfigError: validation would take more than half of all questions of that length.
+        ConfigError: validation would take more than half of all questions of the shortest length.
     """
-    num_questions = MODULUS ** (config.num_steps + 1) * len(OPERATORS) ** config.num_steps
-    if config.num_validation > num_questions // 2:
+    shortest, key = (config.num_steps, "num_steps") if config.min_steps is None else (config.min_steps, "min_steps")
+    num_questions = MODULUS ** (shortest + 1) * len(OPERATORS) ** shortest
+    num_lengths = config.num_steps - shortest + 1
+    if config.num_validation > num_questions * num_lengths // 2:
         raise ConfigError(
             "data.arithmetic.num_validation",
             config.num_validation,
-            f"only {num_questions} chains of {config.num_steps} operations exist, and training needs half of them",
-            "Lower it, or raise data.arithmetic.num_steps",
+            f"only {num_questions} chains of {shortest} operations exist, and training needs half of them",
+            f"Lower it, or raise data.arithmetic.{key}",
         )
     rng = random.Random(f"arithmetic {seed}")
     held_out: dict[Expression, None] = {}  # a set in the order of insertion
     while len(held_out) < config.num_validation:
-        held_out[_draw(rng, config.num_steps)] = None
+        held_out[_draw(rng, config)] = None
     if split == "validation":
         return _rows(config, list(held_out), ["right"] * len(held_out), rng, random.Random(f"held-out wording {seed}"))
     train: list[Expression] = []
     while len(train) < config.num_train:
-        expression = _draw(rng, config.num_steps)
+        expression = _draw(rng, config)
         if expression not in held_out:
             train.append(expression)
     kinds = ["right"] * config.num_train if split == "train" else _warmup_kinds(config, rng)
     return _rows(config, train, kinds, rng, random.Random(f"wording {seed}"))
 
 
-def _draw(rng: random.Random, num_steps: int) -> Expression:
+def _draw(rng: random.Random, config: ArithmeticConfig) -> Expression:
+    num_steps = config.num_steps if config.min_steps is None else rng.randint(config.min_steps, config.num_steps)
     steps = tuple((rng.choice(OPERATORS), rng.randrange(MODULUS)) for _ in range(num_steps))
     return rng.randrange(MODULUS), steps
 
@@ -88,7 +91,8 @@ def _rows(
         answer = arithmetic_text.answer(expression, led_to, config.answers, words, style)
         question = arithmetic_text.question(expression, words)
         verifiable = not words and config.answers != "derivation"
-        rows.append(Row("arithmetic", line, question, answer, chain, verifiable))
+        cluster = str(len(right))
+        rows.append(Row("arithmetic", line, question, answer, chain, verifiable, cluster=cluster))
     return rows
 
 

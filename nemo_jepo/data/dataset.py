@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -111,7 +111,8 @@ def training_texts(config: DataConfig) -> Iterator[str]:
 
 def _rows(config: DataConfig, split: Split) -> Iterable[Row | BadRow]:
     if config.name == "arithmetic":
-        return arithmetic_rows(config.arithmetic, split, config.seed)
+        rows = arithmetic_rows(config.arithmetic, split, config.seed)
+        return rows if config.cluster_key else (replace(row, cluster=None) for row in rows)
     if config.name == "reasoning_gym":
         return reasoning_gym_rows(config, split)
     key, path = (

@@ -27,6 +27,7 @@ def needed(tmp_path):
         "demo": [],
         "mini": [],
         "mini_verifiable": [],
+        "mini_lengths": [],
         "mini_semi": [],
         "mini_collapse": [],
         "mini_unverifiable": [],

@@ -21,6 +21,8 @@ PAGES = {
     "family/tables.md": "family.md",
     "collapse/tables.md": "collapse.md",
     "dpo/tables.md": "dpo.md",
+    "self-verification/tables.md": "self-verification.md",
+    "curricula/tables.md": "curricula.md",
 }
 """Tables -> the page whose command makes them."""
 TEXTS = {page: (DOCS / "results" / page).read_text() for page in PAGES.values()}
@@ -119,12 +121,16 @@ def test_objectives_that_count_a_useless_chain_as_none_keep_chains_as_long_as_a_
     assert said is not None and shortest >= float(said[1])
 
 
+def cell(found: Collection[float], decimals: int = 2) -> str:
+    """0.53 (0.51 to 0.55): mean, smallest, largest."""
+    mean, *ends = (f"{value:.{decimals}f}" for value in (sum(found) / len(found), min(found), max(found)))
+    return f"{mean} ({' to '.join(ends)})"
+
+
 @pytest.mark.parametrize("arm", load_experiment("mini_collapse").arms)
 def test_the_page_on_collapse_has_the_means_and_the_spread_of_every_arm(arm):
     def spread(metric: str) -> str:
-        found = last("mini_collapse", arm, metric).values()
-        mean, *ends = (f"{value:.2f}" for value in (sum(found) / len(found), min(found), max(found)))
-        return f"{mean} ({' to '.join(ends)})"
+        return cell(last("mini_collapse", arm, metric).values())
 
     curves = comparison_of("mini_collapse").arms[arm]["cot_tokens_mean"].values()
     marker, seeds = 4, len(curves)
@@ -135,14 +141,10 @@ def test_the_page_on_collapse_has_the_means_and_the_spread_of_every_arm(arm):
 
 @pytest.mark.parametrize("arm", load_experiment("mini_dpo").arms)
 def test_the_page_on_dpo_has_the_means_and_the_spread_of_every_arm(arm):
-    def spread(values: Collection[float]) -> str:
-        mean, *ends = (f"{value:.3f}" for value in (sum(values) / len(values), min(values), max(values)))
-        return f"{mean} ({' to '.join(ends)})"
-
     after_30 = [curve[30] for curve in comparison_of("mini_dpo").arms[arm][ACCURACY].values()]
     ends = [list(last("mini_dpo", arm, metric).values()) for metric in (ACCURACY, "proxy_nll")]
     (row,) = [line for line in TEXTS["dpo.md"].splitlines() if line.startswith(f"| `{arm}` |")]
-    assert [cell.strip() for cell in row.split("|")[3:-1]] == [spread(values) for values in (*ends, after_30)]
+    assert [text.strip() for text in row.split("|")[3:-1]] == [cell(values, 3) for values in (*ends, after_30)]
 
 
 def test_the_page_on_dpo_has_the_pairs_that_are_left_and_the_fall_of_an_old_sampler():
@@ -176,6 +178,56 @@ def test_before_their_syncs_differ_two_semi_online_runs_are_one():
             other = curves["dpo_offline"][metric][seed]
             assert [curve[step] for step in (0, 10, 20)] == [other[step] for step in (0, 10, 20)]
             assert curve[30] != other[30]
+
+
+@pytest.mark.parametrize("arm", [arm for arm in load_experiment("mini_self_verification").arms if arm != "rloo"])
+@pytest.mark.parametrize("samples", [4, 8, 16])
+def test_the_page_on_self_verification_has_what_votes_and_the_best_of_a_few_samples_are_worth(arm, samples):
+    votes = [last("mini_self_verification", arm, f"{vote}_at_{samples}") for vote in ("maj", "weighted_maj", "best")]
+    cells = [f"`{arm}`", str(samples), *(cell(found.values(), 3) for found in votes)]
+    assert f"| {' | '.join(cells)} |" in TEXTS["self-verification.md"].splitlines()
+
+
+@pytest.mark.parametrize("arm", [arm for arm in load_experiment("mini_self_verification").arms if arm != "rloo"])
+def test_the_page_on_self_verification_has_what_verdicts_say_of_right_and_of_wrong_answers(arm):
+    metrics = ("avg_at_16", "verdict_accuracy", "verdict_of_right", "verdict_of_wrong")
+    cells = [f"`{arm}`", *(cell(last("mini_self_verification", arm, metric).values()) for metric in metrics)]
+    assert f"| {' | '.join(cells)} |" in TEXTS["self-verification.md"].splitlines()
+
+
+@pytest.mark.parametrize("arm", [arm for arm in load_experiment("mini_self_verification").arms if arm != "rloo"])
+def test_in_every_seed_the_weighted_vote_is_the_majority_and_the_best_of_sixteen_worse_than_a_sample(arm):
+    share = last("mini_self_verification", arm, "avg_at_16")
+    for samples in (4, 8, 16):
+        plain, weighted, best = (
+            last("mini_self_verification", arm, f"{vote}_at_{samples}") for vote in ("maj", "weighted_maj", "best")
+        )
+        assert all(abs(weighted[seed] - plain[seed]) < 0.02 for seed in share)
+        assert samples < 16 or all(best[seed] < share[seed] - 0.05 for seed in share)
+
+
+def test_the_page_on_self_verification_has_the_majority_without_verdicts():
+    found = cell(last("mini_self_verification", "rloo", "maj_at_16").values(), 3)
+    assert f"Without verdicts the majority of 16 is {found}." in TEXTS["self-verification.md"]
+
+
+def sampled_tokens(name: str, arm: str) -> list[float]:
+    """Tokens of a sample, mean over the updates of a run's main part; one number a seed."""
+    curves = comparison_of(name).arms[arm]["train_rollouts/response_tokens_mean"].values()
+    return [sum(curve.values()) / len(curve) for curve in curves]
+
+
+@pytest.mark.parametrize("arm", load_experiment("mini_curriculum").arms)
+def test_the_page_on_curricula_has_the_means_and_the_spread_of_every_arm(arm):
+    curves = comparison_of("mini_curriculum").arms[arm][ACCURACY].values()
+    stage = 8 if arm == "easy_first" else 0
+    at_16 = [curve[16] for curve in curves] if not stage else []
+    final = (
+        cell(last("mini_curriculum", arm, ACCURACY).values(), 3),
+        cell(last("mini_curriculum", arm, "proxy_nll").values(), 3),
+    )
+    cells = [f"`{arm}`", cell(at_16, 3) if at_16 else "", *final, f"{cell(sampled_tokens('mini_curriculum', arm), 1)}"]
+    assert f"| {' | '.join(cells)} |" in TEXTS["curricula.md"].splitlines()
 
 
 def test_the_single_sample_bound_is_closing_in():

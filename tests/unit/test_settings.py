@@ -124,6 +124,12 @@ def test_the_whole_line_of_a_broken_rule():
         (["data=jsonl"], 1, "data.train_path=None: data=jsonl reads a file"),
         (["data.system_prompt=Think"], 1, "data.system_prompt='Think': is a turn of the chat template"),
         (["data.arithmetic.corrupted_steps=5"], 1, "data.arithmetic.corrupted_steps=5: "),
+        (["data.arithmetic.min_steps=5"], 1, "data.arithmetic.min_steps=5: no chain has more than 4 steps"),
+        (
+            ["data.arithmetic.min_steps=1", "data.arithmetic.corrupted_steps=2"],
+            1,
+            "data.arithmetic.corrupted_steps=2: a chain has 1 steps (data.arithmetic.min_steps)",
+        ),
         (["data.arithmetic.right_share=0.7"], 1, "data.arithmetic.right_share + corrupted_share=1.1: "),
         # curricula
         (["data.cluster_key=topic"], 1, "data.cluster_key='topic': is read by data.sampler=learning_progress"),

@@ -21,6 +21,8 @@ LABELS = {
     "cot_tokens_mean": "chain of thought (tokens)",
     "chain_gain": "chain gain (nats an answer)",
     "train_rollouts/reasoning_tokens_mean": "before the marker, in training (tokens)",
+    "train_rollouts/verdict_yes_rate": "right among own answers, in training",
+    "train_rollouts/verdict_accuracy": "verdicts that are right, in training",
     "step": "updates",
     "epoch": "epochs",
     "n": "n (generations a prompt)",
@@ -79,6 +81,8 @@ def plots_of(results: Sequence[Comparison]) -> list[Plot]:
         Plot("proxy_nll", f"Held-out proxy NLL {equal}", main, pace, "proxy_nll"),
         Plot("chain_of_thought", "Length of the chain of thought", main, "step", chain),
         Plot("chain_gain", "What a chain adds to the answer's log-prob", main, "step", "chain_gain"),
+        Plot("verdict_yes_rate", "Own answers that deserve a yes", main, "step", "train_rollouts/verdict_yes_rate"),
+        Plot("verdict_accuracy", "Verdicts on own answers", main, "step", "train_rollouts/verdict_accuracy"),
     ]
     for key in dict.fromkeys(comparison.ablated for comparison in results if comparison.ablated):
         ablation = [comparison for comparison in results if comparison.ablated == key]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections import Counter
 
 import pytest
 
@@ -38,6 +39,20 @@ def test_the_answer_is_the_value_of_the_question(split, num_steps):
     for row in rows:
         assert re.fullmatch(rf"\d([-+*]\d){{{num_steps}}}=", row.question)
         assert row.answer == str(value(row.question))
+
+
+def test_chains_of_several_lengths_have_each_as_often_and_their_cluster_is_their_number_of_steps():
+    config = ArithmeticConfig(min_steps=2, num_steps=4, num_train=3000, num_validation=90)
+    train, validation, warmup = (arithmetic_rows(config, split, seed=5) for split in ("train", "validation", "warmup"))
+    for row in (*train, *validation, *warmup):
+        assert row.cluster == str(len(re.findall("[-+*]", row.question)))
+        assert row.answer == str(value(row.question))
+    lengths = Counter(row.cluster for row in train)
+    assert set(lengths) == {"2", "3", "4"} and max(abs(count - 1000) for count in lengths.values()) < 80  # 3 sigma
+    assert not {row.question for row in train} & {row.question for row in validation}
+    assert [row.question for row in train] == [row.question for row in warmup]
+    few = arithmetic_rows(dataclasses.replace(config, num_train=100), "train", seed=5)
+    assert few == train[:100]
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])

@@ -78,6 +78,14 @@ def test_what_chains_add_is_drawn_where_it_was_measured(results):
     assert list(named_lines(drawn.axes[0])) == list(ARMS) and "nats" in drawn.axes[0].get_ylabel()
 
 
+@pytest.mark.parametrize("name", ["verdict_yes_rate", "verdict_accuracy"])
+def test_verdicts_are_drawn_over_training_for_the_arms_that_learn_them(results, name):
+    table = [(*row[:5], f"train_rollouts/{name}", row[6]) for row in rows(arms=["jepo", "rloo"], metrics=["proxy_nll"])]
+    _, drawn = figure(results([*rows(), *table]), name)
+    assert list(named_lines(drawn.axes[0])) == ["jepo", "rloo"]
+    assert drawn.axes[0].get_ylabel().endswith("in training") and drawn.axes[0].get_xlabel() == "updates"
+
+
 def test_a_set_that_is_evaluated_once_shows_its_chains_in_training(results):
     """A line needs two points: such a set has none over held-out problems."""
     training = [

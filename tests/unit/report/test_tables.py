@@ -51,6 +51,12 @@ def test_a_column_that_repeats_the_oracles_is_left_out(tmp_path):
     assert table_of(tmp_path, rows("accuracy"))[0].columns == ["accuracy (exact match)"]
 
 
+def test_votes_of_sixteen_samples_stand_beside_the_accuracy(tmp_path):
+    votes = [row for vote in ("best", "weighted_maj", "maj") for row in rows(f"{vote}_at_16")]
+    columns = ["accuracy (oracle)", "majority of 16", "weighted vote of 16", "best of 16"]
+    assert table_of(tmp_path, [*votes, *rows()])[0].columns == columns
+
+
 def test_arms_that_begin_apart_have_no_common_start(tmp_path):
     apart = [(*row[:6], 0.1) if row[2] == "jepo" and row[4] == 0 else row for row in rows()]
     assert [arm for arm, _ in table_of(tmp_path, apart)[0].rows] == ["jepo", "rloo"]
