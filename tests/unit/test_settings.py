@@ -124,7 +124,7 @@ def test_the_whole_line_of_a_broken_rule():
         (["data=jsonl"], 1, "data.train_path=None: data=jsonl reads a file"),
         (["data.system_prompt=Think"], 1, "data.system_prompt='Think': is a turn of the chat template"),
         (["data.arithmetic.corrupted_steps=5"], 1, "data.arithmetic.corrupted_steps=5: "),
-        (["data.arithmetic.min_steps=5"], 1, "data.arithmetic.min_steps=5: no chain has more than 4 steps"),
+        (["data.arithmetic.min_steps=5"], 1, "data.arithmetic.min_steps=5: no chain has more than 3 steps"),
         (
             ["data.arithmetic.min_steps=1", "data.arithmetic.corrupted_steps=2"],
             1,
