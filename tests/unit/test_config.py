@@ -9,6 +9,7 @@ import yaml
 from nemo_jepo.config import compose
 from nemo_jepo.config.check import check
 from nemo_jepo.config.errors import ConfigError
+from nemo_jepo.config.judge import GRADE_PROMPT
 from nemo_jepo.config.keys import nearest_key
 from nemo_jepo.config.objectives import OBJECTIVES, RENAMED_OBJECTIVES
 
@@ -29,6 +30,8 @@ def needed(tmp_path):
         "mini_verifiable": [],
         "mini_semi": [],
         "mini_collapse": [],
+        "mini_judge": [],
+        "mini_judged": [],
         "mini_unverifiable": [],
         "jepo_tiny": [],
         "gsm8k_small": [f"data.train_path={tmp_path}/rows.jsonl"],
@@ -70,6 +73,11 @@ def error_of(name, *overrides, world_size=1, folder=None):
 def test_recipe_passes_every_check(name, needed):
     config = load(name, *needed[name])
     check(config, world_size=config.trainer.num_nodes * config.trainer.devices)
+
+
+def test_a_judge_is_asked_what_it_was_trained_on():
+    judge = load("mini_judged").evaluation.judge
+    assert judge.prompt == GRADE_PROMPT and judge.correct in GRADE_PROMPT and judge.wrong in GRADE_PROMPT
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -38,7 +38,9 @@ def main(argv: Sequence[str]) -> int:
     if chosen.name == JUDGE_PAIRS:
         folder = _pairs(chosen)
     else:
-        _refuse(chosen, ("good_key", "bad_key", "bad_from", "reference_key", "form", "held_out"), f"is of {JUDGE_PAIRS}")
+        _refuse(
+            chosen, ("good_key", "bad_key", "bad_from", "reference_key", "form", "held_out"), f"is of {JUDGE_PAIRS}"
+        )
         judge = partial(verifiable_answers, num_workers=chosen.workers)
         folder = prepare(chosen.name, chosen.out, judge, _origin(chosen), list(_steps(chosen)))
     manifest = json.loads((folder / "manifest.json").read_text())
