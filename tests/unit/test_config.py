@@ -9,9 +9,9 @@ import yaml
 from nemo_jepo.config import compose
 from nemo_jepo.config.check import check
 from nemo_jepo.config.errors import ConfigError
-from nemo_jepo.config.judge import GRADE_PROMPT
 from nemo_jepo.config.keys import nearest_key
 from nemo_jepo.config.objectives import OBJECTIVES, RENAMED_OBJECTIVES
+from nemo_jepo.data.arithmetic_judgement import PROMPT
 
 CONF = Path(__file__).parents[2] / "conf"
 RECIPES = sorted(path.stem for path in CONF.glob("*.yaml"))
@@ -77,7 +77,8 @@ def test_recipe_passes_every_check(name, needed):
 
 def test_a_judge_is_asked_what_it_was_trained_on():
     judge = load("mini_judged").evaluation.judge
-    assert judge.prompt == GRADE_PROMPT and judge.correct in GRADE_PROMPT and judge.wrong in GRADE_PROMPT
+    assert judge.prompt == PROMPT
+    assert (judge.correct, judge.wrong) == ("The final answer is correct", "The final answer is wrong")
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

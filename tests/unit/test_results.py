@@ -16,7 +16,12 @@ from nemo_jepo.tools.report.results import Comparison, read_all, read_results
 from nemo_jepo.tools.report.tables import markdown, tables_of
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = {"tables.md": "index.md", "family/tables.md": "family.md", "collapse/tables.md": "collapse.md"}
+PAGES = {
+    "tables.md": "index.md",
+    "family/tables.md": "family.md",
+    "collapse/tables.md": "collapse.md",
+    "judge/tables.md": "judge.md",
+}
 """Tables -> the page whose command makes them."""
 TEXTS = {page: (DOCS / "results" / page).read_text() for page in PAGES.values()}
 SETS = sorted(file.parent.name for file in (DOCS / "results").glob("*/results.parquet"))
@@ -51,6 +56,7 @@ CLAIMS = [
     *(("mini_collapse", arm, "jepo", ACCURACY, "above") for arm in ("verifree", "r3", "gm")),
     *(("mini_collapse", arm, "jepo", ACCURACY, "within noise") for arm in ("avg_logprob", "warm_start_jepo")),
     ("mini_collapse", "floor", "jepo", ACCURACY, "below"),
+    ("mini_judge", "rloo", "sft", "consistent_accuracy", "above"),
     ("mini_collapse", "floor_small_answer_term", "small_answer_term", ACCURACY, "within noise"),
 ]
 
@@ -121,6 +127,26 @@ def test_the_page_on_collapse_has_the_means_and_the_spread_of_every_arm(arm):
     tokens = [sum(curve[step or max(curve)] for curve in curves) / seeds - marker for step in (20, None)]
     cells = [f"`{arm}`", spread(ACCURACY), spread("proxy_nll"), *(f"{number:.1f}" for number in tokens)]
     assert f"| {' | '.join(cells)} |" in TEXTS["collapse.md"].splitlines()
+
+
+def test_the_page_on_a_judge_has_the_shares_before_and_after():
+    """Both judgements of a pair become right together in every seed, more than by chance of its single ones."""
+    metrics = ("consistent_accuracy", "one_sided_rate", "accuracy", "accuracy_greedy", "unread_rate")
+    arms = comparison_of("mini_judge").arms
+
+    def row(name: str, arm: str, step: int | None) -> str:
+        cells = []
+        for metric in metrics:
+            found = [curve[max(curve) if step is None else step] for curve in arms[arm][metric].values()]
+            mean, *ends = (f"{value:.2f}" for value in (sum(found) / len(found), min(found), max(found)))
+            cells.append(f"{mean} ({' to '.join(ends)})")
+        return f"| {name} | {' | '.join(cells)} |"
+
+    lines = TEXTS["judge.md"].splitlines()
+    assert row("before", "rloo", 0) == row("before", "sft", 0)
+    assert {row("before", "rloo", 0), row("`rloo`", "rloo", None), row("`sft`", "sft", None)} <= set(lines)
+    for curve in arms["rloo"]["consistent_accuracy"].values():
+        assert curve[max(curve)] > 2 * curve[0]
 
 
 def test_the_single_sample_bound_is_closing_in():

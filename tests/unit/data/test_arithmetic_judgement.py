@@ -5,49 +5,51 @@ from collections import Counter
 
 import pytest
 
-from nemo_jepo.config.judge import GRADE_PROMPT
 from nemo_jepo.config.schema import ArithmeticConfig
 from nemo_jepo.data.arithmetic import arithmetic_rows
+from nemo_jepo.data.arithmetic_judgement import PROMPT
 from nemo_jepo.data.files import Row
 from nemo_jepo.data.oracle import is_true
 
-PARTS = re.compile(re.sub(r"\\\{\w+\\\}", "(.+)", re.escape(GRADE_PROMPT)))
+PARTS = re.compile(re.sub(r"\\\{\w+\\\}", "(.+)", re.escape(PROMPT)))
+SETTINGS = {"num_steps": 2, "num_train": 400, "num_validation": 100}
 
 
-def parts(row: Row) -> tuple[str, str, str]:
-    """Question, reference answer and answer."""
+def parts(row: Row) -> tuple[str, str]:
+    """Reference answer and answer."""
     found = PARTS.fullmatch(row.question)
     assert found
-    return found[1], found[2], found[3]
+    return found[1], found[2]
 
 
 def rows_of(split: str, **settings: object) -> list[Row]:
-    config = ArithmeticConfig(num_steps=2, num_train=400, num_validation=100, answers="judgement", **settings)
-    return arithmetic_rows(config, split, seed=5)
+    return arithmetic_rows(ArithmeticConfig(**SETTINGS, answers="judgement", **settings), split, seed=5)
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "warmup"])
 def test_a_pair_has_a_correct_and_a_wrong_answer_to_one_problem_beside_one_reference_answer(split):
     rows = rows_of(split)
-    assert len(rows) == 2 * (100 if split == "validation" else 400)
+    problems = arithmetic_rows(ArithmeticConfig(**SETTINGS, answers="mixed"), split, seed=5)
+    assert len(rows) == 2 * len(problems) == 2 * (100 if split == "validation" else 400)
     assert [row.group for row in rows] == [f"pair/{line // 2}" for line in range(len(rows))]
     assert [row.line for row in rows] == list(range(1, len(rows) + 1))
-    for good, bad in zip(rows[::2], rows[1::2], strict=True):
-        (question, reference, one), (same, too, other) = parts(good), parts(bad)
-        assert (question, reference, good.answer, bad.answer) == (same, too, "correct", "wrong")
-        assert is_true(question, reference, derivation=False) and is_true(question, one, derivation=False)
-        assert not is_true(question, other, derivation=False)
-    in_words = [parts(row) for row in rows if not row.question.count("=")]
-    assert len(in_words) == 2 * round(0.4 * len(rows) / 2)
-    assert len([1 for _, reference, own in in_words if reference == own]) < len(in_words) / 5  # correct, in other words
+    for problem, good, bad in zip(problems, rows[::2], rows[1::2], strict=True):
+        (reference, one), (same, other) = parts(good), parts(bad)
+        assert (reference, good.answer, bad.answer) == (same, "correct", "wrong")
+        assert is_true(problem.question, reference, derivation=False) and is_true(problem.question, one, False)
+        assert not is_true(problem.question, other, derivation=False)
+    in_words = [parts(row) for row in rows if not row.question.endswith(tuple(f"{n}\nCorrect?" for n in range(10)))]
+    assert len(in_words) == 2 * round(0.4 * len(problems))
+    assert sum(reference == own for reference, own in in_words) < len(in_words) / 5  # correct, in other words
 
 
 def test_a_golden_chain_reads_both_values():
-    for row in rows_of("train"):
-        question, reference, own = parts(row)
+    problems = arithmetic_rows(ArithmeticConfig(**SETTINGS, answers="mixed"), "train", seed=5)
+    for problem, row in zip([problem for problem in problems for _ in range(2)], rows_of("train"), strict=True):
         read = re.fullmatch(r"reference (\d), answer (\d)", row.chain_of_thought)
-        assert is_true(question, read[1], False)
-        assert (read[1] == read[2]) == (row.answer == "correct") == is_true(question, own, False)
+        assert is_true(problem.question, read[1], False)
+        own_is_true = is_true(problem.question, parts(row)[1], False)
+        assert (read[1] == read[2]) == (row.answer == "correct") == own_is_true
 
 
 @pytest.mark.parametrize("corrupted_answer", ["right", "follows"])
