@@ -356,7 +356,7 @@ def oracle_accuracies(t: Trainer, prompts: Sequence[Prompt], rollouts: Sequence[
 
     Empty for a data set without an oracle. An answer over which the oracle fails is not true.
     """
-    if t.config.data.name not in ORACLES:
+    if t.config.data.name not in ORACLES or t.config.data.verifier == "judgement":
         return {}
     with ExitStack() as stack:
         oracle: Grader = t.verifier  # a task's scorer is both

@@ -171,7 +171,11 @@ def _check_task(config: Config) -> None:
 def _check_judgements(config: Config) -> None:
     """Rows that are tied together, and judgements, which are read in pairs."""
     data = config.data
-    if data.group_key is not None and data.name != "jsonl":
+    pairs_are_generated = data.name == "arithmetic" and data.arithmetic.answers == "judgement"
+    if pairs_are_generated and data.verifier != "judgement":
+        rule, fix = "makes prompts that ask for judgements", "Use data.verifier=judgement data.group_key=group with it"
+        raise ConfigError("data.arithmetic.answers", "judgement", rule, fix)
+    if data.group_key is not None and data.name != "jsonl" and not pairs_are_generated:
         rule, fix = f"is a field of rows of data=jsonl, and data={data.name} has none", "Leave it out"
         raise ConfigError("data.group_key", data.group_key, rule, fix)
     if data.group_key is not None and data.learns:

@@ -47,11 +47,12 @@ class ArithmeticConfig:
     """Wrong intermediate results of such a chain; what comes after one follows from it."""
     corrupted_answer: str = setting("right", choices=("right", "follows"))
     """The answer behind such a chain: right all the same, or the one that follows from the chain's own steps."""
-    answers: str = setting("short", choices=("short", "mixed", "derivation"))
+    answers: str = setting("short", choices=("short", "mixed", "derivation", "judgement"))
     """How reference answers are written: short (a digit), mixed (some problems in words, answered by a phrase that no
-    verifier reads) or derivation (sentences that no verifier reads)."""
+    verifier reads) or derivation (sentences that no verifier reads). judgement: each problem becomes two prompts that
+    ask whether an answer written as in mixed is correct (docs/results/judge.md)."""
     in_words_share: float = setting(0.4, ge=0, le=1)
-    """With answers=mixed: share of the problems that are in words."""
+    """With answers=mixed and judgement: share of the problems that are in words."""
 
 
 @dataclass(kw_only=True, slots=True)

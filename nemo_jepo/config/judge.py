@@ -68,6 +68,21 @@ Then write one last line, with a number from 0 to 10 with at most one decimal in
 {score_line}
 """
 
+GRADE_PROMPT = """\
+Does an answer to a question state the same result as the reference answer?
+
+Question:
+{question}
+
+Reference answer:
+{reference_answer}
+
+Answer:
+{answer}
+
+Compare both. Then write "The final answer is correct" or "The final answer is wrong"."""
+"""What a judge that is trained here on the form `graded` is asked."""
+
 
 def _is_endpoint(url: str) -> bool:
     base = re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", url)

@@ -9,7 +9,8 @@ answer follows a right chain but not a wrong one:
 That difference is all that JEPO is given to improve the chains with; no reward and no verifier. The answers are always
 true, or with `corrupted_answer=follows` what the chain before them leads to. A model trained on these believes its
 chains, so that a wrong one costs likelihood where no chain would cost less.
-How problems and answers are written (`data.arithmetic.answers`) is in `nemo_jepo.data.arithmetic_text`.
+How problems and answers are written (`data.arithmetic.answers`) is in `nemo_jepo.data.arithmetic_text`, and how answers
+to them are judged in `nemo_jepo.data.arithmetic_judgement`.
 """
 
 import random
@@ -19,6 +20,7 @@ from typing import Literal
 from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.schema import ArithmeticConfig
 from nemo_jepo.data import arithmetic_text
+from nemo_jepo.data.arithmetic_judgement import judgement_rows
 from nemo_jepo.data.arithmetic_text import Expression
 from nemo_jepo.data.files import Row
 
@@ -49,14 +51,17 @@ def arithmetic_rows(config: ArithmeticConfig, split: Literal["train", "validatio
     held_out: dict[Expression, None] = {}  # a set in the order of insertion
     while len(held_out) < config.num_validation:
         held_out[_draw(rng, config)] = None
+    in_pairs = 2 if config.answers == "judgement" else 1
     if split == "validation":
-        return _rows(config, list(held_out), ["right"] * len(held_out), rng, random.Random(f"held-out wording {seed}"))
+        kinds = ["right"] * in_pairs * len(held_out)
+        return _rows(config, list(held_out), kinds, rng, random.Random(f"held-out wording {seed}"))
     train: list[Expression] = []
     while len(train) < config.num_train:
         expression = _draw(rng, config)
         if expression not in held_out:
             train.append(expression)
-    kinds = ["right"] * config.num_train if split == "train" else _warmup_kinds(config, rng)
+    num_rows = in_pairs * config.num_train
+    kinds = ["right"] * num_rows if split == "train" else _warmup_kinds(config, num_rows, rng)
     return _rows(config, train, kinds, rng, random.Random(f"wording {seed}"))
 
 
@@ -66,10 +71,10 @@ def _draw(rng: random.Random, config: ArithmeticConfig) -> Expression:
     return rng.randrange(MODULUS), steps
 
 
-def _warmup_kinds(config: ArithmeticConfig, rng: random.Random) -> list[str]:
-    num_right = round(config.right_share * config.num_train)
-    num_corrupted = min(round(config.corrupted_share * config.num_train), config.num_train - num_right)
-    num_bare = config.num_train - num_right - num_corrupted
+def _warmup_kinds(config: ArithmeticConfig, num_rows: int, rng: random.Random) -> list[str]:
+    num_right = round(config.right_share * num_rows)
+    num_corrupted = min(round(config.corrupted_share * num_rows), num_rows - num_right)
+    num_bare = num_rows - num_right - num_corrupted
     kinds = ["right"] * num_right + ["corrupted"] * num_corrupted + ["absent"] * num_bare
     rng.shuffle(kinds)
     return kinds
@@ -79,9 +84,13 @@ def _rows(
     config: ArithmeticConfig, expressions: list[Expression], kinds: list[str], rng: random.Random, style: random.Random
 ) -> list[Row]:
     """The expressions as text; rng draws the slips, style which problems are in words and the phrases."""
-    num_in_words = round(config.in_words_share * len(expressions)) if config.answers == "mixed" else 0
+    has_words = config.answers in ("mixed", "judgement")
+    num_in_words = round(config.in_words_share * len(expressions)) if has_words else 0
     in_words = [True] * num_in_words + [False] * (len(expressions) - num_in_words)
     style.shuffle(in_words)
+    if config.answers == "judgement":
+        values = [_results(expression)[-1] for expression in expressions]
+        return list(judgement_rows(config, list(zip(expressions, values, in_words, strict=True)), kinds, rng, style))
     rows = []
     for line, (expression, kind, words) in enumerate(zip(expressions, kinds, in_words, strict=True), start=1):
         right = _results(expression)

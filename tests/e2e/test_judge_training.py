@@ -30,3 +30,17 @@ def test_pairs_are_judged_together_on_one_replica_and_on_two(tmp_path):
     assert one[-1]["val_rollouts/unread_rate"] > 0  # a random model writes something, and no judgement
     assert one[0]["train_rollouts/verifier_fault_rate"] == two[0]["train_rollouts/verifier_fault_rate"] > 0
     assert one[0]["train_rollouts/response_tokens_mean"] == two[0]["train_rollouts/response_tokens_mean"]
+
+
+def test_generated_judgements_are_measured_in_pairs_and_have_no_oracle(tmp_path):
+    overrides = ["objective=rloo", "data.arithmetic.answers=judgement", "data.verifier=judgement"]
+    overrides += [
+        "data.group_key=group",
+        "data.max_prompt_tokens=400",
+        "data.max_answer_tokens=16",
+        "model.tokens_per_micro_batch=640",
+    ]
+    run("train", tmp_path, *overrides, "model.hf_config.max_position_embeddings=640", "trainer.jepo.max_steps=1")
+    (last,) = metrics(tmp_path)
+    assert {"val_rollouts/consistent_accuracy", "val_rollouts/one_sided_rate"} <= last.keys()
+    assert not [name for name in last if "oracle" in name]

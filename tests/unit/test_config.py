@@ -11,6 +11,7 @@ from nemo_jepo.config.check import check
 from nemo_jepo.config.errors import ConfigError
 from nemo_jepo.config.keys import nearest_key
 from nemo_jepo.config.objectives import OBJECTIVES, RENAMED_OBJECTIVES
+from nemo_jepo.data.arithmetic_judgement import PROMPT
 
 CONF = Path(__file__).parents[2] / "conf"
 RECIPES = sorted(path.stem for path in CONF.glob("*.yaml"))
@@ -30,6 +31,8 @@ def needed(tmp_path):
         "mini_lengths": [],
         "mini_semi": [],
         "mini_collapse": [],
+        "mini_judge": [],
+        "mini_judged": [],
         "mini_unverifiable": [],
         "jepo_tiny": [],
         "gsm8k_small": [f"data.train_path={tmp_path}/rows.jsonl"],
@@ -71,6 +74,12 @@ def error_of(name, *overrides, world_size=1, folder=None):
 def test_recipe_passes_every_check(name, needed):
     config = load(name, *needed[name])
     check(config, world_size=config.trainer.num_nodes * config.trainer.devices)
+
+
+def test_a_judge_is_asked_what_it_was_trained_on():
+    judge = load("mini_judged").evaluation.judge
+    assert judge.prompt == PROMPT
+    assert (judge.correct, judge.wrong) == ("The final answer is correct", "The final answer is wrong")
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

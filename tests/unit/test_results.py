@@ -23,6 +23,7 @@ PAGES = {
     "dpo/tables.md": "dpo.md",
     "self-verification/tables.md": "self-verification.md",
     "curricula/tables.md": "curricula.md",
+    "judge/tables.md": "judge.md",
 }
 """Tables -> the page whose command makes them."""
 TEXTS = {page: (DOCS / "results" / page).read_text() for page in PAGES.values()}
@@ -58,6 +59,7 @@ CLAIMS = [
     *(("mini_collapse", arm, "jepo", ACCURACY, "above") for arm in ("verifree", "r3", "gm")),
     *(("mini_collapse", arm, "jepo", ACCURACY, "within noise") for arm in ("avg_logprob", "warm_start_jepo")),
     ("mini_collapse", "floor", "jepo", ACCURACY, "below"),
+    ("mini_judge", "rloo", "sft", "consistent_accuracy", "above"),
     ("mini_collapse", "floor_small_answer_term", "small_answer_term", ACCURACY, "within noise"),
     ("mini_dpo", "dpo", "rloo", ACCURACY, "within noise"),
     ("mini_dpo", "dpo", "jepo", ACCURACY, "below"),
@@ -228,6 +230,26 @@ def test_the_page_on_curricula_has_the_means_and_the_spread_of_every_arm(arm):
     )
     cells = [f"`{arm}`", cell(at_16, 3) if at_16 else "", *final, f"{cell(sampled_tokens('mini_curriculum', arm), 1)}"]
     assert f"| {' | '.join(cells)} |" in TEXTS["curricula.md"].splitlines()
+
+
+def test_the_page_on_a_judge_has_the_shares_before_and_after():
+    """Both judgements of a pair become right together in every seed, more than by chance of its single ones."""
+    metrics = ("consistent_accuracy", "one_sided_rate", "accuracy", "accuracy_greedy", "unread_rate")
+    arms = comparison_of("mini_judge").arms
+
+    def row(name: str, arm: str, step: int | None) -> str:
+        cells = []
+        for metric in metrics:
+            found = [curve[max(curve) if step is None else step] for curve in arms[arm][metric].values()]
+            mean, *ends = (f"{value:.2f}" for value in (sum(found) / len(found), min(found), max(found)))
+            cells.append(f"{mean} ({' to '.join(ends)})")
+        return f"| {name} | {' | '.join(cells)} |"
+
+    lines = TEXTS["judge.md"].splitlines()
+    assert row("before", "rloo", 0) == row("before", "sft", 0)
+    assert {row("before", "rloo", 0), row("`rloo`", "rloo", None), row("`sft`", "sft", None)} <= set(lines)
+    for curve in arms["rloo"]["consistent_accuracy"].values():
+        assert curve[max(curve)] > 2 * curve[0]
 
 
 def test_the_single_sample_bound_is_closing_in():

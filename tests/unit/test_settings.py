@@ -263,6 +263,12 @@ def test_the_whole_line_of_a_broken_rule():
             1,
             "data.verifier='judgement': reads the two judgements of a pair",
         ),
+        (["data.arithmetic.answers=judgement"], 1, "data.arithmetic.answers='judgement': makes prompts that ask for"),
+        (
+            ["data.arithmetic.answers=judgement", "data.verifier=judgement"],
+            1,
+            "data.verifier='judgement': reads the two judgements of a pair",
+        ),
         (["objective=dpo", "kl.beta=0.1"], 1, "kl.beta=0.1: objective=dpo holds on to a reference policy by dpo.beta"),
         (["objective=dpo", "objective.format_loss=paper"], 1, "objective.format_loss='paper': objective=dpo weighs"),
         (["objective=dpo", "objective.beta_sup=1"], 1, "objective.beta_sup=1.0: objective=dpo has no supervised term"),

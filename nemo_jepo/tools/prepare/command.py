@@ -38,7 +38,9 @@ def main(argv: Sequence[str]) -> int:
     if chosen.name == JUDGE_PAIRS:
         folder = _pairs(chosen)
     else:
-        _refuse(chosen, ("good_key", "bad_key", "bad_from", "form", "held_out"), f"is of {JUDGE_PAIRS}")
+        _refuse(
+            chosen, ("good_key", "bad_key", "bad_from", "reference_key", "form", "held_out"), f"is of {JUDGE_PAIRS}"
+        )
         judge = partial(verifiable_answers, num_workers=chosen.workers)
         folder = prepare(chosen.name, chosen.out, judge, _origin(chosen), list(_steps(chosen)))
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -59,10 +61,12 @@ def _pairs(chosen: argparse.Namespace) -> Path:
     )
     if chosen.local is None:
         raise ConfigError("--from", None, "the pairs are in a file", f"Add --from FILE to {JUDGE_PAIRS}")
-    keys = PairKeys(chosen.prompt_key or "question", chosen.good_key or "answer", chosen.bad_key)
-    return prepare_pairs(
-        chosen.out, chosen.local, keys, chosen.bad_from, chosen.form or "verdict", chosen.held_out or 0
-    )
+    form = chosen.form or "verdict"
+    if chosen.reference_key is not None and form != "graded":
+        rule = f"the form {form} shows no reference answer"
+        raise ConfigError("--reference-key", chosen.reference_key, rule, "Leave it out, or use --form graded")
+    keys = PairKeys(chosen.prompt_key or "question", chosen.good_key or "answer", chosen.bad_key, chosen.reference_key)
+    return prepare_pairs(chosen.out, chosen.local, keys, chosen.bad_from, form, chosen.held_out or 0)
 
 
 def _refuse(chosen: argparse.Namespace, options: Sequence[str], rule: str) -> None:
@@ -119,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     pairs.add_argument("--good-key", metavar="KEY", help="the good answer (answer)")
     pairs.add_argument("--bad-key", metavar="KEY", help="the bad answer, where the file has one")
     pairs.add_argument("--bad-from", metavar=f"{NEIGHBOUR}|FILE", help="else: of the question most like it, or samples")
+    pairs.add_argument("--reference-key", metavar="KEY", help="form graded: the reference answer (the good answer)")
     pairs.add_argument("--form", choices=tuple(FORMS), help="of a judgement (verdict)")
     pairs.add_argument("--held-out", type=_count, metavar="N", help="pairs that become the validation split (none)")
 

@@ -5,6 +5,9 @@
     score      (question, good) and (question, bad)     "The final answer is 7.5"
     graded     the same, with the reference answer      "The final answer is correct"
 
+Where good answers are written in other words than the reference answers, a column of those is read for the form graded.
+A judge whose good answers are all the reference answer itself learns to compare texts.
+
 Both prompts of a pair have the same `group`, which data.group_key=group keeps together. Where a file has no bad
 answers, they are found:
 
@@ -25,6 +28,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from nemo_jepo.config.errors import ConfigError, DataError
+from nemo_jepo.config.judge import GRADE_PROMPT
 from nemo_jepo.data.files import BadRow, read_records
 from nemo_jepo.rewards.judge_prompt import filled
 from nemo_jepo.tools.prepare.records import Example, Rows, Splits, as_text
@@ -65,19 +69,6 @@ Answer:
 
 Think about what the question asks. Then give a score from 0 to 10, with at most one decimal: \
 "The final answer is 7.5"."""
-ASK_GRADE = """\
-Does an answer to a question state the same result as the reference answer?
-
-Question:
-{question}
-
-Reference answer:
-{reference}
-
-Answer:
-{answer}
-
-Compare both. Then write "The final answer is correct" or "The final answer is wrong"."""
 
 
 class Judged(NamedTuple):
@@ -86,6 +77,22 @@ class Judged(NamedTuple):
     question: str
     good: str
     bad: str
+    reference: str | None = None
+    """The reference answer, which the form graded shows; None: the good answer itself."""
+
+
+class Row(NamedTuple):
+    """What a file says of one pair."""
+
+    question: str
+    good: str
+    bad: str | None
+    reference: str | None
+
+    @property
+    def result(self) -> str:
+        """What tells whether two answers are the same one."""
+        return question_key(self.reference or self.good)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +102,7 @@ class PairKeys:
     question: str = "question"
     good: str = "answer"
     bad: str | None = None
+    reference: str | None = None
 
 
 def _verdict(ask: str) -> Callable[[Judged], Iterator[tuple[str, str]]]:
@@ -112,51 +120,55 @@ def _score(pair: Judged) -> Iterator[tuple[str, str]]:
 
 def _graded(pair: Judged) -> Iterator[tuple[str, str]]:
     for answer, which in ((pair.good, "correct"), (pair.bad, "wrong")):
-        yield filled(ASK_GRADE, question=pair.question, reference=pair.good, answer=answer), which
+        reference = pair.reference or pair.good
+        yield filled(GRADE_PROMPT, question=pair.question, reference_answer=reference, answer=answer), which
 
 
 FORMS = {"verdict": _verdict(ASK_VERDICT), "scores": _verdict(ASK_SCORES), "score": _score, "graded": _graded}
 """--form -> the two (prompt, reference answer) of a pair."""
 
 
-def read_pairs(path: Path, keys: PairKeys) -> tuple[list[tuple[str, str, str | None]], Counter[str]]:
-    """(question, good answer, bad answer or None) of every row with text in them, and how many rows were left out, why.
+def read_pairs(path: Path, keys: PairKeys) -> tuple[list[Row], Counter[str]]:
+    """Every row with text in the columns that are named, and how many rows were left out, why.
 
     Raises:
         DataError: a row that cannot be read, or no row with text.
     """
-    found: list[tuple[str, str, str | None]] = []
+    found: list[Row] = []
     dropped: Counter[str] = Counter()
-    columns = [key for key in (keys.question, keys.good, keys.bad) if key is not None]
+    columns = [key for key in (keys.question, keys.good, keys.bad, keys.reference) if key is not None]
     for line, record in read_records(path, columns):
         if isinstance(record, BadRow):
             raise DataError(f"{record}. Mend the row, or take it out.")
         missing = [key for key in columns if key not in record]
         if missing:
-            fix = "Name it by --prompt-key, --good-key or --bad-key"
+            fix = "Name it by --prompt-key, --good-key, --bad-key or --reference-key"
             here = f"{path}:{line}: no column {missing[0]!r}; it has {', '.join(sorted(record))}"
             raise DataError(f"{here}. {fix}.")
-        texts = [as_text(record[key]) for key in columns]
-        if not all(texts):
+        texts = {key: as_text(record[key]) for key in columns}
+        question, good, bad, reference = (
+            None if key is None else texts[key] for key in (keys.question, keys.good, keys.bad, keys.reference)
+        )
+        if not question or not good or "" in (bad, reference):
             dropped["blank"] += 1
-        elif keys.bad is not None and question_key(texts[1]) == question_key(texts[2]):
+        elif bad is not None and question_key(bad) in (question_key(good), question_key(reference or good)):
             dropped["equal"] += 1
         else:
-            found.append((texts[0], texts[1], texts[2] if keys.bad is not None else None))
+            found.append(Row(question, good, bad, reference))
     if not found:
         raise DataError(f"{path}: no row with text in {', '.join(columns)}. Give other columns.")
     return found, dropped
 
 
-def with_neighbours(rows: Sequence[tuple[str, str]]) -> list[str | None]:
-    """For each (question, good answer) the good answer to the question that is most like it; None where none is.
+def with_neighbours(rows: Sequence[Row]) -> list[str | None]:
+    """For each row the good answer to the question that is most like its own; None where none is.
 
     Alike are questions by the Jaccard similarity of their sets of words, of equal ones the first. Compared are those
     that share one of the question's eight rarest words that any other has, or of its further ones until an answer
-    differs. An answer of the same text is no bad one.
+    differs. An answer of the same text, or with a reference answer of the same text, is no bad one.
     """
-    sets = [set(words(question)) for question, _ in rows]
-    answers = [question_key(good) for _, good in rows]
+    sets = [set(words(row.question)) for row in rows]
+    answers = [row.result for row in rows]
     index: dict[str, list[int]] = {}
     for place, one in enumerate(sets):
         for word in one:
@@ -170,7 +182,7 @@ def with_neighbours(rows: Sequence[tuple[str, str]]) -> list[str | None]:
                 break
             alike |= {other for other in index[word] if answers[other] != answers[place]}
         best = max(alike, key=lambda other: (len(own & sets[other]) / len(own | sets[other]), -other), default=None)
-        found.append(None if best is None else rows[best][1])
+        found.append(None if best is None else rows[best].good)
     return found
 
 
@@ -208,21 +220,23 @@ def pairs_of(path: Path, keys: PairKeys, bad_from: str | None) -> tuple[list[Jud
         raise ConfigError("--bad-key, --bad-from", [keys.bad, bad_from], rule, fix)
     rows, dropped = read_pairs(path, keys)
     if keys.bad is not None:
-        bad = [one for _, _, one in rows]
+        bad = [row.bad for row in rows]
     elif bad_from == NEIGHBOUR:
-        bad = with_neighbours([(question, good) for question, good, _ in rows])
+        bad = with_neighbours(rows)
     else:
         wrong = wrong_samples(Path(str(bad_from)))
-        bad = [_first_other(wrong.get(question_key(question), ()), good) for question, good, _ in rows]
-    pairs = [Judged(question, good, one) for (question, good, _), one in zip(rows, bad, strict=True) if one is not None]
+        bad = [_first_other(wrong.get(question_key(row.question), ()), row) for row in rows]
+    found = zip(rows, bad, strict=True)
+    pairs = [Judged(row.question, row.good, one, row.reference) for row, one in found if one is not None]
     dropped["no_bad_answer"] += len(rows) - len(pairs)
     if not pairs:
         raise DataError(f"{path}: no pair of a good and a bad answer. Give bad answers for its questions.")
     return pairs, dropped
 
 
-def _first_other(answers: Sequence[str], good: str) -> str | None:
-    return next((answer for answer in answers if question_key(answer) != question_key(good)), None)
+def _first_other(answers: Sequence[str], row: Row) -> str | None:
+    right = question_key(row.good), row.result
+    return next((answer for answer in answers if question_key(answer) not in right), None)
 
 
 def examples_of(pairs: Sequence[Judged], form: str, num_held_out: int) -> Splits:

@@ -10,7 +10,7 @@ from nemo_jepo.config.errors import ConfigError, DataError
 from nemo_jepo.config.schema import AnswerConfig, DataConfig
 from nemo_jepo.data.dataset import load_prompts
 from nemo_jepo.tools.prepare import command
-from nemo_jepo.tools.prepare.judge_pairs import FORMS, Judged, with_neighbours
+from nemo_jepo.tools.prepare.judge_pairs import FORMS, Judged, Row, with_neighbours
 from tests.support.small_tokenizers import small_tokenizer
 
 ROWS = [
@@ -31,6 +31,10 @@ def prepared(folder, rows, *options):
     made = folder / "judge_pairs"
     splits = {path.stem: pyarrow.parquet.read_table(path).to_pylist() for path in made.glob("*.parquet")}
     return splits, json.loads((made / "manifest.json").read_text())
+
+
+def neighbours(rows):
+    return with_neighbours([Row(question, good, None, None) for question, good in rows])
 
 
 def test_both_orders_of_every_pair_stand_side_by_side_under_one_group(tmp_path, capsys):
@@ -63,6 +67,30 @@ def test_every_form_asks_for_the_judgement_that_its_rows_expect(form, answers):
         assert shown == [(True, False), (True, True)]
 
 
+def test_a_good_answer_may_be_written_in_other_words_than_the_reference_answer(tmp_path):
+    other_words = {"reference": "5", "answer": "five apples", "bad": "six apples"}
+    as_bad = {"reference": "6", "answer": "six", "bad": "6"}  # no bad answer at all
+    rows = [{"question": "What is 2 + 3?"} | other_words, {"question": "What is 2 + 4?"} | as_bad]
+    options = ["--bad-key", "bad", "--form", "graded", "--reference-key", "reference"]
+    splits, manifest = prepared(tmp_path, rows, *options)
+    correct, wrong = (row["question"] for row in splits["train"])
+    assert "Reference answer:\n5\n" in correct and "Answer:\nfive apples\n" in correct
+    assert wrong == correct.replace("five apples", "six apples")
+    assert manifest["rows_without_a_pair"] == {"equal": 1, "no_bad_answer": 0}
+
+
+def test_answers_with_one_reference_answer_are_no_bad_ones_of_each_other(tmp_path):
+    rows = [Row("how many cats", "two cats", None, "2"), Row("how many dogs", "a pair", None, "2")]
+    assert with_neighbours(rows) == [None, None]
+    assert with_neighbours([*rows, Row("how many birds", "three", None, "3")]) == ["three", "three", "two cats"]
+    samples = jsonl(tmp_path / "samples.jsonl", [{"question": "how many cats", "answer": "2", "correct": False}] * 2)
+    samples.write_text(samples.read_text() + '{"question": "how many cats", "answer": "9", "correct": false}\n')
+    mine = [{"question": "how many cats", "answer": "two cats", "reference": "2"}]
+    options = ["--bad-from", str(samples), "--form", "graded", "--reference-key", "reference"]
+    splits, _ = prepared(tmp_path, mine, *options)
+    assert "Answer:\n9\n" in splits["train"][1]["question"]
+
+
 def test_a_neighbours_answer_is_that_of_the_question_with_most_words_in_common():
     questions = [
         "two plus three apples",
@@ -72,16 +100,16 @@ def test_a_neighbours_answer_is_that_of_the_question_with_most_words_in_common()
         "unlike",
     ]
     rows = [(question, f"answer {number}") for number, question in enumerate(questions)]
-    assert with_neighbours(rows) == ["answer 1", "answer 0", "answer 3", "answer 2", None]
+    assert neighbours(rows) == ["answer 1", "answer 0", "answer 3", "answer 2", None]
     equal = [("one two", "same"), ("one two three", "Same"), ("one four", "other")]
-    assert with_neighbours(equal) == ["other", "other", "same"]
+    assert neighbours(equal) == ["other", "other", "same"]
 
 
 def test_rare_words_of_ones_own_and_twins_with_the_same_answer_hide_no_neighbour():
     """Nine words that nobody else has, and nine that only a twin has; "how" leads to the others."""
     own, twin = "aa bb cc dd ee ff gg hh ii", "jj kk ll mm nn oo pp qq rr"
     rows = [(f"how {own}", "1"), (f"how {twin}", "2"), (f"how {twin} again", "2"), ("what else", "3")]
-    assert with_neighbours(rows) == ["2", "1", "1", None]
+    assert neighbours(rows) == ["2", "1", "1", None]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -89,7 +117,7 @@ def test_with_few_words_the_neighbour_is_the_one_of_all_others(seed):
     draw = random.Random(seed)
     rows = [(" ".join(draw.choices("abcdefg", k=4)), draw.choice("xyz")) for _ in range(12)]
     sets = [set(question.split()) for question, _ in rows]
-    for place, found in enumerate(with_neighbours(rows)):
+    for place, found in enumerate(neighbours(rows)):
         likeness = {
             other: len(sets[place] & sets[other]) / len(sets[place] | sets[other])
             for other in range(12)
@@ -129,6 +157,7 @@ def test_a_run_reads_the_groups(tmp_path):
         (["--bad-key", "bad", "--held-out", "3"], "--held-out=3: there are 3 pairs. Ask for at most 2"),
         (["--bad-key", "bad", "--select", "zip:2"], "--select='zip:2': is not of judge_pairs. Leave it out"),
         (["--bad-from", "none.jsonl"], "none.jsonl: cannot be read (No such file or directory)"),
+        (["--bad-key", "bad", "--reference-key", "bad"], "--reference-key='bad': the form verdict shows no reference"),
         (["--bad-key", "answer"], "no row with text in question, answer"),
     ],
 )

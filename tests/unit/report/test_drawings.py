@@ -151,6 +151,13 @@ def test_both_parts_of_mixed_answers_have_a_figure_and_regimes_of_one_kind_none(
     assert not {plot.name for plot in plots_of(results(alone))} & set(parts)
 
 
+def test_judgements_of_pairs_have_figures_of_their_own(results):
+    names = {"consistent_accuracy", "one_sided_rate"}
+    judged = [(*row[:5], f"val_rollouts/{name}", row[6]) for row in rows(("rloo",)) for name in sorted(names)]
+    assert {plot.name for plot in plots_of(results(judged))} == names
+    assert not names & {plot.name for plot in plots_of(results(rows()))}
+
+
 def test_ablations_stay_out_of_the_main_figures(results):
     found = results(rows() + rows(("beta_sup_0", "beta_sup_0.01"), "beta_sup"))
     _, drawn = figure(found, "proxy_nll")
