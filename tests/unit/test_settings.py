@@ -136,7 +136,7 @@ def test_the_whole_line_of_a_broken_rule():
         (
             ["data.cluster_key=topic", "data.sampler=learning_progress"],
             1,
-            "data.cluster_key='topic': is read by data.sampler=learning_progress, of the rows of data=jsonl",
+            "data.cluster_key='topic': is read by data.sampler=learning_progress, of rows of data=jsonl",
         ),
         (
             ["data.drop_easy=0.9", "data.sampler=learning_progress"],

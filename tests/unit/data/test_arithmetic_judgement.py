@@ -43,13 +43,14 @@ def test_a_pair_has_a_correct_and_a_wrong_answer_to_one_problem_beside_one_refer
     assert sum(reference == own for reference, own in in_words) < len(in_words) / 5  # correct, in other words
 
 
-def test_a_golden_chain_reads_both_values():
+def test_a_golden_chain_reads_both_values_and_says_by_how_much_they_differ():
     problems = arithmetic_rows(ArithmeticConfig(**SETTINGS, answers="mixed"), "train", seed=5)
     for problem, row in zip([problem for problem in problems for _ in range(2)], rows_of("train"), strict=True):
-        read = re.fullmatch(r"reference (\d), answer (\d)", row.chain_of_thought)
-        assert is_true(problem.question, read[1], False)
+        reference, own, difference = re.fullmatch(r"(\d)-(\d)=(\d)", row.chain_of_thought).groups()
+        assert is_true(problem.question, reference, False)
+        assert (int(own) + int(difference)) % 10 == int(reference)
         own_is_true = is_true(problem.question, parts(row)[1], False)
-        assert (read[1] == read[2]) == (row.answer == "correct") == own_is_true
+        assert (difference == "0") == (row.answer == "correct") == own_is_true
 
 
 @pytest.mark.parametrize("corrupted_answer", ["right", "follows"])
@@ -62,7 +63,7 @@ def test_a_misread_answer_turns_the_verdict_of_the_chain_round(corrupted_answer)
             kinds["absent"] += 1
             assert row.answer == true
             continue
-        reference, read = re.findall(r"\d", row.chain_of_thought)
+        reference, read, _ = re.findall(r"\d", row.chain_of_thought)
         misread = ("correct" if reference == read else "wrong") != true
         kinds["corrupted" if misread else "right"] += 1
         assert row.answer == (turned if misread and corrupted_answer == "follows" else true)
