@@ -12,7 +12,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from nemo_jepo.config.check_update import (
-    check_judges,
+    check_evaluation,
     check_objective,
     check_on_policy,
     check_pair_scores,
@@ -124,7 +124,7 @@ def check(config: Config, world_size: int, trains: bool = True) -> None:
     check_on_policy(config.objective, config.rollout)
     _check_shared_gpus(config.rollout, config.trainer, config.model)
     _check_sampler(config.rollout, config.objective, config.trainer)
-    check_judges(config.evaluation, config.rollout)
+    check_evaluation(config.evaluation, config.rollout, trains)
     check_reward(config.objective, config.hybrid, config.rollout)
     check_pair_scores(config)
     check_self_verification(config, trains)

@@ -91,8 +91,11 @@ def check_on_policy(objective: ObjectiveConfig, rollout: RolloutConfig) -> None:
         raise ConfigError("rollout.max_staleness", rollout.max_staleness, rule, fix)
 
 
-def check_judges(evaluation: EvaluationConfig, rollout: RolloutConfig) -> None:
-    """Who is asked about own answers in an evaluation can be."""
+def check_evaluation(evaluation: EvaluationConfig, rollout: RolloutConfig, trains: bool) -> None:
+    """Who is asked about own answers in an evaluation can be, and what is to be written is."""
+    if trains and evaluation.pass_rates is not None:
+        rule, fix = "is a file of `nemo-jepo evaluate`, and training writes none", "Leave it out, and evaluate the run"
+        raise ConfigError("evaluation.pass_rates", evaluation.pass_rates, rule, fix)
     judges = {"evaluation.judge": evaluation.judge, "evaluation.model_verifier": evaluation.model_verifier}
     for node, judge in judges.items():
         if judge.url is not None and not evaluation.verify:

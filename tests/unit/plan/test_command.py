@@ -95,6 +95,15 @@ def test_sampling_ahead_hides_the_shorter_of_sampling_and_training(capsys):
     assert found["step_seconds"] == pytest.approx(longer + seconds["weight sync"] + seconds["other"])
 
 
+def test_a_sampler_that_keeps_its_weights_for_five_steps_costs_a_fifth_of_a_sync_and_offline_none(capsys):
+    def sync(interval: str) -> float:
+        _, found, _ = run(capsys, "--config-name", "jepo_8b", "objective=dpo", "kl.beta=0", interval)
+        return sum(found["seconds"]["weight sync"].values())
+
+    assert sync("rollout.sync_interval=5") == pytest.approx(sync("rollout.sync_interval=1") / 5)
+    assert sync("rollout.sync_interval=null") == 0
+
+
 def test_weights_of_70b_reach_all_servers_within_five_seconds_however_many_there_are(capsys):
     syncs = []
     for nodes in ("4", "8"):
