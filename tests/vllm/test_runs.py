@@ -58,6 +58,29 @@ def test_the_servers_of_an_evaluation_judge_its_answers(servers, tmp_path):
     assert not list(tmp_path.rglob("judge_verdicts.jsonl"))
 
 
+def test_the_servers_of_a_run_reward_its_answers(servers, tmp_path):
+    """The same grammar, between two updates: every answer that the rule refuses is rewarded, and no canary is asked."""
+    reward = ["objective=rloo", "objective.reward=hybrid", "rollout.stop_at_marker=false", "hybrid.canary_interval=0"]
+    reply = ["correct=Right", "wrong=Wrong", "prompt='{reference_answer} or {answer}?'", "max_tokens=8"]
+    verifier = [f"hybrid.verifier.{setting}" for setting in ("url=rollout", *reply)]
+    verifier.append("+hybrid.verifier.extra_body.structured_outputs.choice=[Right]")
+    run("train", tmp_path, *SHORT, *servers.settings(), *reward, *verifier, "trainer.jepo.max_steps=2")
+    for line in metrics(tmp_path):
+        assert line["train_rollouts/hybrid_asked_rate"] > 0 == line["train_rollouts/hybrid_fault_rate"]
+        assert line["train_rollouts/hybrid_reward"] > line["train_rollouts/rule_reward"]
+
+
+def test_the_servers_of_a_run_score_its_pairs(servers, tmp_path):
+    objective = ["objective=dpo", "dpo.unverifiable=score", "trainer.jepo.max_steps=2"]
+    reply = ["score_line='Score {score}'", "prompt='{reference_answer} or {answer}?'", "max_tokens=8", "temperature=1"]
+    judge = [f"dpo.judge.{setting}" for setting in ("url=rollout", *reply)]
+    judge.append("+dpo.judge.extra_body.structured_outputs.choice=[Score 2,Score 7]")
+    run("train", tmp_path, *SHORT, *servers.settings(), *objective, *judge)
+    for line in metrics(tmp_path):
+        assert line["train_rollouts/score_asked_rate"] > 0 == line["train_rollouts/score_fault_rate"]
+        assert line["train_rollouts/pair_rate"] > 0
+
+
 # ---- Deaths and interruptions.
 
 
