@@ -199,14 +199,11 @@ def _check_arithmetic(arithmetic: ArithmeticConfig) -> None:
     if both > 1:
         rule = "must be at most 1; the rest has no chain of thought"
         raise ConfigError("data.arithmetic.right_share + corrupted_share", both, rule, "Lower one of them")
-    shortest, key = arithmetic.num_steps, "data.arithmetic.num_steps"
-    if arithmetic.min_steps is not None:
-        if arithmetic.min_steps > arithmetic.num_steps:
-            rule = f"no chain has more than {arithmetic.num_steps} steps ({key})"
-            raise ConfigError("data.arithmetic.min_steps", arithmetic.min_steps, rule, "Lower it, or null")
-        shortest, key = arithmetic.min_steps, "data.arithmetic.min_steps"
-    if arithmetic.corrupted_steps > shortest:
-        rule = f"a chain has {shortest} steps ({key})"
+    if arithmetic.shortest > arithmetic.num_steps:
+        rule = f"no chain has more than {arithmetic.num_steps} steps (data.arithmetic.num_steps)"
+        raise ConfigError("data.arithmetic.min_steps", arithmetic.min_steps, rule, "Lower it, or null")
+    if arithmetic.corrupted_steps > arithmetic.shortest:
+        rule = f"the shortest chain has {arithmetic.shortest} steps"
         raise ConfigError("data.arithmetic.corrupted_steps", arithmetic.corrupted_steps, rule, "Lower it")
 
 

@@ -33,8 +33,8 @@ class ArithmeticConfig:
     num_steps: int = setting(4, ge=1)
     """Operations in a chain."""
     min_steps: int | None = setting(None, ge=1)
-    """Operations in the shortest chain: every chain has from so many to num_steps, each number as likely as another.
-    Null: all have num_steps."""
+    """Every chain has from so many operations to num_steps, each number as likely as another. Null: all have
+    num_steps."""
     num_train: int = setting(20000, ge=1)
     """Problems to train on."""
     num_validation: int = setting(256, ge=0)
@@ -53,6 +53,11 @@ class ArithmeticConfig:
     ask whether an answer written as in mixed is correct (docs/results/judge.md)."""
     in_words_share: float = setting(0.4, ge=0, le=1)
     """With answers=mixed and judgement: share of the problems that are in words."""
+
+    @property
+    def shortest(self) -> int:
+        """Operations in the shortest chain."""
+        return self.num_steps if self.min_steps is None else self.min_steps
 
 
 @dataclass(kw_only=True, slots=True)

@@ -37,15 +37,14 @@ def arithmetic_rows(config: ArithmeticConfig, split: Literal["train", "validatio
     Raises:
         ConfigError: validation would take more than half of all questions of the shortest length.
     """
-    shortest, key = (config.num_steps, "num_steps") if config.min_steps is None else (config.min_steps, "min_steps")
-    num_questions = MODULUS ** (shortest + 1) * len(OPERATORS) ** shortest
-    num_lengths = config.num_steps - shortest + 1
+    num_questions = MODULUS ** (config.shortest + 1) * len(OPERATORS) ** config.shortest
+    num_lengths = config.num_steps - config.shortest + 1
     if config.num_validation > num_questions * num_lengths // 2:
         raise ConfigError(
             "data.arithmetic.num_validation",
             config.num_validation,
-            f"only {num_questions} chains of {shortest} operations exist, and training needs half of them",
-            f"Lower it, or raise data.arithmetic.{key}",
+            f"only {num_questions} chains of {config.shortest} operations exist, and training needs half of them",
+            "Lower it, or ask for longer chains",
         )
     rng = random.Random(f"arithmetic {seed}")
     held_out: dict[Expression, None] = {}  # a set in the order of insertion
@@ -100,8 +99,7 @@ def _rows(
         answer = arithmetic_text.answer(expression, led_to, config.answers, words, style)
         question = arithmetic_text.question(expression, words)
         verifiable = not words and config.answers != "derivation"
-        cluster = str(len(right))
-        rows.append(Row("arithmetic", line, question, answer, chain, verifiable, cluster=cluster))
+        rows.append(Row("arithmetic", line, question, answer, chain, verifiable, cluster=str(len(right))))
     return rows
 
 

@@ -128,7 +128,7 @@ def test_the_whole_line_of_a_broken_rule():
         (
             ["data.arithmetic.min_steps=1", "data.arithmetic.corrupted_steps=2"],
             1,
-            "data.arithmetic.corrupted_steps=2: a chain has 1 steps (data.arithmetic.min_steps)",
+            "data.arithmetic.corrupted_steps=2: the shortest chain has 1 steps",
         ),
         (["data.arithmetic.right_share=0.7"], 1, "data.arithmetic.right_share + corrupted_share=1.1: "),
         (["evaluation.pass_rates=rates.jsonl"], 1, "evaluation.pass_rates='rates.jsonl': is a file of `nemo-jepo eval"),
