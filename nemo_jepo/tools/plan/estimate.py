@@ -206,7 +206,8 @@ def estimate(config: Config, cluster: Cluster, means: MeanLengths, software: Sof
         memory = dataclasses.replace(memory, feeds_servers=True)
     one_pass = keeps_graph(shape, config.model, memory, cluster.gpu.memory)
     scoring = trainer.scoring(work)
-    syncs = 1 / config.rollout.sync_interval if config.rollout.sync_interval else 0.0  # a step; offline: the first alone
+    interval = config.rollout.sync_interval
+    syncs = 1 / interval if interval else 0.0  # in a step; offline the first step has the only one
     one_sync = trainer.weight_sync(precision, _to_servers(config, cluster))
     seconds: dict[str, Mapping[str, float]] = {
         "weight sync": {part: syncs * spent for part, spent in one_sync.items()},
