@@ -111,8 +111,8 @@ def training_texts(config: DataConfig) -> Iterator[str]:
 
 def _rows(config: DataConfig, split: Split) -> Iterable[Row | BadRow]:
     if config.name == "arithmetic":
-        rows = arithmetic_rows(config.arithmetic, split, config.seed)
-        return rows if config.cluster_key else (replace(row, cluster=None) for row in rows)
+        generated = arithmetic_rows(config.arithmetic, split, config.seed)
+        return generated if config.cluster_key else (replace(row, cluster=None) for row in generated)
     if config.name == "reasoning_gym":
         return reasoning_gym_rows(config, split)
     key, path = (
