@@ -47,10 +47,12 @@ def draw_all(results: Sequence[Comparison]) -> list[Drawing]:
     Raises:
         DataError: there is none.
     """
-    arms = dict.fromkeys(arm for comparison in results if comparison.ablated is None for arm in comparison.arms)
+    plots = plots_of(results)
+    lines = [*results, *(comparison for plot in plots for comparison in plot.comparisons)]
+    arms = dict.fromkeys(arm for comparison in lines if comparison.ablated is None for arm in comparison.arms)
     places = {arm: index for index, arm in enumerate(arms)}
     drawings = []
-    for plot in plots_of(results):
+    for plot in plots:
         light, dark = draw(plot, places, "light"), draw(plot, places, "dark")
         width = round(light.get_figwidth() * PIXELS_PER_INCH)
         drawings.append(Drawing(plot.name, plot.title, caption(plot), width, png(light), png(dark)))

@@ -48,6 +48,31 @@ class Comparison:
         return [band(steps, [curve[seed] for seed in seeds]) for curve in curves] if steps else None
 
 
+VOTES = {"maj": "majority", "weighted_maj": "weighted vote", "best": "best of them"}
+"""Metrics of an evaluation by the number of samples, as in weighted_maj_at_8 -> how an answer is chosen."""
+
+
+def votes(comparison: Comparison) -> list[Comparison]:
+    """Of each arm whose samples have verdicts: how often the answer is right that a vote chooses, by the number of
+    samples. Those numbers are the steps of the metric `chosen`; the values are of the arm's last update."""
+    found = []
+    for arm, metrics in comparison.arms.items():
+        chosen = {label: {"chosen": _by_samples(metrics, vote)} for vote, label in VOTES.items()}
+        if all(curves["chosen"] for curves in chosen.values()):
+            found.append(Comparison(comparison.experiment, f"{comparison.regime}: {arm}", chosen))
+    return found
+
+
+def _by_samples(metrics: Arm, vote: str) -> dict[int, dict[int, float]]:
+    """Seed -> number of samples -> value."""
+    found: dict[int, dict[int, float]] = {}
+    for metric, curves in metrics.items():
+        if number := re.fullmatch(rf"{vote}_at_(\d+)", metric):
+            for seed, curve in curves.items():
+                found.setdefault(seed, {})[int(number[1])] = curve[max(curve)]
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Band:
     """A metric of one arm at some steps."""

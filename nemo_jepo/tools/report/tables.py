@@ -6,7 +6,7 @@
 A cell is the mean over seeds, with the smallest and the largest.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nemo_jepo.tools.report.results import Band, Comparison
@@ -73,8 +73,20 @@ def _table(comparison: Comparison) -> Table | None:
         del rows[0]
     seeds = " to ".join(str(count) for count in sorted({len(band.seeds) for band in bands}))
     title = f"{comparison.experiment} ({comparison.regime}, {seeds} seed{'s' * (seeds != '1')})"
-    caption = f"After update {max(band.steps[-1] for band in bands)}, held out: mean over seeds (smallest to largest)."
+    caption = f"After update {_ends(comparison, logged)}, held out: mean over seeds (smallest to largest)."
     return Table(title, caption, [COLUMNS[metric][0] for metric in columns], rows)
+
+
+def _ends(comparison: Comparison, logged: Mapping[str, Sequence[Band | None]]) -> str:
+    """The last update, and those of arms that end before it."""
+    steps = {
+        arm: [band.steps[-1] for column in logged.values() if (band := column[place])]
+        for place, arm in enumerate(comparison.arms)
+    }
+    found = {arm: max(ends) for arm, ends in steps.items() if ends}
+    last = max(found.values())
+    sooner = ", ".join(f"`{arm}`: {end}" for arm, end in found.items() if end < last)
+    return f"{last} ({sooner})" if sooner else f"{last}"
 
 
 def _band(comparison: Comparison, arm: str, metric: str) -> Band | None:

@@ -86,6 +86,28 @@ def test_verdicts_are_drawn_over_training_for_the_arms_that_learn_them(results, 
     assert drawn.axes[0].get_ylabel().endswith("in training") and drawn.axes[0].get_xlabel() == "updates"
 
 
+def test_votes_are_drawn_by_the_number_of_samples_for_the_arms_that_have_verdicts(results):
+    """After the last update; an arm with a plain majority alone has no panel."""
+
+    def value_of(vote, samples, seed, step):
+        return {"maj": 0.1, "weighted_maj": 0.2, "best": 0.3}[vote] + samples / 100 + seed / 1000 - step
+
+    keys = [
+        (v, n, seed, step) for v in ("maj", "weighted_maj", "best") for n in (4, 8) for seed in SEEDS for step in (0, 9)
+    ]
+    table = [
+        ("main", "verifiable", "judged", s, t, f"val_rollouts/{v}_at_{n}", value_of(v, n, s, t)) for v, n, s, t in keys
+    ]
+    plain = [(*row[:2], "rloo", *row[3:]) for row in table if "/maj_at" in row[5]]
+    _, drawn = figure(results([*table, *plain]), "votes")
+    (axes,) = drawn.axes
+    assert axes.get_title(loc="left") == "verifiable: judged" and axes.get_xlabel() == "samples a problem"
+    lines = named_lines(axes)
+    for vote, name in (("maj", "majority"), ("weighted_maj", "weighted vote"), ("best", "best of them")):
+        assert list(lines[name].get_xdata()) == [4, 8]
+        assert list(lines[name].get_ydata()) == pytest.approx([value_of(vote, n, 2, 9) for n in (4, 8)])
+
+
 def test_a_set_that_is_evaluated_once_shows_its_chains_in_training(results):
     """A line needs two points: such a set has none over held-out problems."""
     training = [

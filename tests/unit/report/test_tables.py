@@ -57,6 +57,11 @@ def test_votes_of_sixteen_samples_stand_beside_the_accuracy(tmp_path):
     assert table_of(tmp_path, [*votes, *rows()])[0].columns == columns
 
 
+def test_arms_that_end_sooner_are_named(tmp_path):
+    short = [row for row in rows() if row[2] != "rloo" or row[4] < 40]
+    assert table_of(tmp_path, short)[0].caption.startswith("After update 40 (`rloo`: 0), held out")
+
+
 def test_arms_that_begin_apart_have_no_common_start(tmp_path):
     apart = [(*row[:6], 0.1) if row[2] == "jepo" and row[4] == 0 else row for row in rows()]
     assert [arm for arm, _ in table_of(tmp_path, apart)[0].rows] == ["jepo", "rloo"]
