@@ -29,6 +29,7 @@ def needed(tmp_path):
         "mini": [],
         "mini_verifiable": [],
         "mini_lengths": [],
+        "mini_self_verification": [],
         "mini_semi": [],
         "mini_collapse": [],
         "mini_judge": [],
