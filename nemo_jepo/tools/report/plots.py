@@ -51,7 +51,7 @@ class Plot:
     title: str
     comparisons: Sequence[Comparison]
     x: str
-    """step, or samples where those are the steps; epoch; a metric; the key that an ablation varies."""
+    """step or epoch; a metric; the key that an ablation varies."""
     y: str
     kind: Literal["curve", "path", "ablation"] = "curve"
 
@@ -89,7 +89,7 @@ def plots_of(results: Sequence[Comparison]) -> list[Plot]:
         Plot("chain_gain", "What a chain adds to the answer's log-prob", main, "step", "chain_gain"),
         Plot("verdict_yes_rate", "Own answers that deserve a yes", main, "step", "train_rollouts/verdict_yes_rate"),
         Plot("verdict_accuracy", "Verdicts on own answers", main, "step", "train_rollouts/verdict_accuracy"),
-        Plot("votes", "The answer that samples agree on", [v for one in main for v in votes(one)], "samples", "chosen"),
+        Plot("votes", "Choosing among samples", [v for one in main for v in votes(one)], "samples", "chosen"),
     ]
     for key in dict.fromkeys(comparison.ablated for comparison in results if comparison.ablated):
         ablation = [comparison for comparison in results if comparison.ablated == key]
@@ -110,13 +110,13 @@ def panel_lines(plot: Plot, comparison: Comparison) -> list[Line]:
         return _ablation_line(plot, comparison)
     if not _has_course(comparison, plot.y):
         return []
-    lines, over_steps = [], plot.x in ("step", "samples")
+    lines = []
     for arm in comparison.arms:
-        found = comparison.bands(arm, *([plot.y] if over_steps else [plot.x, plot.y]))
+        found = comparison.bands(arm, *([plot.y] if plot.x == "step" else [plot.x, plot.y]))
         if found:
             y, steps = found[-1], [float(step) for step in found[-1].steps]
-            x = steps if over_steps else found[0].mean
-            of_seeds = [steps] * len(y.seeds) if over_steps else found[0].seeds
+            x = steps if plot.x == "step" else found[0].mean
+            of_seeds = [steps] * len(y.seeds) if plot.x == "step" else found[0].seeds
             lines.append(Line(arm, x, y.mean, y.low, y.high, list(zip(of_seeds, y.seeds, strict=True))))
     return lines
 

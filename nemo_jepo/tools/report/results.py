@@ -54,18 +54,25 @@ VOTES = {"maj": "majority", "weighted_maj": "weighted vote", "best": "best of th
 
 def votes(comparison: Comparison) -> list[Comparison]:
     """Of each arm whose samples have verdicts: how often the answer is right that a vote chooses, by the number of
-    samples. Those numbers are the steps of the metric `chosen`; the values are of the arm's last update."""
+    samples, after the arm's last update. The metrics are `samples` and `chosen`; the numbers of samples are also the
+    steps."""
     found = []
     for arm, metrics in comparison.arms.items():
-        chosen = {label: {"chosen": _by_samples(metrics, vote)} for vote, label in VOTES.items()}
-        if all(curves["chosen"] for curves in chosen.values()):
-            found.append(Comparison(comparison.experiment, f"{comparison.regime}: {arm}", chosen))
+        chosen = {label: _by_samples(metrics, vote) for vote, label in VOTES.items()}
+        if all(chosen.values()):
+            arms = {label: {"samples": _steps(curves), "chosen": curves} for label, curves in chosen.items()}
+            found.append(Comparison(comparison.experiment, f"{comparison.regime}: {arm}", arms))
     return found
 
 
-def _by_samples(metrics: Arm, vote: str) -> dict[int, dict[int, float]]:
+def _steps(curves: Seeds) -> Seeds:
+    """Every step as its own value."""
+    return {seed: {step: float(step) for step in curve} for seed, curve in curves.items()}
+
+
+def _by_samples(metrics: Arm, vote: str) -> Seeds:
     """Seed -> number of samples -> value."""
-    found: dict[int, dict[int, float]] = {}
+    found: Seeds = {}
     for metric, curves in metrics.items():
         if number := re.fullmatch(rf"{vote}_at_(\d+)", metric):
             for seed, curve in curves.items():
