@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Collection
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 
 import pyarrow.parquet
 import pytest
@@ -68,20 +69,14 @@ CLAIMS = [
     ("mini_dpo", "dpo_offline", "dpo", ACCURACY, "below"),
     ("mini_self_verification", "verdict", "rloo", ACCURACY, "within noise"),
     ("mini_self_verification", "verdict", "rloo", "maj_at_16", "above"),
-    *(
-        ("mini_curriculum", arm, "uniform", metric, "within noise")
-        for arm in ("easy_first", "learning_progress_by_length")
-        for metric in (ACCURACY, "proxy_nll")
-    ),
-    *(
-        ("mini_curriculum", arm, "uniform", metric, relation)
-        for arm, metric, relation in (
-            ("drop_easy", ACCURACY, "below"),
-            ("drop_easy", "proxy_nll", "above"),
-            ("learning_progress", ACCURACY, "below"),
-            ("learning_progress", "proxy_nll", "below"),
-        )
-    ),
+    ("mini_curriculum", "easy_first", "uniform", ACCURACY, "within noise"),
+    ("mini_curriculum", "easy_first", "uniform", "proxy_nll", "within noise"),
+    ("mini_curriculum", "learning_progress_by_length", "uniform", ACCURACY, "within noise"),
+    ("mini_curriculum", "learning_progress_by_length", "uniform", "proxy_nll", "within noise"),
+    ("mini_curriculum", "drop_easy", "uniform", ACCURACY, "below"),
+    ("mini_curriculum", "drop_easy", "uniform", "proxy_nll", "above"),
+    ("mini_curriculum", "learning_progress", "uniform", ACCURACY, "below"),
+    ("mini_curriculum", "learning_progress", "uniform", "proxy_nll", "below"),
 ]
 
 
@@ -139,13 +134,9 @@ def test_objectives_that_count_a_useless_chain_as_none_keep_chains_as_long_as_a_
     assert said is not None and shortest >= float(said[1])
 
 
-def mean_of(found: Collection[float]) -> float:
-    return sum(found) / len(found)
-
-
 def cell(found: Collection[float], decimals: int = 2) -> str:
     """0.53 (0.51 to 0.55): mean, smallest, largest."""
-    mean, *ends = (f"{value:.{decimals}f}" for value in (mean_of(found), min(found), max(found)))
+    mean, *ends = (f"{value:.{decimals}f}" for value in (fmean(found), min(found), max(found)))
     return f"{mean} ({' to '.join(ends)})"
 
 
@@ -261,15 +252,32 @@ def test_the_page_on_curricula_has_the_means_and_the_spread_of_every_arm(arm):
 
 def test_the_page_on_curricula_has_what_its_reasons_rest_on():
     arms, page = comparison_of("mini_curriculum").arms, " ".join(TEXTS["curricula.md"].split())
-    start, stage = (mean_of([arms[arm][ACCURACY][seed][0] for seed in (1, 2, 3)]) for arm in ("uniform", "easy_first"))
+    start, stage = (fmean([arms[arm][ACCURACY][seed][0] for seed in (1, 2, 3)]) for arm in ("uniform", "easy_first"))
     assert f"from {start:.2f} to {stage:.2f}" in page and f"lift all lengths to {stage:.2f}" in page
     greedy = [curve[step] for step in (0, 32) for curve in arms["uniform"]["accuracy_greedy"].values()]
-    assert f"are right in {mean_of(greedy[3:]):.2f}, {mean_of(greedy[:3]):.2f} before" in page
+    assert f"are right in {fmean(greedy[3:]):.2f}, {fmean(greedy[:3]):.2f} before" in page
     left = arms["drop_easy"]["train_rollouts/prompts_left"].values()
     first = [min(step for step, number in curve.items() if number == 32) for curve in left]
     assert f"left after {min(first)} to {max(first)} updates" in page
     drawn = [curve[32] for curve in arms["learning_progress"]["train_rollouts/sampler_effective_prompts"].values()]
     assert f"as if {min(drawn):.0f} to {max(drawn):.0f} of the 128" in page
+
+
+def test_the_page_on_a_judge_has_the_shares_before_and_after():
+    """Both judgements of a pair become right together in every seed, more than by chance of its single ones."""
+    metrics = ("consistent_accuracy", "one_sided_rate", "accuracy", "accuracy_greedy", "unread_rate")
+    arms = comparison_of("mini_judge").arms
+
+    def row(name: str, arm: str, step: int | None) -> str:
+        curves = (arms[arm][metric].values() for metric in metrics)
+        cells = [cell([curve[max(curve) if step is None else step] for curve in of_seeds]) for of_seeds in curves]
+        return f"| {name} | {' | '.join(cells)} |"
+
+    lines = TEXTS["judge.md"].splitlines()
+    assert row("before", "rloo", 0) == row("before", "sft", 0)
+    assert {row("before", "rloo", 0), row("`rloo`", "rloo", None), row("`sft`", "sft", None)} <= set(lines)
+    for curve in arms["rloo"]["consistent_accuracy"].values():
+        assert curve[max(curve)] > 2 * curve[0]
 
 
 def test_the_single_sample_bound_is_closing_in():
